@@ -1,0 +1,1 @@
+//! The devices a machine is made of.

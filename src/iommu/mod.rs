@@ -1,0 +1,1 @@
+//! IOMMUs between functions and guest memory.

@@ -1,0 +1,3 @@
+//! Parse arguments, load, plan, build, run; map the result to an exit code.
+
+fn main() {}

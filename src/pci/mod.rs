@@ -1,0 +1,1 @@
+//! PCI Express: functions, configuration space, capabilities, topology.

@@ -1,0 +1,103 @@
+//! Wired interrupts: a line that a device raises and lowers, and the controller input it drives.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// An interrupt controller's inputs, numbered by global system interrupt (GSI; ACPI 5.2.12).
+///
+/// Several lines may share an input. The controller sees each change of each line, in any order between
+/// lines, and treats the input as asserted while at least one line holds it.
+pub trait InterruptController: Send + Sync {
+    /// One line on input `gsi` was asserted (`true`) or released. Called only on changes.
+    fn line_changed(&self, gsi: u32, asserted: bool);
+
+    /// A message-like pulse on input `gsi`, for edge-triggered sources.
+    fn pulse(&self, gsi: u32);
+}
+
+/// One device's wire to one controller input.
+///
+/// Dropping it releases the input, so that a removed device cannot hold a shared interrupt for ever.
+pub struct IrqLine {
+    controller: Arc<dyn InterruptController>,
+    gsi: u32,
+    asserted: AtomicBool,
+}
+
+impl IrqLine {
+    /// A released wire to input `gsi`.
+    #[must_use]
+    pub fn new(controller: Arc<dyn InterruptController>, gsi: u32) -> Self {
+        Self {
+            controller,
+            gsi,
+            asserted: AtomicBool::new(false),
+        }
+    }
+
+    /// The controller input this wire drives.
+    #[must_use]
+    pub fn gsi(&self) -> u32 {
+        self.gsi
+    }
+
+    /// Drive the wire; the controller hears of changes only.
+    pub fn set(&self, asserted: bool) {
+        if self.asserted.swap(asserted, Ordering::AcqRel) != asserted {
+            self.controller.line_changed(self.gsi, asserted);
+        }
+    }
+
+    /// Whether this wire asserts now.
+    #[must_use]
+    pub fn is_asserted(&self) -> bool {
+        self.asserted.load(Ordering::Acquire)
+    }
+
+    /// Signal an edge without holding the wire.
+    pub fn pulse(&self) {
+        self.controller.pulse(self.gsi);
+    }
+}
+
+impl Drop for IrqLine {
+    fn drop(&mut self) {
+        self.set(false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    #[derive(Default)]
+    struct Recorder(Mutex<Vec<(u32, bool)>>);
+
+    impl InterruptController for Recorder {
+        fn line_changed(&self, gsi: u32, asserted: bool) {
+            self.0.lock().expect("not poisoned").push((gsi, asserted));
+        }
+        fn pulse(&self, _gsi: u32) {}
+    }
+
+    #[test]
+    fn the_controller_hears_of_changes_only() {
+        let recorder = Arc::new(Recorder::default());
+        let line = IrqLine::new(recorder.clone(), 5);
+        line.set(false);
+        line.set(true);
+        line.set(true);
+        line.set(false);
+        assert_eq!(*recorder.0.lock().expect("not poisoned"), [(5, true), (5, false)]);
+    }
+
+    #[test]
+    fn a_dropped_line_lets_go() {
+        let recorder = Arc::new(Recorder::default());
+        let line = IrqLine::new(recorder.clone(), 7);
+        line.set(true);
+        drop(line);
+        assert_eq!(*recorder.0.lock().expect("not poisoned"), [(7, true), (7, false)]);
+    }
+}

@@ -1,0 +1,1 @@
+//! The hypervisor as this program uses it.

@@ -1,0 +1,14 @@
+//! What any device may rely on: addresses, guest memory, buses, interrupts and the hypervisor.
+//!
+//! The lowest layer; it uses nothing of the rest of the crate.
+
+pub mod addr;
+pub mod bus;
+pub mod dma;
+pub mod doorbell;
+pub mod host;
+pub mod irq;
+pub mod kvm;
+pub mod log;
+pub mod memory;
+pub mod msi;

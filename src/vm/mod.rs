@@ -1,0 +1,1 @@
+//! The machine: what was said, what was planned from it, and the machine built and run.
