@@ -7,7 +7,9 @@
 pub mod block;
 pub mod console;
 pub mod net;
+pub mod pci;
 pub mod queue;
+pub mod registers;
 pub mod rng;
 pub mod worker;
 

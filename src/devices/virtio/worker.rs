@@ -263,6 +263,12 @@ impl Workers {
         Ok(all)
     }
 
+    /// No thread at all: of a device that is to be reset before it works again.
+    #[must_use]
+    pub fn none() -> Self {
+        Self { workers: Vec::new() }
+    }
+
     /// Return once no thread works any more; kicks are kept.
     pub fn pause(&self) {
         for worker in &self.workers {
