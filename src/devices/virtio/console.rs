@@ -354,7 +354,7 @@ mod tests {
         let mut shown = vec![0; text.len() * 2];
         std::thread::scope(|scope| {
             let reader = scope.spawn(|| terminal.read_exact(&mut shown));
-            while port.pending.len() > 0 || driver.used().is_empty() {
+            while !port.pending.is_empty() || driver.used().is_empty() {
                 let turn = port.transmit(driver.ram().backend(), &mut driver.queue);
                 assert_eq!(turn.expect("a good queue"), Turn::Idle);
                 std::thread::yield_now();
