@@ -265,6 +265,12 @@ impl Pin {
     }
 }
 
+/// [`RootComplex::intx_gsi`] for a root complex that is being made.
+pub(super) const fn intx_gsi(uid: u32, device: u8, pin: Pin) -> u32 {
+    let turn = device as u32 + (pin as u32 - 1) + (uid % INTX_GSIS) * 4;
+    INTX_FIRST_GSI + turn % INTX_GSIS
+}
+
 impl RootComplex {
     /// The root bus.
     #[must_use]
@@ -277,8 +283,7 @@ impl RootComplex {
     /// Spread over all eight inputs, shifted per root complex, so that neighbours share as little as they can.
     #[must_use]
     pub const fn intx_gsi(&self, device: u8, pin: Pin) -> u32 {
-        let turn = device as u32 + (pin as u32 - 1) + (self.uid % INTX_GSIS) * 4;
-        INTX_FIRST_GSI + turn % INTX_GSIS
+        intx_gsi(self.uid, device, pin)
     }
 
     /// Every function of the root complex, parents before children, in the order a depth-first scan finds
