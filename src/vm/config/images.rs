@@ -34,7 +34,7 @@ pub fn check(config: &Config) -> Result<(), ConfigError> {
 /// A regular file of at least `least` bytes that can be read.
 fn readable(section: &impl Section, path: &Path, least: u64, what: &str) -> Result<(), ConfigError> {
     let path = section.source().place_of("path").resolve(path);
-    let refused = |problem: String| section.wrong("path", problem);
+    let refused = |problem: String| section.source().wrong("path", problem);
     let unreadable = |error: io::Error| refused(format!("cannot read {what} from it: {error}"));
     let mut file = File::open(&path).map_err(unreadable)?;
     let about = file.metadata().map_err(unreadable)?;
@@ -51,7 +51,7 @@ fn readable(section: &impl Section, path: &Path, least: u64, what: &str) -> Resu
 fn disk(disk: &Disk) -> Result<(), ConfigError> {
     let path = disk.source().place_of("path").resolve(&disk.path.0.0);
     let readonly = disk.readonly.is_some_and(|switch| switch.0);
-    let refused = |problem: String| disk.wrong("path", problem);
+    let refused = |problem: String| disk.source().wrong("path", problem);
     let hint = if readonly {
         ""
     } else {

@@ -42,16 +42,17 @@ impl SectionInfo {
 /// What was said for a section that has been read, kept for messages about what it means.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {
-    /// Where the section was said.
-    pub place: Place,
+    section: &'static str,
+    place: Place,
     said: Table,
 }
 
 impl Source {
-    /// A section that nobody said.
+    /// A `section` that nobody said.
     #[must_use]
-    pub fn unsaid() -> Self {
+    pub fn unsaid(section: &'static str) -> Self {
         Self {
+            section,
             place: Place::Default,
             said: Table::default(),
         }
@@ -61,6 +62,29 @@ impl Source {
     #[must_use]
     pub fn place_of(&self, key: &str) -> &Place {
         self.said.get(key).map_or(&self.place, |value| &value.place)
+    }
+
+    /// Whether anything was said for `key`.
+    #[must_use]
+    pub fn says(&self, key: &str) -> bool {
+        self.said.get(key).is_some()
+    }
+
+    /// `key` is wrong: an error that says where and with which value.
+    pub fn wrong(&self, key: &str, problem: impl Into<String>) -> ConfigError {
+        ConfigError {
+            place: self.place_of(key).clone(),
+            key: Some(format!("{}.{key}", self.section)),
+            value: self.said.get(key).map(|value| text(&value.kind)),
+            problem: problem.into(),
+        }
+    }
+
+    /// The section is wrong as a whole.
+    pub fn wrong_altogether(&self, problem: impl Into<String>) -> ConfigError {
+        let mut error = ConfigError::at(&self.place, problem);
+        error.key = Some(self.section.to_owned());
+        error
     }
 }
 
@@ -74,24 +98,6 @@ pub trait Section: Sized {
 
     /// What was said.
     fn source(&self) -> &Source;
-
-    /// `key` is wrong: an error that says where and with which value.
-    fn wrong(&self, key: &str, problem: impl Into<String>) -> ConfigError {
-        let source = self.source();
-        ConfigError {
-            place: source.place_of(key).clone(),
-            key: Some(format!("{}.{key}", Self::INFO.name)),
-            value: source.said.get(key).map(|value| text(&value.kind)),
-            problem: problem.into(),
-        }
-    }
-
-    /// The section is wrong as a whole.
-    fn wrong_altogether(&self, problem: impl Into<String>) -> ConfigError {
-        let mut error = ConfigError::at(&self.source().place, problem);
-        error.key = Some(Self::INFO.name.to_owned());
-        error
-    }
 }
 
 /// What one text can mean.
@@ -195,6 +201,7 @@ impl<'a> Keys<'a> {
 
     pub(super) fn into_source(self) -> Source {
         Source {
+            section: self.info.name,
             place: self.place.clone(),
             said: self.said,
         }
