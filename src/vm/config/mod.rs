@@ -201,7 +201,7 @@ fn lay_over(said: &mut Table, flag: &Flag<'_>) -> Result<(), ConfigError> {
     };
     let old = said.get(info.name).cloned();
     let new = match (old, info.many) {
-        (Some(old), false) => overridden(info, old, value),
+        (Some(old), false) => overridden(info, &old, value),
         (None, false) => value,
         (old, true) => Value {
             kind: Kind::List(extended(info, old, value.clone())),
@@ -213,8 +213,8 @@ fn lay_over(said: &mut Table, flag: &Flag<'_>) -> Result<(), ConfigError> {
 }
 
 /// `old` with the keys of `new` said instead.
-fn overridden(info: &SectionInfo, old: Value, new: Value) -> Value {
-    let (Some(mut table), Kind::Table(over)) = (keys_of(info, &old), new.kind.clone()) else {
+fn overridden(info: &SectionInfo, old: &Value, new: Value) -> Value {
+    let (Some(mut table), Kind::Table(over)) = (keys_of(info, old), new.kind.clone()) else {
         return new;
     };
     table.override_with(over);
@@ -243,7 +243,7 @@ fn extended(info: &SectionInfo, old: Option<Value>, new: Value) -> Vec<Value> {
     match same {
         Some(at) => {
             let old = entries[at].clone();
-            entries[at] = overridden(info, old, new);
+            entries[at] = overridden(info, &old, new);
         }
         None => entries.push(new),
     }

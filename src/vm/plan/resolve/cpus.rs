@@ -41,7 +41,7 @@ pub(super) fn resolve(said: Option<&Cpus>) -> Result<CpuPlan, ConfigError> {
             );
         }
     };
-    let product = outer.checked_mul(cores).unwrap_or(u32::MAX);
+    let product = outer.saturating_mul(cores);
     if let Some(count) = said.count.filter(|count| count.get() != product) {
         return wrong(
             "count",

@@ -56,17 +56,12 @@ pub(super) fn resolve<'a>(
     let (mut devices, mut endpoints) = (Vec::new(), Vec::new());
     macro_rules! add {
         ($said:expr, $name:expr, $kind:expr) => {
+            let kind = $kind;
             let place = (&$said.port, &$said.on, $said.slot);
-            endpoints.push(endpoint(
-                devices.len(),
-                $name,
-                &$kind,
-                place,
-                $said.source(),
-            ));
+            endpoints.push(endpoint(devices.len(), $name, &kind, place, $said.source()));
             devices.push(DevicePlan {
                 name: $name.clone(),
-                kind: $kind,
+                kind,
             });
         };
     }
@@ -274,18 +269,14 @@ fn fnv1a(bytes: &[u8]) -> u64 {
     })
 }
 
-fn console(
-    console: &Console,
-    name: &String,
-    terminal: &mut Option<String>,
-) -> Result<ConsolePlan, ConfigError> {
+fn console(console: &Console, name: &str, terminal: &mut Option<String>) -> Result<ConsolePlan, ConfigError> {
     let backend = resolved(console.source(), &console.backend.0);
     if backend == CharBackend::Stdio {
         if let Some(other) = terminal {
             let problem = format!("{other} is on the terminal already; only one thing can be");
             return Err(console.source().wrong("backend", problem));
         }
-        *terminal = Some(name.clone());
+        *terminal = Some(name.to_owned());
     }
     Ok(ConsolePlan { backend })
 }
