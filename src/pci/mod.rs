@@ -80,6 +80,7 @@ pub mod bridge;
 pub mod capability;
 pub mod config_ports;
 pub mod config_space;
+pub mod dump;
 pub mod ecam;
 pub mod endpoint;
 mod function;
