@@ -1,1 +1,3 @@
 //! PCI Express: functions, configuration space, capabilities, topology.
+
+pub mod tree;
