@@ -49,7 +49,7 @@ pub(super) fn dsdt(hardware: &Hardware<'_>) -> Vec<u8> {
         OEM_TABLE_ID,
         OEM_REVISION,
     );
-    table.append_slice(&Scope::raw(Path::new("\\_SB_"), system_bus));
+    table.append_slice(&Scope::raw(Path::new("_SB_"), system_bus));
     table.append_slice(&soft_off());
     table.as_slice().to_vec()
 }
@@ -57,7 +57,7 @@ pub(super) fn dsdt(hardware: &Hardware<'_>) -> Vec<u8> {
 /// `_S5`: what SLP_TYP switches the machine off. There is no other sleep state.
 fn soft_off() -> Vec<u8> {
     let values = Package::new(vec![&board::SLP_TYP_S5, &board::SLP_TYP_S5, &0_u8, &0_u8]);
-    bytes_of(&Name::new(Path::new("\\_S5_"), &values))
+    bytes_of(&Name::new(Path::new("_S5_"), &values))
 }
 
 /// What the board itself uses, so that the guest places nothing there and trusts the ECAMs.

@@ -9,7 +9,7 @@ use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, TABLE_HEADER, board, bytes_of};
 use crate::vm::layout;
 
 const REVISION: u8 = 1;
-/// The shortest period that loses no interrupt in periodic mode, in counter ticks of 10 ns: 1 ms.
+/// The shortest period that loses no interrupt in periodic mode, in counter ticks.
 const MINIMUM_TICKS: u16 = 0x80;
 
 /// The table for the board's HPET.
