@@ -1,5 +1,7 @@
 //! What the kernel is told about mappings of guest RAM: page size, population and NUMA node.
 
+#![expect(unsafe_code, reason = "advice on mappings is given by raw address")]
+
 use std::ffi::c_void;
 use std::io;
 

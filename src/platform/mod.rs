@@ -11,7 +11,6 @@ pub mod irq;
 pub mod kvm;
 pub mod log;
 pub mod memory;
-#[expect(unsafe_code, reason = "advice on mappings is given by raw address")]
 mod mmap;
 pub mod msi;
 pub mod ram;

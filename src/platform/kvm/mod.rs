@@ -6,10 +6,6 @@
 
 mod doorbell;
 mod irq;
-#[expect(
-    unsafe_code,
-    reason = "memory slots and the run area are raw addresses in KVM's interface"
-)]
 mod sys;
 mod vcpu;
 mod vm;

@@ -1,5 +1,10 @@
 //! The parts of KVM's interface that are raw addresses: memory slots and the run area.
 
+#![expect(
+    unsafe_code,
+    reason = "memory slots and the run area are raw addresses in KVM's interface"
+)]
+
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
