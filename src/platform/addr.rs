@@ -4,6 +4,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Serialize, Serializer};
+
 /// Bytes in the smallest page.
 pub const PAGE_SIZE: u64 = 4096;
 
@@ -44,6 +46,19 @@ macro_rules! address {
 
 address!(Gpa);
 address!(Iova);
+
+/// Plans are compared as text: every address type goes into JSON the way it is displayed.
+macro_rules! serialized_as_displayed {
+    ($($name:ident),+) => {$(
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+    )+};
+}
+
+serialized_as_displayed!(Gpa, GpaRange, Bdf, Sbdf);
 
 /// A stretch of guest physical space that is not empty and does not wrap.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
