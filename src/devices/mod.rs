@@ -5,10 +5,12 @@
 //! ([`crate::platform::irq::IrqLine`]), and asks the machine's owner for what is not its own to do
 //! ([`request::Request`]). It never ends, pauses or resets the machine itself.
 
+pub mod character;
 pub mod clock;
 pub mod ioapic;
 pub mod register;
 pub mod request;
+pub mod serial;
 
 /// What the machine asks of every device, whatever else it is.
 pub trait Device: Send + Sync {
