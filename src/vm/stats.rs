@@ -112,7 +112,8 @@ impl Milestones {
     }
 
     fn since_start(&self, at: &OnceLock<Instant>) -> Option<f64> {
-        at.get().map(|at| at.duration_since(self.started).as_secs_f64() * 1000.0)
+        at.get()
+            .map(|at| at.duration_since(self.started).as_secs_f64() * 1000.0)
     }
 }
 
@@ -195,7 +196,10 @@ impl Stats {
     ) -> Self {
         let sum = |reason| counts.clone().map(|counts| counts.get(reason)).sum::<u64>();
         let devices = |space, bus: &Bus| -> Vec<DeviceExits> {
-            let busy = bus.traffic().into_iter().filter(|range| range.reads + range.writes > 0);
+            let busy = bus
+                .traffic()
+                .into_iter()
+                .filter(|range| range.reads + range.writes > 0);
             busy.map(|range| DeviceExits::new(space, range)).collect()
         };
         let mut by_device = devices("port", ports);
@@ -261,7 +265,8 @@ impl DeviceExits {
 impl Memory {
     /// `None` where /proc does not tell.
     fn now(guest_ram: &[RangeInclusive<u64>]) -> Option<Self> {
-        let read = |path| fs::read_to_string(path).inspect_err(|error: &io::Error| tracing::debug!(path, %error));
+        let read =
+            |path| fs::read_to_string(path).inspect_err(|error: &io::Error| tracing::debug!(path, %error));
         let status = read("/proc/self/status").ok()?;
         let smaps = read("/proc/self/smaps").ok()?;
         Self::parse(&status, &smaps, guest_ram)
@@ -368,7 +373,12 @@ Rss:                3000 kB
     fn an_unwritable_file_is_named() {
         let milestones = Milestones::new(Instant::now());
         let stats = Stats::take(&milestones, [].iter(), [&Bus::ports(), &Bus::mmio()], &[]);
-        let error = stats.write(Path::new("/nowhere/stats.json")).expect_err("no such folder");
-        assert_eq!(error.to_string(), "cannot write the statistics to /nowhere/stats.json");
+        let error = stats
+            .write(Path::new("/nowhere/stats.json"))
+            .expect_err("no such folder");
+        assert_eq!(
+            error.to_string(),
+            "cannot write the statistics to /nowhere/stats.json"
+        );
     }
 }

@@ -407,12 +407,19 @@ impl Worker {
                     }
                 }
                 Exit::SystemEvent(kind) => {
-                    guest_warn!(vcpu = self.index, kind, "the guest asked its hypervisor for what a PC has not");
+                    guest_warn!(
+                        vcpu = self.index,
+                        kind,
+                        "the guest asked its hypervisor for what a PC has not"
+                    );
                 }
                 Exit::TripleFault => return Stopped::Unable(Notice::TripleFault { vcpu: self.index }),
                 Exit::Broken(what) => {
                     let what = format!("{what}; {}", self.vcpu.registers());
-                    return Stopped::Unable(Notice::Broken { vcpu: self.index, what });
+                    return Stopped::Unable(Notice::Broken {
+                        vcpu: self.index,
+                        what,
+                    });
                 }
             }
         }
@@ -422,10 +429,13 @@ impl Worker {
 /// Keep this thread, of vCPU `index`, on the host CPUs `cpus`.
 fn pin(index: usize, cpus: Option<&CpuSet>) -> Result<(), HostError> {
     let Some(cpus) = cpus else { return Ok(()) };
-    let refused = |source: std::io::Error| HostError::new(format!("pin vCPU {index} to host CPUs {cpus}"), source);
+    let refused =
+        |source: std::io::Error| HostError::new(format!("pin vCPU {index} to host CPUs {cpus}"), source);
     let mut mask = rustix::thread::CpuSet::new();
     for cpu in cpus.iter() {
-        let cpu = usize::try_from(cpu).ok().filter(|cpu| *cpu < rustix::thread::CpuSet::MAX_CPU);
+        let cpu = usize::try_from(cpu)
+            .ok()
+            .filter(|cpu| *cpu < rustix::thread::CpuSet::MAX_CPU);
         let cpu = cpu.ok_or_else(|| {
             refused(std::io::Error::other(format!(
                 "host CPU numbers end at {}",
@@ -436,7 +446,6 @@ fn pin(index: usize, cpus: Option<&CpuSet>) -> Result<(), HostError> {
     }
     sched_setaffinity(None, &mask).map_err(|error| refused(error.into()))
 }
-
 
 #[cfg(test)]
 mod tests {

@@ -35,6 +35,18 @@ const TIMING: u32 = 0x4000_0010;
 /// KVM's local APIC timer counts nanoseconds.
 const APIC_TIMER_KHZ: u32 = 1_000_000;
 
+/// How many address bits processors with these leaves have, and the highest address that gives
+/// (leaf 8000_0008h, EAX; 36 bits where there is none).
+#[must_use]
+pub fn address_reach(supported: &CpuId) -> (u32, u64) {
+    let leaf = supported
+        .as_slice()
+        .iter()
+        .find(|leaf| leaf.function == 0x8000_0008);
+    let bits = leaf.map_or(36, |leaf| leaf.eax & 0xff).clamp(32, 63);
+    (bits, (1 << bits) - 1)
+}
+
 /// What is the same for all processors of a machine.
 #[derive(Debug, Clone)]
 pub struct Model {
@@ -426,6 +438,14 @@ mod tests {
         assert_eq!(offered(&model), MSI_EXT_DEST_ID);
         model.extended_destinations = false;
         assert_eq!(offered(&model), 0);
+    }
+
+    #[test]
+    fn the_highest_address_follows_from_the_address_bits() {
+        let with = |eax| CpuId::from_entries(&[leaf(0x8000_0008, 0, [eax, 0, 0, 0])]).expect("one leaf");
+        assert_eq!(address_reach(&with(0x3030)), (48, 0xffff_ffff_ffff));
+        assert_eq!(address_reach(&with(0)), (32, 0xffff_ffff));
+        assert_eq!(address_reach(&with(0xff)), (63, i64::MAX as u64));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What the tables tell the guest about the board's fixed devices; `layout` says where those in memory lie.
 
 /// I/O APIC's own ID. Processors may have the same one: the two kinds are numbered apart since the xAPIC.
-pub(super) const IOAPIC_ID: u8 = 0;
+pub const IOAPIC_ID: u8 = 0;
 
 /// PM1a event block: status and enable, 16 bits each.
 pub(super) const PM1A_EVENT_PORT: u16 = 0x600;

@@ -28,6 +28,8 @@ use crate::pci::tree::PciTree;
 use crate::platform::addr::Gpa;
 use crate::vm::plan::Plan;
 
+pub use board::IOAPIC_ID;
+
 const OEM_ID: [u8; 6] = *b"RAVELN";
 const OEM_TABLE_ID: [u8; 8] = *b"RAVELIN ";
 const OEM_REVISION: u32 = 1;
