@@ -16,6 +16,7 @@ pub mod pvpanic;
 pub mod register;
 pub mod request;
 pub mod reset;
+pub mod rtc;
 pub mod serial;
 
 /// What the machine asks of every device, whatever else it is.
