@@ -7,9 +7,16 @@
 
 pub mod character;
 pub mod clock;
+pub mod exit_port;
 pub mod ioapic;
+pub mod isa_bridge;
+pub mod milestone;
+pub mod power;
+pub mod pvpanic;
 pub mod register;
 pub mod request;
+pub mod reset;
+pub mod rtc;
 pub mod serial;
 
 /// What the machine asks of every device, whatever else it is.
