@@ -1,3 +1,4 @@
 //! PCI Express: functions, configuration space, capabilities, topology.
 
+pub mod assign;
 pub mod tree;
