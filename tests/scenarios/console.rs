@@ -54,9 +54,16 @@ impl Console {
         self.0.matches(text).count()
     }
 
-    /// The last lines, for a failure's message.
+    /// The last lines, for a failure's message; sections are only named.
     pub(crate) fn tail(&self) -> String {
-        let lines: Vec<&str> = self.0.lines().collect();
+        let mut inside = false;
+        let mut lines: Vec<&str> = Vec::new();
+        for line in self.0.lines() {
+            inside = (inside || line.starts_with("@@begin ")) && !line.starts_with("@@end ");
+            if !inside || line.starts_with("@@begin ") {
+                lines.push(line);
+            }
+        }
         lines[lines.len().saturating_sub(60)..].join("\n")
     }
 

@@ -23,7 +23,7 @@ const POLL: Duration = Duration::from_millis(50);
 pub(crate) const INIT: &str = "ravelin-guest: init";
 /// What the guest is told where a scenario adds nothing: little is printed, for each byte is an exit.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1";
-/// With it the whole log goes to the console: for kernels that may not get as far as a script.
+/// The exit status by which a script asks for a reboot instead of the end.
 pub(crate) const REBOOT: i32 = 75;
 
 /// What a machine is started with.
@@ -262,11 +262,6 @@ impl Running {
             threads: entries("task"),
             anonymous: anonymous.expect("the kernel reports RssAnon"),
         }
-    }
-
-    /// What has come on the console so far.
-    pub(crate) fn console(&self) -> Console {
-        self.console.text()
     }
 
     /// Wait for its end.

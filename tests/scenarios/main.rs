@@ -16,6 +16,7 @@ mod network;
 mod prerequisites;
 mod tree;
 
+mod acpi;
 mod boot;
 mod devices;
 mod life;

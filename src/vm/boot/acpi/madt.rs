@@ -19,6 +19,8 @@ mod inti {
     pub(super) const HIGH_LEVEL: u16 = 0b1101;
 }
 
+/// The revision that goes with the FADT's 6.5.
+const REVISION: u8 = 6;
 /// The ISA bus, the only one whose interrupts can be overridden.
 const ISA: u8 = 0;
 /// The local interrupt input that carries NMI.
@@ -137,7 +139,17 @@ pub(super) fn madt(apic_ids: &[u32], hpet: bool) -> Vec<u8> {
             reserved: [0; 3],
         });
     }
-    bytes_of(&madt)
+    revised(bytes_of(&madt))
+}
+
+/// The crate calls every MADT the first revision, which has no x2APIC entries.
+fn revised(mut table: Vec<u8>) -> Vec<u8> {
+    const REVISION_AT: usize = 8;
+    const CHECKSUM_AT: usize = 9;
+    let change = REVISION.wrapping_sub(table[REVISION_AT]);
+    table[REVISION_AT] = REVISION;
+    table[CHECKSUM_AT] = table[CHECKSUM_AT].wrapping_sub(change);
+    table
 }
 
 fn x2apic(uid: u32, apic_id: u32) -> LocalX2Apic {
