@@ -1,0 +1,2 @@
+//! The AMD IOMMU unit in software.
+pub mod spec;
