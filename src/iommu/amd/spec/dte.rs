@@ -147,7 +147,7 @@ pub struct Dte {
     pub attribute: Attribute,
 }
 
-const _: () = assert!(size_of::<Dte>() == Dte::LEN as usize);
+const _: () = assert!(size_of::<Dte>() as u64 == Dte::LEN);
 
 impl Dte {
     /// Bytes of an entry.

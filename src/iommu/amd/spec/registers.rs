@@ -582,17 +582,7 @@ mod tests {
     #[test]
     fn quadwords_without_a_register_have_no_name() {
         for offset in [
-            0x40,
-            0xe0,
-            0x138,
-            0x140,
-            0x148,
-            0x168,
-            0x190,
-            0x2040,
-            0x3000,
-            0x4000,
-            u64::MAX & !7,
+            0x40, 0xe0, 0x138, 0x140, 0x148, 0x168, 0x190, 0x2040, 0x3000, 0x4000, !7,
         ] {
             assert_eq!(Reg::at(offset), None, "{offset:#x}");
         }
