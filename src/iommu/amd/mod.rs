@@ -1,5 +1,6 @@
 //! The AMD IOMMU unit in software.
 
+pub mod device_table;
 pub mod features;
 pub mod lanes;
 pub mod log;
@@ -8,3 +9,4 @@ pub mod registers;
 pub mod request;
 pub mod ring;
 pub mod spec;
+pub mod walk;

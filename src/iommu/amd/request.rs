@@ -126,7 +126,7 @@ pub struct AtsCompletion {
     /// First byte of the page in system memory; nothing when `allowed` is empty.
     pub target: Gpa,
     /// Logarithm of the page's size in bytes.
-    pub shift: u8,
+    pub shift: u32,
     /// What may be done there; empty where the tables map nothing.
     pub allowed: Access,
     /// Only untranslated requests may use the page.
