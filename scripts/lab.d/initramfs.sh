@@ -12,7 +12,11 @@ guest_modules=(
     pvpanic-pci pvpanic-mmio button rtc-cmos sp5100_tco i2c-piix4 lpc_ich
     pcspkr shpchp ahci kvm-amd msr cpuid dma_map_benchmark
 )
-host_modules=(virtio_pci 9pnet_virtio 9p overlay virtio_console)
+host_modules=(
+    virtio_pci 9pnet_virtio 9p overlay virtio_console virtio-rng
+    kvm-amd tun bridge vhost_net vfio-pci vfio_iommu_type1
+    virtio_net e1000e igb igbvf nvme
+)
 
 # PCI vendors a guest here can meet; the full list of names is 1.5 MB.
 named_vendors='1022|1af4|1b36|8086|1b21|144d|15b3|14e4|10ec|1b73'

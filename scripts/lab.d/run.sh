@@ -112,18 +112,20 @@ nic_model() {
 }
 
 write_run() {
-    local variable rows=24 columns=80 functions=() nic
+    local variable rows=24 columns=80 functions=() drivers= nic
     if ((tty)); then
         read -r rows columns < <(stty size)
     fi
     for nic in "${nics[@]}"; do
-        if [[ $nic == igb* ]]; then
-            functions+=("${nic#igb:}")
-        fi
+        case $nic in
+            igb:*) functions+=("${nic#igb:}"); drivers+=" igb igbvf" ;;
+            *) drivers+=" ${nic//-/_}" ;;
+        esac
     done
+    ((${#nvmes[@]} == 0)) || drivers+=" nvme"
     {
         printf 'tty=%d stdin=%d rows=%d columns=%d term=%q\n' "$tty" "$stdin" "$rows" "$columns" "${TERM:-vt100}"
-        printf 'igb_functions=(%s)\n' "${functions[*]}"
+        printf 'drivers="%s" igb_functions="%s"\n' "$drivers" "${functions[*]}"
     } >"$run_folder/run/settings"
     {
         printf 'export RAVELIN_LAB=1 RAVELIN_GUESTS=/guest\n'
