@@ -188,16 +188,16 @@ qemu_arguments() {
 
     # The host's own console is for what goes wrong before there is a command.
     qemu+=(-chardev "file,id=console,path=$(escape "$run_folder/console")" -serial chardev:console)
-    qemu+=(-device virtio-serial-pci)
+    # Output goes to files, which never make QEMU wait, and by a device that is
+    # done with a write when the guest's store that announces it returns: what
+    # the command wrote is all there when the guest powers off. Output still in a
+    # queue, because the reader of a pipe was slow, would be lost then.
+    qemu+=(-device "virtio-serial-pci,ioeventfd=off")
     if ((tty)); then
         qemu+=(-chardev "stdio,id=tty,signal=off" -device "virtconsole,chardev=tty")
     else
-        # Output descriptors are handed over: opening /dev/stdout again would
-        # fail for a socket and start over in a file.
-        qemu+=(-add-fd "fd=8,set=8" -chardev "file,id=out,path=/dev/fdset/8,append=on"
-            -device "virtserialport,chardev=out,name=lab.stdout")
-        qemu+=(-add-fd "fd=9,set=9" -chardev "file,id=err,path=/dev/fdset/9,append=on"
-            -device "virtserialport,chardev=err,name=lab.stderr")
+        qemu+=(-chardev "file,id=out,path=$(escape "$run_folder/stdout")" -device "virtserialport,chardev=out,name=lab.stdout"
+            -chardev "file,id=err,path=$(escape "$run_folder/stderr")" -device "virtserialport,chardev=err,name=lab.stderr")
         if ((stdin)); then
             qemu+=(-chardev "stdio,id=in,signal=off" -device "virtserialport,chardev=in,name=lab.stdin")
         fi
@@ -226,34 +226,40 @@ start_qemu() {
     if ((tty)); then
         saved_terminal=$(stty -g)
     fi
-    if ((tty || stdin)); then
-        exec 6<&0
+    # QEMU makes its standard streams non-blocking for everybody who has them
+    # open; a caller's pipe it must not get hold of.
+    if ((tty)); then
+        exec 5>&1 6<&0
+    elif ((stdin)); then
+        exec 5>/dev/null 6< <(exec cat)
+        run_in=$!
     else
-        exec 6</dev/null
-    fi
-    if ((console)); then
-        : >"$run_folder/console"
-        tail -f "$run_folder/console" >&2 &
-        run_console=$!
-    fi
-    # A pipe each, as QEMU wants descriptors open for writing only, and a
-    # terminal's is not.
-    if ((!tty)); then
-        exec 8> >(exec cat)
-        run_out=$!
-        exec 9> >(exec cat >&2)
-        run_err=$!
-    else
-        exec 8>/dev/null 9>/dev/null
+        exec 5>/dev/null 6</dev/null
     fi
     # Its own messages (each CPU feature that TCG lacks) matter when it fails.
     # It dies with this script, also when that is killed and cannot clean up.
     QEMU_MODULE_DIR=$root/usr/lib/x86_64-linux-gnu/qemu \
         setpriv --pdeathsig KILL "$root/usr/lib64/ld-linux-x86-64.so.2" \
         --library-path "$root/usr/lib/x86_64-linux-gnu" "$root/usr/bin/qemu-system-x86_64" \
-        "${qemu[@]}" <&6 2>"$run_folder/qemu" &
+        "${qemu[@]}" <&6 >&5 2>"$run_folder/qemu" &
     run_qemu=$!
-    exec 6<&- 8>&- 9>&-
+    exec 5>&- 6<&-
+    if ((!tty)); then
+        follow stdout &
+        run_out=$!
+        follow stderr >&2 &
+        run_err=$!
+    fi
+    if ((console)); then
+        follow console >&2 &
+        run_console=$!
+    fi
+}
+
+# follow NAME: a file of the run as it grows, until QEMU is gone.
+follow() {
+    : >>"$run_folder/$1"
+    exec tail --follow --bytes=+1 --sleep-interval=0.1 --pid="$run_qemu" "$run_folder/$1"
 }
 
 host_kernel_version() {
@@ -290,15 +296,22 @@ wait_qemu() {
     exit 125
 }
 
-# What QEMU wrote last is still in the pipes.
+# Waits until everything that was written has been passed on.
 drain_output() {
-    if ((!tty)); then
-        wait "$run_out" "$run_err" 2>/dev/null || true
-    fi
+    local reader
+    for reader in ${run_out:-} ${run_err:-} ${run_console:-}; do
+        wait "$reader" || true
+    done
 }
 
 stop_qemu() {
     if [[ -n ${run_qemu:-} ]]; then
+        # On SIGTERM it leaves the terminal as it was.
+        kill -TERM "$run_qemu" 2>/dev/null || true
+        for _ in 1 2 3 4 5 6 7 8 9 10; do
+            kill -0 "$run_qemu" 2>/dev/null || break
+            sleep 0.1
+        done
         kill -KILL "$run_qemu" 2>/dev/null || true
         wait "$run_qemu" 2>/dev/null || true
         run_qemu=
@@ -310,8 +323,8 @@ end_run() {
     trap - EXIT
     trap '' INT TERM HUP
     stop_qemu
+    [[ -z ${run_in:-} ]] || kill "$run_in" 2>/dev/null || true
     [[ -z ${run_timer:-} ]] || kill "$run_timer" 2>/dev/null || true
-    [[ -z ${run_console:-} ]] || kill "$run_console" 2>/dev/null || true
     [[ -z ${saved_terminal:-} ]] || stty "$saved_terminal" || true
     rm -rf --one-file-system "$run_folder"
 }
