@@ -32,7 +32,7 @@ fn width(len: u8, most: usize) -> usize {
 fuzz_target!(|accesses: Vec<Access>| {
     let machine = Machine::new(two_ports());
     let ecam = Ecam::new(machine.topology.clone(), 0);
-    let ports = ConfigPorts::new(machine.topology.clone(), None);
+    let ports = ConfigPorts::new(machine.topology.clone());
     for access in accesses.into_iter().take(256) {
         match access {
             Access::EcamWrite { offset, bytes, len } => {
