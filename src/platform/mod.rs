@@ -14,3 +14,5 @@ pub mod memory;
 mod mmap;
 pub mod msi;
 pub mod ram;
+pub mod tap;
+pub mod vectored;
