@@ -1,1 +1,3 @@
 //! The devices a machine is made of.
+
+pub mod virtio;

@@ -12,3 +12,5 @@ pub mod kvm;
 pub mod log;
 pub mod memory;
 pub mod msi;
+pub mod tap;
+pub mod vectored;

@@ -59,6 +59,12 @@ impl MsiPort {
         Self { requester, sink }
     }
 
+    /// As whom messages are sent.
+    #[must_use]
+    pub fn requester(&self) -> &Arc<Requester> {
+        &self.requester
+    }
+
     /// Deliver `message` now, if the function may issue requests at all.
     ///
     /// An MSI is a memory write, so Bus Master Enable gates it (PCI Express Base Specification 7.5.1.1.3).

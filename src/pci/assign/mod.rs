@@ -23,7 +23,8 @@ use std::ops::RangeInclusive;
 
 use crate::platform::addr::GpaRange;
 
-use super::tree::{BarKind, Identity, NodeKind, PciTree, PortRange};
+use super::bar::BarSpec;
+use super::tree::{Identity, NodeKind, PciTree, PortRange};
 
 pub use number::measure;
 pub use pack::Measured;
@@ -111,17 +112,6 @@ impl fmt::Display for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.device, self.function)
     }
-}
-
-/// A BAR to be placed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BarSpec {
-    /// Register number 0 to 5.
-    pub index: u8,
-    /// What it decodes.
-    pub kind: BarKind,
-    /// Bytes (or ports): a power of two.
-    pub size: u64,
 }
 
 /// The address space there is to give out.

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::pci::tree::{Bar, ECAM_BYTES, Node, Windows};
+use crate::pci::tree::{Bar, BarKind, ECAM_BYTES, Node, Windows};
 use crate::platform::addr::Gpa;
 
 const IDENTITY: Identity = Identity {

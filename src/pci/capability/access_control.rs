@@ -1,0 +1,83 @@
+//! Access control services (PCI Express Base Specification 7.7.11): what keeps peers apart.
+
+use super::{Capability, CapabilityId};
+use crate::pci::access::{DwordWrite, Register};
+use crate::pci::function::ConfigEffect;
+
+/// Source validation, translation blocking, request and completion redirect, upstream forwarding, direct
+/// translated: what a downstream port of a root complex or switch implements.
+const PORT: u32 = 0x5f;
+/// Of a function beside others in one device: request and completion redirect, direct translated.
+const MULTI_FUNCTION: u32 = 0x4c;
+
+/// ACS without egress control.
+///
+/// Every request of an emulated function goes through the root complex, so all that is offered is true
+/// whether the guest switches it on or not.
+pub struct AccessControl {
+    /// Capability in the lower half, control in the upper.
+    register: Register,
+}
+
+impl AccessControl {
+    /// Of a root port or a switch's downstream port.
+    #[must_use]
+    pub const fn port() -> Self {
+        Self {
+            register: Register::writable(PORT, PORT << 16),
+        }
+    }
+
+    /// Of a function of a multi-function device.
+    #[must_use]
+    pub const fn multi_function() -> Self {
+        Self {
+            register: Register::writable(MULTI_FUNCTION, MULTI_FUNCTION << 16),
+        }
+    }
+}
+
+impl Capability for AccessControl {
+    fn id(&self) -> CapabilityId {
+        CapabilityId::Extended {
+            id: 0x000d,
+            version: 1,
+        }
+    }
+
+    fn len(&self) -> u16 {
+        8
+    }
+
+    fn read(&self, dword: u16) -> u32 {
+        if dword == 1 { self.register.get() } else { 0 }
+    }
+
+    fn write(&mut self, dword: u16, write: DwordWrite) -> ConfigEffect {
+        if dword == 1 {
+            self.register.write(write);
+        }
+        ConfigEffect::empty()
+    }
+
+    fn reset(&mut self) {
+        self.register.reset();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_offered_can_be_switched_on() {
+        let mut acs = AccessControl::port();
+        let _ = acs.write(1, DwordWrite::whole(u32::MAX));
+        assert_eq!(acs.read(1), PORT << 16 | PORT);
+        acs.reset();
+        assert_eq!(acs.read(1), PORT);
+        let mut acs = AccessControl::multi_function();
+        let _ = acs.write(1, DwordWrite::new(2, &[0xff]).expect("inside"));
+        assert_eq!(acs.read(1), MULTI_FUNCTION << 16 | MULTI_FUNCTION);
+    }
+}
