@@ -25,7 +25,7 @@ const QUEUE_SIZE: u16 = 256;
 /// The most request queues of a disk and queue pairs of a NIC: beyond that no guest gains anything.
 const MAX_QUEUES: u16 = 64;
 /// Two queues per pair and one for control must fit the transport.
-const _: () = assert!(2 * MAX_QUEUES as usize + 1 <= virtio::pci::MOST_QUEUES);
+const _: () = assert!(2 * (MAX_QUEUES as usize) < virtio::pci::MOST_QUEUES);
 /// The most request queues a disk gets by itself: beyond that they cost memory and gain nothing on one image.
 const MAX_DEFAULT_QUEUES: u32 = 8;
 /// The smallest MTU (RFC 791: every IPv4 module forwards 68 bytes).
