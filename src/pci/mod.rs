@@ -78,9 +78,14 @@ pub mod assign;
 pub mod bar;
 pub mod bridge;
 pub mod capability;
+pub mod config_ports;
 pub mod config_space;
+pub mod dump;
+pub mod ecam;
 pub mod endpoint;
 mod function;
+pub mod port;
+pub mod topology;
 pub mod tree;
 
 pub use function::{CONFIG_DWORDS, Command, ConfigEffect, Function};

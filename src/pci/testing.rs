@@ -1,13 +1,26 @@
-//! What tests of PCI functions share: a sink of messages that records, and routes that do.
+//! What tests of PCI functions share: a sink of messages that records, devices that do, and a machine of
+//! both.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::platform::addr::{Bdf, Sbdf};
+use super::access::DwordWrite;
+use super::assign::{FunctionSpec, Parent, Pools, RootSpec, TreeSpec, assign};
+use super::bar::BarSpec;
+use super::capability::{Express, PowerManagement};
+use super::config_space::ConfigSpace;
+use super::endpoint::Endpoint;
+use super::port::PortInterrupts;
+use super::topology::{Topology, TopologyBuilder};
+use super::tree::{Bar, BarKind, ECAM_BYTES, Identity, Node, NodeKind, PciTree, PortRange};
+use super::{Command, ConfigEffect, Function};
+use crate::platform::addr::{Bdf, Gpa, GpaRange, Sbdf};
+use crate::platform::bus::Bus;
 use crate::platform::dma::Requester;
 use crate::platform::host::HostError;
+use crate::platform::irq::InterruptController;
 use crate::platform::msi::{MsiMessage, MsiPort, MsiRoute, MsiSink};
 
 /// A requester at 0000:01:00.0 with Bus Master Enable.
@@ -121,4 +134,220 @@ impl Drop for RouteHandle {
     fn drop(&mut self) {
         self.1.set.lock().expect("not poisoned").push(None);
     }
+}
+
+/// What happened to a [`Probe`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Event {
+    Moved(u8, Option<Gpa>),
+    Written(u8, u64, Vec<u8>),
+    Reset,
+}
+
+/// An endpoint that answers its BARs with their number and remembers what happened to it.
+pub(crate) struct Probe {
+    name: String,
+    endpoint: Endpoint,
+    events: Mutex<Vec<Event>>,
+}
+
+impl Probe {
+    /// The device `node` plans.
+    pub(crate) fn new(node: &Node) -> Arc<Self> {
+        let mut config = ConfigSpace::endpoint(&node.identity)
+            .capability(PowerManagement::new())
+            .capability(Express::endpoint(false));
+        for Bar {
+            index, kind, size, ..
+        } in node.bars.clone()
+        {
+            config = config.bar(BarSpec { index, kind, size });
+        }
+        Arc::new(Self {
+            name: node.name.clone(),
+            endpoint: Endpoint::new(config, Arc::default()),
+            events: Mutex::default(),
+        })
+    }
+
+    /// What happened since the last call.
+    pub(crate) fn events(&self) -> Vec<Event> {
+        std::mem::take(&mut self.events.lock().expect("not poisoned"))
+    }
+
+    fn note(&self, event: Event) {
+        self.events.lock().expect("not poisoned").push(event);
+    }
+}
+
+impl Function for Probe {
+    fn name(&self) -> &str {
+        &self.name
+    }
+    fn config_read(&self, dword: u16) -> u32 {
+        self.endpoint.config_read(dword)
+    }
+    fn config_write(&self, dword: u16, write: DwordWrite) -> ConfigEffect {
+        self.endpoint.config_write(dword, write)
+    }
+    fn requester(&self) -> &Arc<Requester> {
+        self.endpoint.requester()
+    }
+    fn bars(&self) -> &[BarSpec] {
+        self.endpoint.bars()
+    }
+    fn command(&self) -> Command {
+        self.endpoint.command()
+    }
+    fn bar_read(&self, bar: u8, _offset: u64, data: &mut [u8]) {
+        data.fill(bar);
+    }
+    fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) {
+        self.note(Event::Written(bar, offset, data.to_vec()));
+    }
+    fn bar_moved(&self, bar: u8, at: Option<Gpa>) {
+        self.note(Event::Moved(bar, at));
+    }
+    fn reset(&self) {
+        self.endpoint.reset();
+        self.note(Event::Reset);
+    }
+}
+
+impl InterruptController for Messages {
+    fn line_changed(&self, _gsi: u32, _asserted: bool) {}
+    fn pulse(&self, _gsi: u32) {}
+}
+
+/// A machine that is nothing but its PCI hierarchy, with a [`Probe`] for every planned device.
+pub(crate) struct Machine {
+    pub(crate) tree: PciTree,
+    pub(crate) mmio: Arc<Bus>,
+    pub(crate) ports: Arc<Bus>,
+    pub(crate) topology: Arc<Topology>,
+    probes: Vec<Arc<Probe>>,
+}
+
+impl Machine {
+    pub(crate) fn new(tree: PciTree) -> Self {
+        let messages = Messages::new();
+        let interrupts = PortInterrupts {
+            messages: messages.clone(),
+            wires: messages,
+        };
+        let mut builder = TopologyBuilder::new(&tree, interrupts);
+        let mut probes = Vec::new();
+        for (segment, node) in tree.nodes().filter(|(_, node)| node.bridge.is_none()) {
+            let probe = Probe::new(node);
+            builder
+                .attach(
+                    Sbdf {
+                        segment,
+                        bdf: node.bdf,
+                    },
+                    probe.clone(),
+                )
+                .expect("as planned");
+            probes.push(probe);
+        }
+        let (mmio, ports) = (Bus::mmio(), Bus::ports());
+        let topology = builder.finish(mmio.clone(), ports.clone());
+        Self {
+            tree,
+            mmio,
+            ports,
+            topology,
+            probes,
+        }
+    }
+
+    pub(crate) fn node(&self, name: &str) -> &Node {
+        self.tree
+            .nodes()
+            .map(|(_, node)| node)
+            .find(|node| node.name == name)
+            .expect("planned")
+    }
+
+    pub(crate) fn probe(&self, name: &str) -> &Probe {
+        self.probes
+            .iter()
+            .find(|probe| probe.name == name)
+            .expect("attached")
+    }
+
+    /// Read a dword of segment 0.
+    pub(crate) fn read(&self, bdf: Bdf, dword: u16) -> u32 {
+        self.topology.config_read(0, bdf, dword)
+    }
+
+    /// Write a whole dword in segment 0.
+    pub(crate) fn write(&self, bdf: Bdf, dword: u16, value: u32) {
+        self.topology
+            .config_write(0, bdf, dword, DwordWrite::whole(value));
+    }
+
+    /// Set the Command register of every planned function to all that it can do.
+    pub(crate) fn enable(&self) {
+        for (segment, node) in self.tree.nodes() {
+            self.topology
+                .config_write(segment, node.bdf, 1, DwordWrite::whole(0x7));
+        }
+    }
+
+    /// What answers at a memory address: its BAR's number, or nothing.
+    pub(crate) fn answer(&self, at: u64) -> Option<u8> {
+        let mut data = [0; 1];
+        self.mmio.read(at, &mut data).then_some(data[0])
+    }
+}
+
+/// Two root ports with a device each: `left` and `right`, each with a 4 KiB BAR 0.
+pub(crate) fn two_ports() -> PciTree {
+    let function = |name: &str, kind, parent| FunctionSpec {
+        name: name.to_owned(),
+        kind,
+        identity: Identity {
+            vendor: 0x1234,
+            device: 0x5678,
+            class: 0x02_0000,
+            revision: 0,
+            subsystem_vendor: 0,
+            subsystem: 0,
+        },
+        parent,
+        slot: None,
+        bars: Vec::new(),
+        intx: false,
+    };
+    let bar = BarSpec {
+        index: 0,
+        kind: BarKind::Mem32 { prefetchable: false },
+        size: 0x1000,
+    };
+    let endpoint = |name, port| FunctionSpec {
+        bars: vec![bar],
+        ..function(name, NodeKind::Endpoint(0), Parent::Port(port))
+    };
+    let spec = TreeSpec {
+        roots: vec![RootSpec {
+            name: "rc0".to_owned(),
+            segment: 0,
+            buses: None,
+        }],
+        functions: vec![
+            function("rp0", NodeKind::RootPort, Parent::Root(0)),
+            function("rp1", NodeKind::RootPort, Parent::Root(0)),
+            endpoint("left", 0),
+            endpoint("right", 1),
+        ],
+    };
+    let range = |start, len| GpaRange::new(Gpa(start), len).expect("a valid range");
+    let pools = Pools {
+        io: PortRange::new(0x1000, 0xffff).expect("not empty"),
+        mem32: range(0xd000_0000, 0x2000_0000),
+        mem64: range(0x40_0000_0000, 0x40_0000_0000),
+        ecam: vec![range(0x1_0000_0000, ECAM_BYTES)],
+    };
+    assign(&spec, &pools).expect("a possible tree")
 }

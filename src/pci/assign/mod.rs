@@ -23,9 +23,9 @@ use std::ops::RangeInclusive;
 
 use crate::platform::addr::GpaRange;
 
-use super::bar::BarSpec;
 use super::tree::{Identity, NodeKind, PciTree, PortRange};
 
+pub use super::bar::BarSpec;
 pub use number::measure;
 pub use pack::Measured;
 
