@@ -1,0 +1,175 @@
+//! PCI functions from the plan: every node of the tree becomes what it says it is.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+
+use super::RunError;
+use super::board::Board;
+use super::events::EventLoop;
+use super::plan::{DeviceKind, DevicePlan, NetBackend, NetPlan, Plan};
+use crate::devices::isa_bridge::IsaBridge;
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::block::{Block, BlockConfig};
+use crate::devices::virtio::console::Console;
+use crate::devices::virtio::net::{self, Net, NetConfig};
+use crate::devices::virtio::pci::{VirtioPci, VirtioPciParts};
+use crate::devices::virtio::rng::Rng;
+use crate::pci::port::PortInterrupts;
+use crate::pci::topology::{Topology, TopologyBuilder};
+use crate::pci::tree::{Node, NodeKind};
+use crate::platform::addr::Sbdf;
+use crate::platform::dma::{Dma, Requester};
+use crate::platform::doorbell::DoorbellHost;
+use crate::platform::host::HostError;
+use crate::platform::memory::GuestRam;
+use crate::platform::msi::{MsiPort, MsiSink};
+
+/// What functions are connected to.
+pub(super) struct Connections<'a> {
+    pub(super) board: &'a Board,
+    pub(super) events: &'a mut EventLoop,
+    pub(super) ram: &'a GuestRam,
+    pub(super) messages: Arc<dyn MsiSink>,
+    pub(super) doorbells: Arc<dyn DoorbellHost>,
+}
+
+/// Build the whole hierarchy of `plan`, its devices opened and attached.
+pub(super) fn build(plan: &Plan, connections: &mut Connections<'_>) -> Result<Arc<Topology>, RunError> {
+    let interrupts = PortInterrupts {
+        messages: connections.messages.clone(),
+        wires: connections.board.ioapic.clone(),
+    };
+    let mut builder = TopologyBuilder::new(&plan.pci, interrupts);
+    for segment in &plan.pci.segments {
+        for root in &segment.roots {
+            for node in &root.functions {
+                attach(&mut builder, plan, connections, segment.number, node, true)?;
+            }
+        }
+    }
+    let board = connections.board;
+    Ok(builder.finish(board.mmio.clone(), board.ports.clone()))
+}
+
+/// Attach `node` and all behind it.
+fn attach(
+    builder: &mut TopologyBuilder,
+    plan: &Plan,
+    connections: &mut Connections<'_>,
+    segment: u16,
+    node: &Node,
+    on_root_bus: bool,
+) -> Result<(), RunError> {
+    let at = Sbdf {
+        segment,
+        bdf: node.bdf,
+    };
+    match node.kind {
+        NodeKind::RootPort | NodeKind::UpstreamPort | NodeKind::DownstreamPort => {}
+        NodeKind::IsaBridge => {
+            let requester = Arc::new(Requester::new(at));
+            builder.attach(at, IsaBridge::new(&node.identity, requester))?;
+        }
+        NodeKind::Endpoint(index) => {
+            let planned = plan
+                .devices
+                .get(index)
+                .expect("a plan's endpoints name its devices");
+            let device = open(planned, connections)?;
+            let requester = Arc::new(Requester::new(at));
+            let parts = VirtioPciParts {
+                dma: Dma::new(requester.clone(), connections.ram.clone()),
+                msi: MsiPort::new(requester, connections.messages.clone()),
+                doorbells: connections.doorbells.clone(),
+                intx: node.intx.map(|intx| (intx.pin, connections.board.wire(intx.gsi))),
+                on_root_bus,
+                access_platform: false,
+            };
+            builder.attach(at, VirtioPci::new(device, parts)?)?;
+        }
+    }
+    let behind = node.bridge.iter().flat_map(|bridge| &bridge.children);
+    for child in behind {
+        attach(builder, plan, connections, segment, child, false)?;
+    }
+    Ok(())
+}
+
+/// Open what a device needs of the host.
+fn open(planned: &DevicePlan, connections: &mut Connections<'_>) -> Result<Arc<dyn VirtioDevice>, RunError> {
+    let name = planned.name.clone();
+    Ok(match &planned.kind {
+        DeviceKind::Block(block) => Arc::new(Block::open(&BlockConfig {
+            name,
+            path: block.path.clone(),
+            read_only: block.readonly,
+            direct: block.direct,
+            queues: block.queues,
+            queue_size: block.queue_size,
+            serial: Some(block.serial.clone()),
+        })?),
+        DeviceKind::Net(net) => Arc::new(Net::open(NetConfig {
+            backend: net_backend(&name, net)?,
+            name,
+            mac: net.mac.0,
+            mtu: net.mtu,
+            queue_pairs: net.queue_pairs,
+            queue_size: net.queue_size,
+            offloads: net.offload,
+        })?),
+        DeviceKind::Console(console) => {
+            let host = connections
+                .board
+                .connect(&name, &console.backend, connections.events)?;
+            Arc::new(Console::new(name, host, None)?)
+        }
+        DeviceKind::Rng(_) => Arc::new(Rng::new(name)),
+    })
+}
+
+fn net_backend(name: &str, plan: &NetPlan) -> Result<net::NetBackend, HostError> {
+    Ok(match &plan.backend {
+        NetBackend::None => net::NetBackend::None,
+        NetBackend::Tap(interface) => net::NetBackend::TapName(interface.clone()),
+        NetBackend::Fds(numbers) => {
+            let fds = numbers.iter().map(|number| inherited(name, *number));
+            net::NetBackend::TapDescriptors(fds.collect::<Result<_, _>>()?)
+        }
+    })
+}
+
+/// A descriptor that whoever started us left open, by its number; a duplicate of it.
+fn inherited(name: &str, number: i32) -> Result<OwnedFd, HostError> {
+    let taken = pidfd_open(getpid(), PidfdFlags::empty())
+        .and_then(|process| pidfd_getfd(process, number, PidfdGetfdFlags::empty()));
+    taken.map_err(|source| {
+        HostError::new(
+            format!("take the inherited descriptor {number} for {name}"),
+            source,
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn an_inherited_descriptor_is_duplicated() {
+        let file = tempfile::tempfile().expect("a file");
+        let taken = inherited("net0", file.as_raw_fd()).expect("it is open");
+        assert_ne!(taken.as_raw_fd(), file.as_raw_fd());
+    }
+
+    #[test]
+    fn a_descriptor_that_is_not_open_is_refused_by_number() {
+        let error = inherited("net0", 9999).expect_err("not open");
+        assert_eq!(
+            error.to_string(),
+            "cannot take the inherited descriptor 9999 for net0"
+        );
+    }
+}
