@@ -1,7 +1,11 @@
-//! Wired interrupts: a line that a device raises and lowers, and the controller input it drives.
+//! Wired interrupts: a line that a device raises and lowers, the controller input it drives, and the seam
+//! between a controller in user space and the processors' local APICs.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::host::HostError;
+use super::msi::MsiMessage;
 
 /// An interrupt controller's inputs, numbered by global system interrupt (GSI; ACPI 5.2.12).
 ///
@@ -13,6 +17,32 @@ pub trait InterruptController: Send + Sync {
 
     /// A message-like pulse on input `gsi`, for edge-triggered sources.
     fn pulse(&self, gsi: u32);
+}
+
+/// Inputs of the IOAPIC, and of the kernel's table of what they send.
+pub const IOAPIC_INPUTS: u8 = 24;
+
+/// How an IOAPIC in user space reaches the processors: the kernel's side of a split interrupt controller.
+pub trait IoApicHost: Send + Sync {
+    /// Deliver `message` now. One that names no processor vanishes, as on hardware.
+    fn signal(&self, message: MsiMessage);
+
+    /// Tell the kernel that input `pin` sends `message` while unmasked, or nothing (`None`).
+    ///
+    /// The kernel reports the end of an interrupt only for vectors of level-triggered messages it knows, so
+    /// this comes before the first [`Self::signal`] of an entry. On failure the previous message stays
+    /// in force. Setting what is in force already costs nothing.
+    ///
+    /// # Panics
+    /// When `pin` is not below [`IOAPIC_INPUTS`]; it is the controller's own number, never the guest's.
+    fn set_route(&self, pin: u8, message: Option<MsiMessage>) -> Result<(), HostError>;
+}
+
+/// Who hears that a processor ended a level-triggered interrupt: the IOAPIC.
+pub trait EoiListener: Send + Sync {
+    /// Some processor wrote its end-of-interrupt register for `vector`. Called on that processor's thread
+    /// with no lock held.
+    fn end_of_interrupt(&self, vector: u8);
 }
 
 /// One device's wire to one controller input.
