@@ -150,8 +150,7 @@ fn a_disk_works_alike_with_and_without_msi() {
 }
 
 /// Finds the disk's function, and tells whether the disk works.
-const DISK_TOOLS: &str = r#"
-disk=$(basename "$(readlink -f /sys/block/vda/../../..)")
+pub(crate) const DISK_TOOLS: &str = r#"
 disk=$(readlink -f /sys/block/vda/device/.. | sed 's|.*/||')
 pattern() { yes "$1" | head -c 1048576; }
 # round_trip WORD: write a pattern, read it back from the medium

@@ -19,6 +19,8 @@ mod tree;
 mod acpi;
 mod boot;
 mod devices;
+mod hostile;
 mod life;
+mod multiboot;
 mod refused;
 mod topologies;
