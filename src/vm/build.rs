@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
+use super::RunError;
 use super::boot::{Entry, Images, acpi, cpuid};
 use super::events::{EventLoop, StopSignals};
 use super::layout;
@@ -13,7 +14,6 @@ use super::lifecycle::Life;
 use super::plan::{CharBackend, DeviceKind, MemoryBacking, MemoryPlan, Plan};
 use super::stats::Milestones;
 use super::vcpu_loop::{Crew, Notices, Station, Surroundings};
-use super::RunError;
 use crate::devices::Device;
 use crate::devices::character::Backend;
 use crate::devices::clock::{Clock, Expire, HostAlarm, HostClock};

@@ -1,8 +1,8 @@
 //! The machine: what was said, what was planned from it, and the machine built and run.
 
-pub mod config;
 pub mod boot;
 pub mod build;
+pub mod config;
 pub mod events;
 pub mod layout;
 pub mod lifecycle;
