@@ -10,38 +10,29 @@ use super::topology::Topology;
 use crate::platform::addr::Bdf;
 use crate::platform::bus::BusDevice;
 
-/// The first of the eight ports.
-pub const CONFIG_PORTS: u16 = 0xcf8;
-/// How many ports there are: address, then data.
-pub const CONFIG_PORTS_LEN: u16 = 8;
-
 /// CONFIG_ADDRESS: configuration accesses on.
 const ENABLE: u32 = 1 << 31;
 /// CONFIG_ADDRESS: enable, bus, device, function, dword. The others read zero.
 const ADDRESS: u32 = 0x80ff_fffc;
 /// Offset of CONFIG_DATA.
 const DATA: u64 = 4;
-/// Offset of the reset control register, port 0xCF9, which chipsets keep inside CONFIG_ADDRESS.
-const RESET_CONTROL: u64 = 1;
 
-/// CONFIG_ADDRESS and CONFIG_DATA.
+/// CONFIG_ADDRESS and CONFIG_DATA: the eight ports from 0xCF8 on.
 ///
-/// Only a whole dword reaches CONFIG_ADDRESS. A byte at 0xCF9 is for the reset control register; every
-/// other narrow access to the address ports is nobody's.
+/// Only a whole dword reaches CONFIG_ADDRESS; narrower accesses there are nobody's here, so that whoever
+/// claims the ports can put the reset control register of chipsets, a byte at 0xCF9, in front.
 pub struct ConfigPorts {
     topology: Arc<Topology>,
     address: AtomicU32,
-    reset_control: Option<Arc<dyn BusDevice>>,
 }
 
 impl ConfigPorts {
-    /// The eight ports from [`CONFIG_PORTS`] on; bytes at 0xCF9 go to `reset_control` at offset 0.
+    /// The ports in front of segment 0 of `topology`.
     #[must_use]
-    pub fn new(topology: Arc<Topology>, reset_control: Option<Arc<dyn BusDevice>>) -> Self {
+    pub fn new(topology: Arc<Topology>) -> Self {
         Self {
             topology,
             address: AtomicU32::new(0),
-            reset_control,
         }
     }
 
@@ -57,19 +48,10 @@ impl ConfigPorts {
         let bdf = Bdf::from_requester_id(u16::from_le_bytes([low, high]));
         (address & ENABLE != 0).then(|| (bdf, u16::from(register / 4)))
     }
-
-    fn reset_control(&self, offset: u64, len: usize) -> Option<&Arc<dyn BusDevice>> {
-        self.reset_control
-            .as_ref()
-            .filter(|_| offset == RESET_CONTROL && len == 1)
-    }
 }
 
 impl BusDevice for ConfigPorts {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        if let Some(reset_control) = self.reset_control(offset, data.len()) {
-            return reset_control.read(0, data);
-        }
         if offset == 0 && data.len() == 4 {
             return data.copy_from_slice(&self.address.load(Ordering::Relaxed).to_le_bytes());
         }
@@ -86,9 +68,6 @@ impl BusDevice for ConfigPorts {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some(reset_control) = self.reset_control(offset, data.len()) {
-            return reset_control.write(0, data);
-        }
         if let (0, Ok(address)) = (offset, <[u8; 4]>::try_from(data)) {
             return self
                 .address

@@ -90,5 +90,5 @@ pub mod tree;
 
 pub use function::{CONFIG_DWORDS, Command, ConfigEffect, Function};
 
-#[cfg(test)]
-pub(crate) mod testing;
+#[cfg(any(test, fuzzing))]
+pub mod testing;

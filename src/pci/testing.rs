@@ -24,7 +24,7 @@ use crate::platform::irq::InterruptController;
 use crate::platform::msi::{MsiMessage, MsiPort, MsiRoute, MsiSink};
 
 /// A requester at 0000:01:00.0 with Bus Master Enable.
-pub(crate) fn requester() -> Arc<Requester> {
+pub fn requester() -> Arc<Requester> {
     let bdf = Bdf::new(1, 0, 0).expect("in range");
     let requester = Arc::new(Requester::new(Sbdf { segment: 0, bdf }));
     requester.set_bus_master(true);
@@ -32,7 +32,7 @@ pub(crate) fn requester() -> Arc<Requester> {
 }
 
 /// Records the messages sent one by one and hands out routes, or refuses to.
-pub(crate) struct Messages {
+pub struct Messages {
     requester: Arc<Requester>,
     sent: Mutex<Vec<MsiMessage>>,
     routes: Mutex<Vec<Arc<Route>>>,
@@ -40,7 +40,8 @@ pub(crate) struct Messages {
 }
 
 impl Messages {
-    pub(crate) fn new() -> Arc<Self> {
+    /// Nothing sent yet.
+    pub fn new() -> Arc<Self> {
         Arc::new(Self {
             requester: requester(),
             sent: Mutex::default(),
@@ -49,26 +50,34 @@ impl Messages {
         })
     }
 
-    pub(crate) fn port(self: &Arc<Self>) -> MsiPort {
+    /// A way out that records.
+    pub fn port(self: &Arc<Self>) -> MsiPort {
         MsiPort::new(self.requester.clone(), self.clone())
     }
 
-    pub(crate) fn requester(&self) -> &Arc<Requester> {
+    /// As whom messages are sent.
+    pub fn requester(&self) -> &Arc<Requester> {
         &self.requester
     }
 
     /// The messages sent one by one since the last call.
-    pub(crate) fn take(&self) -> Vec<MsiMessage> {
+    pub fn take(&self) -> Vec<MsiMessage> {
         std::mem::take(&mut self.sent.lock().expect("not poisoned"))
     }
 
+    /// How many messages were sent, either way.
+    pub fn count(&self) -> u64 {
+        let routed: u64 = self.routes().iter().map(|route| route.count()).sum();
+        routed + self.sent.lock().expect("not poisoned").len() as u64
+    }
+
     /// Every route handed out, dropped ones included.
-    pub(crate) fn routes(&self) -> Vec<Arc<Route>> {
+    pub fn routes(&self) -> Vec<Arc<Route>> {
         self.routes.lock().expect("not poisoned").clone()
     }
 
     /// Refuse routes and changes of them from now on, or not.
-    pub(crate) fn refuse(&self, refuse: bool) {
+    pub fn refuse(&self, refuse: bool) {
         self.refuse.store(refuse, Ordering::Relaxed);
     }
 }
@@ -100,18 +109,28 @@ impl MsiSink for Messages {
 }
 
 /// One route and every message it was given.
-pub(crate) struct Route {
+pub struct Route {
     eventfd: EventFd,
     set: Mutex<Vec<Option<MsiMessage>>>,
 }
 
 impl Route {
     /// How often it was signalled since the last call.
-    pub(crate) fn signals(&self) -> u64 {
+    pub fn signals(&self) -> u64 {
         self.eventfd.read().unwrap_or(0)
     }
 
-    pub(crate) fn history(&self) -> Vec<Option<MsiMessage>> {
+    /// How often it was signalled since it was made or [`Route::signals`] was called.
+    fn count(&self) -> u64 {
+        let count = self.eventfd.read().unwrap_or(0);
+        if count > 0 {
+            self.eventfd.write(count).expect("room for what was there");
+        }
+        count
+    }
+
+    /// Every message it was given; `None` at its end.
+    pub fn history(&self) -> Vec<Option<MsiMessage>> {
         self.set.lock().expect("not poisoned").clone()
     }
 }
@@ -138,14 +157,17 @@ impl Drop for RouteHandle {
 
 /// What happened to a [`Probe`].
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Event {
+pub enum Event {
+    /// A BAR answers elsewhere, or nowhere.
     Moved(u8, Option<Gpa>),
+    /// A BAR was written: which, where, what.
     Written(u8, u64, Vec<u8>),
+    /// It was reset.
     Reset,
 }
 
 /// An endpoint that answers its BARs with their number and remembers what happened to it.
-pub(crate) struct Probe {
+pub struct Probe {
     name: String,
     endpoint: Endpoint,
     events: Mutex<Vec<Event>>,
@@ -153,7 +175,7 @@ pub(crate) struct Probe {
 
 impl Probe {
     /// The device `node` plans.
-    pub(crate) fn new(node: &Node) -> Arc<Self> {
+    pub fn new(node: &Node) -> Arc<Self> {
         let mut config = ConfigSpace::endpoint(&node.identity)
             .capability(PowerManagement::new())
             .capability(Express::endpoint(false));
@@ -171,7 +193,7 @@ impl Probe {
     }
 
     /// What happened since the last call.
-    pub(crate) fn events(&self) -> Vec<Event> {
+    pub fn events(&self) -> Vec<Event> {
         std::mem::take(&mut self.events.lock().expect("not poisoned"))
     }
 
@@ -220,16 +242,21 @@ impl InterruptController for Messages {
 }
 
 /// A machine that is nothing but its PCI hierarchy, with a [`Probe`] for every planned device.
-pub(crate) struct Machine {
-    pub(crate) tree: PciTree,
-    pub(crate) mmio: Arc<Bus>,
-    pub(crate) ports: Arc<Bus>,
-    pub(crate) topology: Arc<Topology>,
+pub struct Machine {
+    /// As planned.
+    pub tree: PciTree,
+    /// Memory.
+    pub mmio: Arc<Bus>,
+    /// Ports.
+    pub ports: Arc<Bus>,
+    /// What is tested.
+    pub topology: Arc<Topology>,
     probes: Vec<Arc<Probe>>,
 }
 
 impl Machine {
-    pub(crate) fn new(tree: PciTree) -> Self {
+    /// `tree` with every device attached.
+    pub fn new(tree: PciTree) -> Self {
         let messages = Messages::new();
         let interrupts = PortInterrupts {
             messages: messages.clone(),
@@ -261,7 +288,8 @@ impl Machine {
         }
     }
 
-    pub(crate) fn node(&self, name: &str) -> &Node {
+    /// What is planned as `name`.
+    pub fn node(&self, name: &str) -> &Node {
         self.tree
             .nodes()
             .map(|(_, node)| node)
@@ -269,7 +297,8 @@ impl Machine {
             .expect("planned")
     }
 
-    pub(crate) fn probe(&self, name: &str) -> &Probe {
+    /// The device called `name`.
+    pub fn probe(&self, name: &str) -> &Probe {
         self.probes
             .iter()
             .find(|probe| probe.name == name)
@@ -277,33 +306,103 @@ impl Machine {
     }
 
     /// Read a dword of segment 0.
-    pub(crate) fn read(&self, bdf: Bdf, dword: u16) -> u32 {
+    pub fn read(&self, bdf: Bdf, dword: u16) -> u32 {
         self.topology.config_read(0, bdf, dword)
     }
 
     /// Write a whole dword in segment 0.
-    pub(crate) fn write(&self, bdf: Bdf, dword: u16, value: u32) {
+    pub fn write(&self, bdf: Bdf, dword: u16, value: u32) {
         self.topology
             .config_write(0, bdf, dword, DwordWrite::whole(value));
     }
 
     /// Set the Command register of every planned function to all that it can do.
-    pub(crate) fn enable(&self) {
+    pub fn enable(&self) {
         for (segment, node) in self.tree.nodes() {
             self.topology
                 .config_write(segment, node.bdf, 1, DwordWrite::whole(0x7));
         }
     }
 
+    /// Where every BAR should answer by the plan, and does when everything is enabled: memory before ports.
+    pub fn planned(&self) -> Vec<(String, u64)> {
+        let nodes = self.tree.nodes();
+        let bars = nodes.flat_map(|(_, node)| node.bars.iter().map(move |bar| (node, bar)));
+        let mut all: Vec<_> = bars
+            .map(|(node, bar)| {
+                (
+                    bar.kind == BarKind::Io,
+                    bar.address,
+                    format!("{} BAR {}", node.name, bar.index),
+                )
+            })
+            .collect();
+        all.sort();
+        all.into_iter()
+            .map(|(_, address, name)| (name, address))
+            .collect()
+    }
+
+    /// Where every BAR answers: name and first address, memory before ports.
+    pub fn answering(&self) -> Vec<(String, u64)> {
+        let ranges = self.mmio.traffic().into_iter().chain(self.ports.traffic());
+        ranges.map(|range| (range.name, range.start)).collect()
+    }
+
+    /// Assert what holds whatever the guest does: nothing answers, and nobody is numbered, outside the root
+    /// complex it belongs to.
+    ///
+    /// # Panics
+    ///
+    /// When it does not hold.
+    pub fn check(&self) {
+        let owner = |name: &str| {
+            let roots = self.tree.roots();
+            let mut owners = roots.filter(|root| root.nodes().any(|node| node.name == name));
+            owners.next().expect("planned")
+        };
+        for claim in self.mmio.traffic() {
+            let windows = owner(claim.name.split(" BAR ").next().expect("a name")).windows;
+            let inside = |window: GpaRange| window.start().0 <= claim.start && claim.last <= window.last().0;
+            assert!(
+                [windows.mem32, windows.mem64].into_iter().flatten().any(inside),
+                "{claim:?}"
+            );
+        }
+        for claim in self.ports.traffic() {
+            let window = owner(claim.name.split(" BAR ").next().expect("a name"))
+                .windows
+                .io;
+            let inside =
+                |w: PortRange| u64::from(w.start()) <= claim.start && claim.last <= u64::from(w.last());
+            assert!(window.is_some_and(inside), "{claim:?}");
+        }
+        for (name, at) in self.topology.functions() {
+            assert!(
+                at.is_none_or(|at| owner(name).buses.contains(&at.bdf.bus())),
+                "{name} {at:?}"
+            );
+        }
+    }
+
+    /// Assert that everything answers where it was planned.
+    ///
+    /// # Panics
+    ///
+    /// When it does not.
+    pub fn check_as_planned(&self) {
+        assert_eq!(self.answering(), self.planned());
+    }
+
     /// What answers at a memory address: its BAR's number, or nothing.
-    pub(crate) fn answer(&self, at: u64) -> Option<u8> {
+    pub fn answer(&self, at: u64) -> Option<u8> {
         let mut data = [0; 1];
         self.mmio.read(at, &mut data).then_some(data[0])
     }
 }
 
 /// Two root ports with a device each: `left` and `right`, each with a 4 KiB BAR 0.
-pub(crate) fn two_ports() -> PciTree {
+pub fn two_ports() -> PciTree {
     let function = |name: &str, kind, parent| FunctionSpec {
         name: name.to_owned(),
         kind,

@@ -7,23 +7,17 @@ use std::time::Instant;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::RunError;
+use super::board::Board;
 use super::boot::{Entry, Images, acpi, cpuid};
 use super::events::{EventLoop, StopSignals};
-use super::layout;
+use super::functions::{self, Connections};
 use super::lifecycle::Life;
 use super::plan::{CharBackend, DeviceKind, MemoryBacking, MemoryPlan, Plan};
 use super::stats::Milestones;
 use super::vcpu_loop::{Crew, Notices, Station, Surroundings};
-use crate::devices::Device;
-use crate::devices::character::Backend;
-use crate::devices::clock::{Clock, Expire, HostAlarm, HostClock};
-use crate::devices::ioapic::IoApic;
 use crate::devices::request::RequestQueue;
-use crate::devices::serial::{COM1_GSI, COM1_PORT, PORTS, Serial};
-use crate::platform::addr::GpaRange;
-use crate::platform::bus::{Bus, BusDevice, Claim};
+use crate::pci::topology::Topology;
 use crate::platform::host::HostError;
-use crate::platform::irq::{InterruptController, IrqLine};
 use crate::platform::kvm::{self, Kvm, KvmVm};
 use crate::platform::memory::GuestRam;
 use crate::platform::ram::{self, Backing, HugePage, RamOptions};
@@ -42,16 +36,11 @@ pub struct Machine<'a> {
     /// Where guest RAM lies in this process.
     pub(super) host_ram: Vec<RangeInclusive<u64>>,
     images: Images,
-    board: Board,
+    topology: Arc<Topology>,
+    pub(super) board: Board,
     ram: GuestRam,
     plan: &'a Plan,
     _vm: KvmVm,
-}
-
-/// The buses and what is on them.
-struct Board {
-    devices: Vec<Arc<dyn Device>>,
-    _claims: Vec<Claim>,
 }
 
 impl<'a> Machine<'a> {
@@ -81,35 +70,27 @@ impl<'a> Machine<'a> {
         events.wake_for(&*requests);
         events.wake_for(&*notices);
 
-        // Interrupts before those who interrupt, buses before those on them.
-        let (ports, mmio) = (Bus::ports(), Bus::mmio());
-        let clock: Arc<dyn Clock> = Arc::new(HostClock);
-        let delivery = Arc::new(vm.delivery().clone());
-        let alarm = HostAlarm::new()?;
-        let ioapic = IoApic::new(acpi::IOAPIC_ID, delivery, clock, alarm.clone());
-        let expires: Arc<dyn Expire> = ioapic.clone();
-        events.add(alarm.calls(expires));
-        let mut board = Board {
-            devices: vec![ioapic.clone()],
-            _claims: vec![claim(&mmio, layout::IOAPIC, ioapic.clone())?],
-        };
-        let controller: Arc<dyn InterruptController> = ioapic.clone();
-
-        // The board's own devices.
-        let console = backend(&plan.serial).open(&requests)?;
-        let serial = Serial::new(console.clone(), IrqLine::new(controller, COM1_GSI));
-        events.add(console);
-        board
-            ._claims
-            .push(ports.claim(serial.name(), COM1_PORT, PORTS, serial.clone())?);
-        board.devices.push(serial);
+        // Interrupts before those who interrupt, buses before those on them; configuration space opens when
+        // everything in it is in its place.
+        let mut board = Board::new(Arc::new(vm.delivery().clone()), requests.clone(), &mut events)?;
+        board.populate(plan, &mut events)?;
+        let topology = functions::build(
+            plan,
+            &Connections {
+                board: &board,
+                ram: &ram,
+                messages: Arc::new(vm.delivery().clone()),
+                doorbells: vm.doorbells(),
+            },
+        )?;
+        board.open_config_space(plan, &topology)?;
 
         // What the guest is started from, then the processors that start it.
         let entry = load(&mut images, &ram, plan)?;
         let surroundings = Arc::new(Surroundings {
-            mmio,
-            ports,
-            eoi: ioapic,
+            mmio: board.mmio.clone(),
+            ports: board.ports.clone(),
+            eoi: board.ioapic.clone(),
             milestones: Arc::new(Milestones::new(started)),
         });
         let crew = processors(plan, &kvm, &vm, &cpuid, entry, &surroundings, &notices)?;
@@ -123,6 +104,7 @@ impl<'a> Machine<'a> {
             surroundings,
             host_ram: host_ranges(&ram),
             images,
+            topology,
             board,
             ram,
             plan,
@@ -137,13 +119,10 @@ impl<'a> Machine<'a> {
 
     /// All devices as after power-on. No processor runs.
     pub(super) fn reset_devices(&self) {
-        for device in &self.board.devices {
-            device.reset();
-        }
+        // Functions first: they let go of their wires before the controller forgets what was asserted.
+        self.topology.reset();
+        self.board.reset();
     }
-
-    /// Ask the guest to shut down.
-    pub(super) fn press_power_button(&self) {}
 }
 
 fn load(images: &mut Images, ram: &GuestRam, plan: &Plan) -> Result<Entry, RunError> {
@@ -222,25 +201,6 @@ fn ram_options(plan: &MemoryPlan) -> RamOptions {
         prefault: plan.prefault,
         host_numa_node: plan.host_numa_node,
     }
-}
-
-fn backend(plan: &CharBackend) -> Backend {
-    match plan {
-        CharBackend::Null => Backend::Null,
-        CharBackend::Stdio => Backend::Stdio,
-        CharBackend::File(path) => Backend::File(path.clone()),
-        CharBackend::Pty => Backend::Pty,
-        CharBackend::Socket(path) => Backend::Socket(path.clone()),
-    }
-}
-
-fn claim<D: BusDevice + Device + 'static>(
-    bus: &Arc<Bus>,
-    at: GpaRange,
-    device: Arc<D>,
-) -> Result<Claim, RunError> {
-    let name = device.name().to_owned();
-    Ok(bus.claim(name, at.start().0, at.len(), device)?)
 }
 
 /// Where `ram` lies in this process.

@@ -204,7 +204,8 @@ fn span(ranges: impl Iterator<Item = GpaRange>) -> Option<GpaRange> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pci::assign::{BarSpec, FunctionSpec, Parent, RootSpec};
+    use crate::pci::assign::{FunctionSpec, Parent, RootSpec};
+    use crate::pci::bar::BarSpec;
     use crate::pci::tree::{BarKind, Identity, NodeKind};
 
     fn roots(segments: u16) -> TreeSpec {

@@ -1,9 +1,11 @@
 //! The machine: what was said, what was planned from it, and the machine built and run.
 
+mod board;
 pub mod boot;
 pub mod build;
 pub mod config;
 pub mod events;
+mod functions;
 pub mod layout;
 pub mod lifecycle;
 pub mod logging;
@@ -15,6 +17,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::devices::request::Request;
+use crate::pci::topology::AttachError;
 use crate::platform::bus::ClaimError;
 use crate::platform::host::HostError;
 use crate::platform::kvm::KvmError;
@@ -50,6 +53,9 @@ pub enum RunError {
     /// There is nothing that can be started.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// A device does not fit where the plan has it.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
     /// Two units want the same address.
     #[error(transparent)]
     Claim(#[from] ClaimError),
@@ -157,10 +163,13 @@ impl Machine<'_> {
             match operator.stop(signals, Instant::now()) {
                 Stop::Wait => {}
                 Stop::Ask => {
+                    let heard = self.board.press_power_button();
+                    let seconds = operator.shutdown_timeout.as_secs();
                     tracing::info!(
-                        "stop signal: pressing the guest's power button; another one ends it at once"
+                        heard,
+                        seconds,
+                        "pressed the guest's power button; another signal, or that time, ends it"
                     );
-                    self.press_power_button();
                 }
                 Stop::Kill => return Ok(Ended::Killed),
             }
@@ -249,10 +258,12 @@ impl Machine<'_> {
     fn stats(&self) -> Stats {
         let counts = self.crew.counts().iter().map(AsRef::as_ref);
         let around = &self.surroundings;
+        let buses = [&*around.ports, &*around.mmio];
         Stats::take(
             &around.milestones,
+            self.board.since_init(),
             counts,
-            [&around.ports, &around.mmio],
+            buses,
             &self.host_ram,
         )
     }

@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -81,7 +81,6 @@ pub struct Milestones {
     started: Instant,
     entered: OnceLock<Instant>,
     exited: OnceLock<Instant>,
-    init: OnceLock<Instant>,
 }
 
 impl Milestones {
@@ -92,7 +91,6 @@ impl Milestones {
             started,
             entered: OnceLock::new(),
             exited: OnceLock::new(),
-            init: OnceLock::new(),
         }
     }
 
@@ -106,15 +104,13 @@ impl Milestones {
         self.exited.get_or_init(Instant::now);
     }
 
-    /// The guest's init runs.
-    pub fn reached_init(&self) {
-        self.init.get_or_init(Instant::now);
-    }
-
     fn since_start(&self, at: &OnceLock<Instant>) -> Option<f64> {
-        at.get()
-            .map(|at| at.duration_since(self.started).as_secs_f64() * 1000.0)
+        at.get().map(|at| milliseconds(at.duration_since(self.started)))
     }
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
 }
 
 /// The statistics as they are written: `--stats FILE`.
@@ -186,14 +182,16 @@ struct Memory {
 }
 
 impl Stats {
-    /// Take them now.
+    /// Take them now. The guest's init began `since_init` ago.
     #[must_use]
     pub fn take<'a>(
         milestones: &Milestones,
+        since_init: Option<Duration>,
         counts: impl Iterator<Item = &'a ExitCounts> + Clone,
         [ports, mmio]: [&Bus; 2],
         guest_ram: &[RangeInclusive<u64>],
     ) -> Self {
+        let elapsed = milestones.started.elapsed();
         let sum = |reason| counts.clone().map(|counts| counts.get(reason)).sum::<u64>();
         let devices = |space, bus: &Bus| -> Vec<DeviceExits> {
             let busy = bus
@@ -217,8 +215,8 @@ impl Stats {
             milestones_ms: MilestonesReport {
                 first_vcpu_entry: milestones.since_start(&milestones.entered),
                 kernel_start: milestones.since_start(&milestones.exited),
-                init: milestones.since_start(&milestones.init),
-                end: milestones.started.elapsed().as_secs_f64() * 1000.0,
+                init: since_init.map(|ago| milliseconds(elapsed.saturating_sub(ago))),
+                end: milliseconds(elapsed),
             },
             exits: Exits {
                 total: ExitReason::ALL.into_iter().map(sum).sum(),
@@ -330,7 +328,7 @@ mod tests {
         counts[1].count(ExitReason::PortRead);
         counts[1].count(ExitReason::EndOfInterrupt);
         let milestones = Milestones::new(Instant::now());
-        let stats = Stats::take(&milestones, counts.iter(), [&ports, &mmio], &[]);
+        let stats = Stats::take(&milestones, None, counts.iter(), [&ports, &mmio], &[]);
         let json = serde_json::to_value(&stats).expect("JSON");
         assert_eq!(json["exits"]["total"], 3);
         assert_eq!(json["exits"]["by_vcpu"], serde_json::json!([1, 2]));
@@ -344,10 +342,10 @@ mod tests {
     #[test]
     fn a_milestone_keeps_its_first_time() {
         let milestones = Milestones::new(Instant::now());
-        milestones.reached_init();
-        let first = milestones.since_start(&milestones.init);
-        milestones.reached_init();
-        assert_eq!(milestones.since_start(&milestones.init), first);
+        milestones.entered();
+        let first = milestones.since_start(&milestones.entered);
+        milestones.entered();
+        assert_eq!(milestones.since_start(&milestones.entered), first);
     }
 
     #[test]
@@ -372,7 +370,7 @@ Rss:                3000 kB
     #[test]
     fn an_unwritable_file_is_named() {
         let milestones = Milestones::new(Instant::now());
-        let stats = Stats::take(&milestones, [].iter(), [&Bus::ports(), &Bus::mmio()], &[]);
+        let stats = Stats::take(&milestones, None, [].iter(), [&Bus::ports(), &Bus::mmio()], &[]);
         let error = stats
             .write(Path::new("/nowhere/stats.json"))
             .expect_err("no such folder");

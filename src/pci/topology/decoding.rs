@@ -78,21 +78,29 @@ impl Decoding {
     pub(super) fn refresh(&mut self, topology: &Topology, places: Range<usize>) {
         let mut wanted = Vec::new();
         let mut released = false;
+        let Some(first) = topology.places.get(places.start) else {
+            return;
+        };
+        let mut path = Path::to(topology, first);
         for index in places {
             let place = &topology.places[index];
+            path.retreat(topology, place.bus);
+            let above = path.command();
+            // A port has no BARs, so that it may be on its own way already.
+            path.descend(topology, index);
             let Some(function) = &place.function else {
                 continue;
             };
-            let above = Above::of(topology, place);
-            let command = function.command() & above.command;
+            let command = function.command() & above;
             function
                 .requester()
                 .set_bus_master(command.contains(Command::BUS_MASTER));
+            let windows = &topology.roots[topology.buses[place.bus].root].windows;
             let slots = &mut self.bars[index];
             slots.resize_with(function.bars().len(), Slot::default);
             for (position, (bar, slot)) in function.bars().iter().zip(slots).enumerate() {
                 let decodes = command.contains(bar.address_space());
-                let addresses = decodes.then(|| above.reach(bar, &**function)).flatten();
+                let addresses = decodes.then(|| path.reach(windows, bar, &**function)).flatten();
                 self.refused.remove(&(index, position));
                 if slot.live.as_ref().map(|(live, _)| *live) != addresses {
                     released |= slot.release(bar, &**function);
@@ -116,8 +124,9 @@ impl Decoding {
             let Some(function) = &place.function else {
                 continue;
             };
-            let above = Above::of(topology, place);
-            if let Some(addresses) = above.reach(&function.bars()[position], &**function) {
+            let windows = &topology.roots[topology.buses[place.bus].root].windows;
+            let bar = &function.bars()[position];
+            if let Some(addresses) = Path::to(topology, place).reach(windows, bar, &**function) {
                 self.claim(topology, index, position, addresses);
             }
         }
@@ -170,42 +179,61 @@ impl Slot {
     }
 }
 
-/// What lies between a function and the root.
-struct Above {
-    windows: Windows,
-    ports: Vec<PortState>,
-    /// What every port on the way allows.
-    command: Command,
+/// The way down to a function: what lies between it and the root.
+struct Path {
+    /// From the root downwards: a port's place, its state, and what it and all above it allow.
+    ports: Vec<(usize, PortState, Command)>,
 }
 
-impl Above {
-    fn of(topology: &Topology, place: &Place) -> Self {
-        let mut bus = &topology.buses[place.bus];
-        let windows = topology.roots[bus.root].windows;
-        let (mut ports, mut command) = (Vec::new(), Command::all());
-        while let Some((port, above)) = bus.above.and_then(|above| {
-            let place = &topology.places[above];
-            place.port.as_ref().map(|(port, _)| (port, place))
-        }) {
+impl Path {
+    /// The way to the functions on the bus of `place`.
+    fn to(topology: &Topology, place: &Place) -> Self {
+        let above = |bus: usize| topology.buses[bus].above;
+        let mut upwards = vec![];
+        let mut next = above(place.bus);
+        while let Some(port) = next {
+            upwards.push(port);
+            next = above(topology.places[port].bus);
+        }
+        let mut path = Self { ports: vec![] };
+        upwards
+            .into_iter()
+            .rev()
+            .for_each(|port| path.descend(topology, port));
+        path
+    }
+
+    /// What every port on the way allows.
+    fn command(&self) -> Command {
+        self.ports
+            .last()
+            .map_or(Command::all(), |(_, _, command)| *command)
+    }
+
+    /// Back to where `bus` hangs. It does hang on the way: places are visited depth first.
+    fn retreat(&mut self, topology: &Topology, bus: usize) {
+        let above = topology.buses[bus].above;
+        while self.ports.last().map(|(port, ..)| *port) != above && self.ports.pop().is_some() {}
+    }
+
+    /// Through the port at `place`, if there is one.
+    fn descend(&mut self, topology: &Topology, place: usize) {
+        if let Some((port, _)) = &topology.places[place].port {
             let state = port.state();
-            command &= if state.passes {
-                state.command
+            let command = if state.passes {
+                state.command & self.command()
             } else {
                 Command::empty()
             };
-            ports.push(state);
-            bus = &topology.buses[above.bus];
-        }
-        Self {
-            windows,
-            ports,
-            command,
+            self.ports.push((place, state, command));
         }
     }
 
-    /// The addresses `bar` is programmed to, if accesses to all of them get here.
-    fn reach(&self, bar: &BarSpec, function: &dyn Function) -> Option<Addresses> {
+    /// The addresses `bar` of a function under `windows` is programmed to, if accesses to all of them get
+    /// there.
+    fn reach(&self, windows: &Windows, bar: &BarSpec, function: &dyn Function) -> Option<Addresses> {
         let address = bar.address(|index| function.config_read(4 + u16::from(index)));
+        let mut ports = self.ports.iter().map(|(_, state, _)| &state.windows);
         if bar.address_space() == Command::IO {
             let start = u16::try_from(address).ok()?;
             let last = u16::try_from(address.checked_add(bar.size - 1)?).ok()?;
@@ -213,16 +241,13 @@ impl Above {
             let inside = |window: Option<PortRange>| {
                 window.is_some_and(|window| window.start() <= start && last <= window.last())
             };
-            let open = inside(self.windows.io) && self.ports.iter().all(|port| inside(port.windows.io));
+            let open = inside(windows.io) && ports.all(|port| inside(port.io));
             return open.then_some(Addresses::Ports(range));
         }
         let range = GpaRange::new(Gpa(address), bar.size)?;
         let inside = |window: Option<GpaRange>| window.is_some_and(|window| window.contains_range(range));
-        let open = (inside(self.windows.mem32) || inside(self.windows.mem64))
-            && self
-                .ports
-                .iter()
-                .all(|port| inside(port.windows.memory) || inside(port.windows.prefetchable));
+        let open = (inside(windows.mem32) || inside(windows.mem64))
+            && ports.all(|port| inside(port.memory) || inside(port.prefetchable));
         open.then_some(Addresses::Memory(range))
     }
 }

@@ -96,9 +96,9 @@ section! {
         readonly = "readonly": Option<Switch>,
         /// Whether the host's page cache is bypassed (default off).
         direct = "direct": Option<Switch>,
-        /// Request queues, 1 to 256 (default: one per vCPU, at most 8).
+        /// Request queues, 1 to 64 (default: one per vCPU, at most 8).
         queues = "queues": Option<NonZeroU16>,
-        /// Entries per queue, a power of two from 2 to 1024 (default 256).
+        /// Entries per queue, a power of two from 4 to 1024 (default 256).
         queue_size = "queue-size": Option<NonZeroU16>,
         /// The serial number the guest reads, at most 20 characters (default: the name).
         serial = "serial": Option<Serial>,
@@ -126,9 +126,9 @@ section! {
         mac = "mac": Option<MacAddress>,
         /// The MTU the guest is told, 68 to 65535 (default: none).
         mtu = "mtu": Option<u16>,
-        /// Queue pairs, 1 to 256 (default 1).
+        /// Queue pairs, 1 to 64 (default 1).
         queues = "queues": Option<NonZeroU16>,
-        /// Entries per queue, a power of two from 2 to 1024 (default 256).
+        /// Entries per queue, a power of two from 4 to 1024 (default 256).
         queue_size = "queue-size": Option<NonZeroU16>,
         /// Whether checksum and segmentation offloads are offered (default on).
         offload = "offload": Option<Switch>,

@@ -244,7 +244,8 @@ impl Image {
     /// Whether the kernel takes these buffers as they are.
     fn fits(&self, at: u64, buffers: &Buffers<'_>) -> bool {
         let aligned = |slice: &VolatileSlice<'_>| {
-            slice.ptr_guard().as_ptr().addr() % self.alignment == 0 && slice.len() % self.alignment == 0
+            slice.ptr_guard().as_ptr().addr().is_multiple_of(self.alignment)
+                && slice.len().is_multiple_of(self.alignment)
         };
         at.is_multiple_of(self.alignment as u64) && buffers.slices().iter().all(aligned)
     }

@@ -171,7 +171,7 @@ impl Medium {
         let capacity = self.sectors * SECTOR;
         let inside = |at: &u64| at.checked_add(len).is_some_and(|end| end <= capacity);
         let at = sector.checked_mul(SECTOR).filter(inside).ok_or(Status::IoError)?;
-        if len % SECTOR != 0 {
+        if !len.is_multiple_of(SECTOR) {
             return Err(Status::IoError);
         }
         Ok(Extent { at, len })

@@ -3,7 +3,7 @@
 //! The devices' own files say where their ports and inputs are, `layout` where those in memory lie. Only
 //! what no device knows of itself is decided here.
 
-use crate::devices::{power, pvpanic, reset, rtc, serial};
+use crate::devices::{hpet, power, pvpanic, reset, rtc, serial};
 
 /// I/O APIC's own ID. Processors may have the same one: the two kinds are numbered apart since the xAPIC.
 pub const IOAPIC_ID: u8 = 0;
@@ -49,9 +49,12 @@ pub(super) const PVPANIC_PORT: u16 = port(pvpanic::PVPANIC_PORT);
 
 /// The I/O APIC input of the HPET's timer 0 under legacy replacement (HPET specification 1.0a, 2.4.2).
 pub(super) const HPET_LEGACY_GSI: u8 = 2;
-/// The low half of the HPET's General Capabilities register: 64-bit counter, legacy replacement, three timers,
-/// revision 1, and 8086h as the vendor.
-pub(super) const HPET_ID: u32 = 0x8086_a201;
+/// The low half of the HPET's General Capabilities register.
+pub(super) const HPET_ID: u32 = {
+    #[expect(clippy::cast_possible_truncation, reason = "the table has the low half")]
+    let low = hpet::CAPABILITIES as u32;
+    low
+};
 
 /// The configuration mechanism's ports, which a root complex must not hand to a device.
 pub(super) const CONFIG_PORTS: u16 = port(reset::CONFIG_PORTS);

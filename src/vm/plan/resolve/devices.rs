@@ -3,8 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU16;
 
-use crate::pci::assign::{BarSpec, FunctionSpec, Parent, Slot};
-use crate::pci::tree::{BarKind, Identity, NodeKind};
+use crate::devices::virtio;
+use crate::devices::virtio::queue::LARGEST_QUEUE;
+use crate::pci::assign::{FunctionSpec, Parent, Slot};
+use crate::pci::tree::NodeKind;
 use crate::vm::config::Config;
 use crate::vm::config::said::ConfigError;
 use crate::vm::config::section::{Section, Source};
@@ -20,23 +22,16 @@ use super::topology::NamesOf;
 
 /// Entries per queue when nobody says.
 const QUEUE_SIZE: u16 = 256;
-/// The most entries per queue.
-const MAX_QUEUE_SIZE: u16 = 1024;
-/// The most queues, or queue pairs: what one BAR's notification page and MSI-X table hold with room.
-const MAX_QUEUES: u16 = 256;
+/// The most request queues of a disk and queue pairs of a NIC: beyond that no guest gains anything.
+const MAX_QUEUES: u16 = 64;
+/// Two queues per pair and one for control must fit the transport.
+const _: () = assert!(2 * (MAX_QUEUES as usize) < virtio::pci::MOST_QUEUES);
 /// The most request queues a disk gets by itself: beyond that they cost memory and gain nothing on one image.
 const MAX_DEFAULT_QUEUES: u32 = 8;
 /// The smallest MTU (RFC 791: every IPv4 module forwards 68 bytes).
 const MIN_MTU: u16 = 68;
 /// The longest serial number of a disk.
 const SERIAL_LENGTH: usize = 20;
-/// One BAR holds a virtio device's registers, notification page, MSI-X table and PBA.
-const VIRTIO_BAR: BarSpec = BarSpec {
-    index: 0,
-    kind: BarKind::Mem64 { prefetchable: true },
-    size: 0x8000,
-};
-
 /// A device's function and where it wants to be.
 #[derive(Debug)]
 pub(super) struct Endpoint<'a> {
@@ -98,10 +93,10 @@ fn endpoint<'a>(
         function: FunctionSpec {
             name: name.to_owned(),
             kind: NodeKind::Endpoint(index),
-            identity: identity(kind),
+            identity: virtio::pci::identity(virtio(kind)),
             parent: Parent::Root(0),
             slot,
-            bars: vec![VIRTIO_BAR],
+            bars: vec![virtio::pci::BAR],
             intx: true,
         },
         port: port.as_ref(),
@@ -110,22 +105,13 @@ fn endpoint<'a>(
     }
 }
 
-/// Virtio's IDs (virtio 1.3, 4.1.2.1): 0x1040 and the device type; the class says what a guest without a
-/// driver may take it for.
-fn identity(kind: &DeviceKind) -> Identity {
-    let (device_type, class) = match kind {
-        DeviceKind::Net(_) => (1, 0x02_0000),
-        DeviceKind::Block(_) => (2, 0x01_8000),
-        DeviceKind::Console(_) => (3, 0x07_8000),
-        DeviceKind::Rng(_) => (4, 0x00_ff00),
-    };
-    Identity {
-        vendor: 0x1af4,
-        device: 0x1040 + device_type,
-        class,
-        revision: 1,
-        subsystem_vendor: 0x1af4,
-        subsystem: 0x1100,
+/// What kind of virtio device it is.
+fn virtio(kind: &DeviceKind) -> virtio::Kind {
+    match kind {
+        DeviceKind::Block(_) => virtio::Kind::Block,
+        DeviceKind::Net(_) => virtio::Kind::Net,
+        DeviceKind::Console(_) => virtio::Kind::Console,
+        DeviceKind::Rng(_) => virtio::Kind::Rng,
     }
 }
 
@@ -135,8 +121,8 @@ fn on(switch: Option<Switch>, default: bool) -> bool {
 
 fn queue_size(said: Option<NonZeroU16>, source: &Source) -> Result<u16, ConfigError> {
     let size = said.map_or(QUEUE_SIZE, NonZeroU16::get);
-    if !(2..=MAX_QUEUE_SIZE).contains(&size) || !size.is_power_of_two() {
-        let problem = format!("a queue has a power of two of entries, 2 to {MAX_QUEUE_SIZE}");
+    if !(4..=LARGEST_QUEUE).contains(&size) || !size.is_power_of_two() {
+        let problem = format!("a queue has a power of two of entries, 4 to {LARGEST_QUEUE}");
         return Err(source.wrong("queue-size", problem));
     }
     Ok(size)

@@ -303,7 +303,7 @@ fn nics_have_one_backend() {
     );
     assert!(refused("fd = [3, 4]\nqueues = 3").contains("2 descriptors for 3 queue pairs"));
     assert!(refused("backend = \"none\"\nmtu = 60").ends_with("must be 68 to 65535"));
-    assert!(refused("backend = \"none\"\nqueues = 257").ends_with("must be 1 to 256"));
+    assert!(refused("backend = \"none\"\nqueues = 65").ends_with("must be 1 to 64"));
     assert!(refused("backend = \"none\"\nqueue-size = 100").contains("a power of two"));
 }
 
