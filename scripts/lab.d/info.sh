@@ -16,6 +16,12 @@ lab_setup() {
     lab_info
 }
 
+lab_guests() {
+    (($# == 0)) || usage_error "guests: takes no options"
+    ensure_guests
+    readlink -f "$cache/guest"
+}
+
 # lab_kernel_version BZIMAGE: the release in the image's header (offset at 0x20e).
 lab_kernel_version() {
     local offset

@@ -124,6 +124,18 @@ ensure_guest() {
         "making the guest $name ($version)" make_guest_of_debian kernel initramfs
 }
 
+ensure_guests() {
+    local name
+    ensure_root
+    for name in "${!debian_guests[@]}"; do
+        ensure_guest "$name"
+    done
+    # The ready-made lab kernel costs a copy, and is a guest that boots fast.
+    if lab_kernel_is_cached; then
+        ensure_lab_kernel
+    fi
+}
+
 make_guest_of_debian() {
     make_guest "$1" "$root/boot/vmlinuz-$version" "$version"
 }

@@ -64,19 +64,11 @@ lab_run() {
 }
 
 ensure_for_run() {
-    ensure_root
-    local name
-    for name in "${!debian_guests[@]}"; do
-        ensure_guest "$name"
-    done
+    ensure_guests
     if [[ $1 == lab ]]; then
         ensure_lab_kernel
     else
         ensure_debian_host
-    fi
-    # The ready-made lab kernel costs a copy, and is a guest that boots fast.
-    if [[ $1 != lab ]] && lab_kernel_is_cached; then
-        ensure_lab_kernel
     fi
 }
 
@@ -115,6 +107,7 @@ write_run() {
     local variable rows=24 columns=80 functions=() drivers= nic
     if ((tty)); then
         read -r rows columns < <(stty size)
+        ((rows)) || rows=24 columns=80
     fi
     for nic in "${nics[@]}"; do
         case $nic in

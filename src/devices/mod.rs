@@ -8,6 +8,7 @@
 pub mod character;
 pub mod clock;
 pub mod exit_port;
+pub mod hpet;
 pub mod ioapic;
 pub mod isa_bridge;
 pub mod milestone;

@@ -1,7 +1,7 @@
 //! From a device to its entry, and from an entry to a decision (sections 2.2.1 and 2.2.2).
 
 use super::memory::{SystemMemory, Unreachable};
-use super::registers::Configuration;
+use super::registers::{Configuration, Exclusion};
 use super::request::{Access, Pasid, Request};
 use super::spec::dte::{Attribute, Dte, Host, Interrupt};
 use super::spec::registers::Control;
@@ -87,7 +87,8 @@ pub enum Decision {
 
 /// Decide about `request` by the entry `dte` (section 2.2.2, Table 8; the order of the questions counts).
 #[must_use]
-pub fn decide(configuration: &Configuration, dte: &Dte, request: &Request) -> Decision {
+#[inline]
+pub fn decide(control: Control, exclusion: Exclusion, dte: &Dte, request: &Request) -> Decision {
     let (host, guest) = (dte.host, dte.guest);
     if !host.v() {
         return Decision::Forward;
@@ -95,13 +96,12 @@ pub fn decide(configuration: &Configuration, dte: &Dte, request: &Request) -> De
     if host.into_bits() & Host::RESERVED != 0 {
         return Decision::Reserved;
     }
-    if is_excluded(configuration, dte, request.at) {
+    if is_excluded(exclusion, dte, request.at) {
         return Decision::Forward;
     }
     if !host.tv() {
         return Decision::Blocked;
     }
-    let control = configuration.control;
     let guest_valid = host.gv() && control.gt_en();
     if request.pasid.is_some() && !guest_valid {
         return Decision::NoGuestTable;
@@ -176,9 +176,9 @@ fn guest_table(
 }
 
 /// Whether the exclusion range lets the request pass (section 3.4.5). Both ends are pages of the range.
-fn is_excluded(configuration: &Configuration, dte: &Dte, at: Iova) -> bool {
-    let base = configuration.exclusion_base;
-    let inside = || (base.frame()..=configuration.exclusion_limit.frame()).contains(&(at.0 >> 12));
+fn is_excluded(exclusion: Exclusion, dte: &Dte, at: Iova) -> bool {
+    let base = exclusion.base;
+    let inside = || (base.frame()..=exclusion.limit.frame()).contains(&(at.0 >> 12));
     base.enable() && (base.allow() || dte.guest.ex()) && inside()
 }
 

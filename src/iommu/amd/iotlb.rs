@@ -150,8 +150,9 @@ impl Iotlb {
     fn set(&self, tag: u64, owner: u64) -> &[Entry] {
         let mixed = (tag ^ owner.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         // The highest bits of the product depend on every bit of both.
-        let index = (mixed >> self.set_shift) as usize * WAYS;
-        &self.entries[index..index + WAYS]
+        #[expect(clippy::cast_possible_truncation, reason = "less than the number of sets")]
+        let set = (mixed >> self.set_shift) as usize;
+        &self.entries[set * WAYS..set * WAYS + WAYS]
     }
 
     /// The largest page ever kept under a granule, as a logarithm; 0 for none.

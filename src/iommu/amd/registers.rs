@@ -94,11 +94,30 @@ pub struct Configuration {
     /// Control.
     pub control: Control,
     /// Exclusion range.
-    pub exclusion_base: ExclusionBase,
-    /// Its last page.
-    pub exclusion_limit: ExclusionLimit,
+    pub exclusion: Exclusion,
     /// Device table, by segment.
     pub device_table: [DeviceTableBase; 8],
+}
+
+/// The range that some or all devices reach untranslated.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Exclusion {
+    /// First page, and for whom.
+    pub base: ExclusionBase,
+    /// Last page.
+    pub limit: ExclusionLimit,
+}
+
+impl Interrupts {
+    /// Add what a later action raised.
+    pub const fn join(&mut self, later: Self) {
+        if later.event.is_some() {
+            self.event = later.event;
+        }
+        if later.ppr.is_some() {
+            self.ppr = later.ppr;
+        }
+    }
 }
 
 /// Every register of the unit.
@@ -107,8 +126,7 @@ pub struct Registers {
     features: Features,
     control: Control,
     device_table: [DeviceTableBase; 8],
-    exclusion_base: ExclusionBase,
-    exclusion_limit: ExclusionLimit,
+    exclusion: Exclusion,
     /// Command buffer.
     pub command: Ring,
     /// An error stopped the command processor until the buffer is switched on anew.
@@ -136,8 +154,7 @@ impl Registers {
             features,
             control: Control::RESET,
             device_table: [DeviceTableBase::new(); 8],
-            exclusion_base: ExclusionBase::new(),
-            exclusion_limit: ExclusionLimit::new(),
+            exclusion: Exclusion::default(),
             command: Ring::RESET,
             command_stopped: false,
             event: Log::RESET,
@@ -177,8 +194,7 @@ impl Registers {
     pub const fn configuration(&self) -> Configuration {
         Configuration {
             control: self.control,
-            exclusion_base: self.exclusion_base,
-            exclusion_limit: self.exclusion_limit,
+            exclusion: self.exclusion,
             device_table: self.device_table,
         }
     }
@@ -245,8 +261,8 @@ impl Registers {
             Reg::EventBase => self.event.ring.base().into_bits(),
             Reg::PprBase => self.ppr.ring.base().into_bits(),
             Reg::Control => self.control.into_bits(),
-            Reg::ExclusionBase => self.exclusion_base.into_bits(),
-            Reg::ExclusionLimit => self.exclusion_limit.into_bits(),
+            Reg::ExclusionBase => self.exclusion.base.into_bits(),
+            Reg::ExclusionLimit => self.exclusion.limit.into_bits(),
             Reg::Efr => self.features.efr.into_bits(),
             Reg::Efr2 => self.features.efr2.into_bits(),
             Reg::Misc => u64::from(self.features.misc0().into_bits()) | u64::from(self.msi_ga) << 32,
@@ -281,13 +297,13 @@ impl Registers {
             Reg::PprBase => rebase(&mut self.ppr.ring, lanes),
             Reg::Control => self.write_control(lanes),
             Reg::ExclusionBase => {
-                let value = lanes.store(self.exclusion_base.into_bits(), ExclusionBase::WRITABLE);
-                self.exclusion_base = ExclusionBase::from_bits(value);
+                let value = lanes.store(self.exclusion.base.into_bits(), ExclusionBase::WRITABLE);
+                self.exclusion.base = ExclusionBase::from_bits(value);
                 self.reconfigure()
             }
             Reg::ExclusionLimit => {
-                let value = lanes.store(self.exclusion_limit.into_bits(), ExclusionLimit::WRITABLE);
-                self.exclusion_limit = ExclusionLimit::from_bits(value);
+                let value = lanes.store(self.exclusion.limit.into_bits(), ExclusionLimit::WRITABLE);
+                self.exclusion.limit = ExclusionLimit::from_bits(value);
                 self.reconfigure()
             }
             Reg::Efr | Reg::Efr2 => Effect::None,

@@ -6,7 +6,7 @@ use super::spec::registers::{RingBase, RingPointer};
 use crate::platform::addr::Gpa;
 
 /// Bytes of an entry, in every ring of the unit.
-pub const ENTRY: u64 = 16;
+pub const ENTRY: usize = 16;
 
 /// Command buffer, event log or PPR log.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -93,7 +93,7 @@ impl Ring {
     /// Where `entry` lies.
     #[must_use]
     pub const fn slot(&self, entry: u16) -> Gpa {
-        Gpa((self.base.frame() << 12) + (entry & self.last()) as u64 * ENTRY)
+        Gpa((self.base.frame() << 12) + (entry & self.last()) as u64 * ENTRY as u64)
     }
 
     /// Entries waiting between head and tail.

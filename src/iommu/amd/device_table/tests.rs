@@ -17,6 +17,10 @@ fn entry(host: Host) -> Dte {
     }
 }
 
+fn decide(configuration: &Configuration, dte: &Dte, request: &Request) -> Decision {
+    super::decide(configuration.control, configuration.exclusion, dte, request)
+}
+
 fn read() -> Request {
     Request::plain(Bdf::default(), Iova(0x1000), Access::READ)
 }
@@ -149,8 +153,8 @@ fn giov_sends_requests_without_pasid_to_the_guest_table() {
 #[test]
 fn the_exclusion_range_includes_its_last_page_and_ignores_permissions() {
     let mut configuration = configuration();
-    configuration.exclusion_base = ExclusionBase::new().with_enable(true).with_frame(1);
-    configuration.exclusion_limit = ExclusionLimit::new().with_frame(2);
+    configuration.exclusion.base = ExclusionBase::new().with_enable(true).with_frame(1);
+    configuration.exclusion.limit = ExclusionLimit::new().with_frame(2);
     let mut dte = entry(Host::new());
     let at = |dte: &Dte, at| decide(&configuration, dte, &read().moved_to(Iova(at)));
     assert_eq!(at(&dte, 0x1000), Decision::Denied);
