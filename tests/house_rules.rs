@@ -6,7 +6,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The only files that may open `unsafe_code`, each a boundary to the kernel.
-const SYSTEM_FILES: [&str; 3] = ["src/platform/kvm/", "src/platform/mmap.rs", "src/platform/tap.rs"];
+const SYSTEM_FILES: [&str; 4] = [
+    "src/platform/kvm/",
+    "src/platform/mmap.rs",
+    "src/platform/tap.rs",
+    "src/platform/vectored.rs",
+];
 
 /// Lines a source file may have; past it, split by noun.
 const MOST_LINES: usize = 800;

@@ -1,1 +1,3 @@
 //! IOMMUs between functions and guest memory.
+
+pub mod amd;

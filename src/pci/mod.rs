@@ -74,15 +74,21 @@
 //! function held: ranges move on the buses, requesters get new numbers, functions are reset.
 
 pub mod access;
+pub mod assign;
 pub mod bar;
 pub mod bridge;
 pub mod capability;
+pub mod config_ports;
 pub mod config_space;
+pub mod dump;
+pub mod ecam;
 pub mod endpoint;
 mod function;
+pub mod port;
+pub mod topology;
 pub mod tree;
 
 pub use function::{CONFIG_DWORDS, Command, ConfigEffect, Function};
 
-#[cfg(test)]
-pub(crate) mod testing;
+#[cfg(any(test, fuzzing))]
+pub mod testing;

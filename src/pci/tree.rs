@@ -177,6 +177,33 @@ pub struct Identity {
     pub subsystem: u16,
 }
 
+impl Identity {
+    /// A root port: the generic one that every guest knows from virtual machines.
+    pub const ROOT_PORT: Self = Self::port(0x1b36, 0x000c);
+    /// The upstream port of a switch (TI XIO3130, which needs no driver beyond the port driver).
+    pub const UPSTREAM_PORT: Self = Self::port(0x104c, 0x8232);
+    /// A downstream port of the same switch.
+    pub const DOWNSTREAM_PORT: Self = Self::port(0x104c, 0x8233);
+    /// The ISA bridge of an AMD southbridge: Linux matches the class, other guests the ID.
+    pub const ISA_BRIDGE: Self = Self {
+        class: 0x06_0100,
+        revision: 0x51,
+        ..Self::port(0x1022, 0x790e)
+    };
+
+    /// A PCI-to-PCI bridge.
+    const fn port(vendor: u16, device: u16) -> Self {
+        Self {
+            vendor,
+            device,
+            class: 0x06_0400,
+            revision: 0,
+            subsystem_vendor: 0,
+            subsystem: 0,
+        }
+    }
+}
+
 /// The bridge side of a port.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Bridge {
@@ -265,6 +292,12 @@ impl Pin {
     }
 }
 
+/// [`RootComplex::intx_gsi`] for a root complex that is being made.
+pub(super) const fn intx_gsi(uid: u32, device: u8, pin: Pin) -> u32 {
+    let turn = device as u32 + (pin as u32 - 1) + (uid % INTX_GSIS) * 4;
+    INTX_FIRST_GSI + turn % INTX_GSIS
+}
+
 impl RootComplex {
     /// The root bus.
     #[must_use]
@@ -277,8 +310,7 @@ impl RootComplex {
     /// Spread over all eight inputs, shifted per root complex, so that neighbours share as little as they can.
     #[must_use]
     pub const fn intx_gsi(&self, device: u8, pin: Pin) -> u32 {
-        let turn = device as u32 + (pin as u32 - 1) + (self.uid % INTX_GSIS) * 4;
-        INTX_FIRST_GSI + turn % INTX_GSIS
+        intx_gsi(self.uid, device, pin)
     }
 
     /// Every function of the root complex, parents before children, in the order a depth-first scan finds

@@ -11,4 +11,8 @@ pub mod irq;
 pub mod kvm;
 pub mod log;
 pub mod memory;
+mod mmap;
 pub mod msi;
+pub mod ram;
+pub mod tap;
+pub mod vectored;

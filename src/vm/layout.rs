@@ -2,17 +2,22 @@
 //!
 //! ```text
 //! 0                     RAM, up to the 32-bit hole
-//! pci hole .. 0xfebfffff  ECAM of the first segments, then the root complexes' 32-bit windows
+//! pci hole .. 0xfebfffff  the ECAM of each segment, then the root complexes' 32-bit windows
 //! 0xfec00000            IOAPIC
 //! 0xfed00000            HPET, where there is one
 //! 0xfed80000-0xfed8ffff nothing: Zen guests read the southbridge's reset status there and expect all ones
 //! 0xfee00000-0xfeefffff local APICs; MSI writes
 //! 4 GiB                 RAM, around the HyperTransport hole
-//! after RAM             ECAM of further segments, then the root complexes' 64-bit windows
+//! after RAM             the root complexes' 64-bit windows
 //! ```
+//!
+//! All ECAMs lie below 4 GiB: Linux drops the whole MCFG table when one lies above, unless firmware of 2010 or
+//! later vouches for it through SMBIOS. That costs RAM nothing, what the hole displaces continues at 4 GiB.
 
 use serde::Serialize;
 
+use crate::pci::assign::{AssignError, Measured, Pools, Space, TreeSpec, measure};
+use crate::pci::tree::{ECAM_BYTES, PciTree, PortRange};
 use crate::platform::addr::{Gpa, GpaRange};
 
 /// The I/O APIC's registers: one page.
@@ -31,19 +36,290 @@ pub const HYPERTRANSPORT: GpaRange = fixed(0xfd_0000_0000, 0x3_0000_0000);
 /// The first address that 32 bits do not reach.
 pub const FOUR_GIB: Gpa = Gpa(1 << 32);
 
+/// The highest address of a guest: physical addresses have 52 bits at most (AMD64 Architecture Programmer's
+/// Manual Volume 2, 5.1).
+const LAST_ADDRESS: u64 = (1 << 52) - 1;
+/// The most RAM a machine has. Leaves most of the address space to windows.
+pub const MAX_RAM: u64 = 64 << 40;
+/// Where the PCI hole begins when little is asked of it.
+const SMALLEST_HOLE_START: u64 = 3 << 30;
+/// Where it begins at the earliest: a 32-bit kernel still finds 1 GiB of RAM in one piece.
+const LARGEST_HOLE_START: u64 = 1 << 30;
+/// The hole grows in steps of this, so that ECAMs in it are aligned.
+const HOLE_STEP: u64 = 256 << 20;
+/// 64-bit windows begin at a multiple of this.
+const MEM64_ALIGN: u64 = 1 << 30;
+/// Ports that I/O windows are cut from: those below belong to the board.
+const IO_WINDOWS: PortRange = PortRange::new(0x1000, 0xffff).expect("constant");
+
 const fn fixed(start: u64, len: u64) -> GpaRange {
     GpaRange::new(Gpa(start), len).expect("a constant range is not empty and does not wrap")
 }
 
-/// Where everything but RAM may lie.
+/// Where everything but RAM lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Layout {
     /// Where RAM below 4 GiB ends at the latest and the PCI hole begins.
     pub low_ram_end: Gpa,
     /// What the root complexes' 32-bit windows are cut from.
     pub mem32: GpaRange,
-    /// What the root complexes' 64-bit windows are cut from; `None` when nothing needs one.
+    /// From the first to the last of the root complexes' 64-bit windows; `None` when there is none.
     pub mem64: Option<GpaRange>,
     /// The highest address in use: the guest's and the host's processors must reach it.
     pub highest: Gpa,
+}
+
+/// A machine that has no room in guest physical space.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LayoutError {
+    /// More ECAMs than fit below 4 GiB.
+    #[error(
+        "{segments} PCI segments do not fit: each has 256 MiB of configuration space below 4 GiB, and {most} \
+         are the most"
+    )]
+    TooManySegments {
+        /// How many there are.
+        segments: usize,
+        /// How many there may be.
+        most: usize,
+    },
+    /// The hierarchy cannot be.
+    #[error(transparent)]
+    Pci(#[from] AssignError),
+}
+
+/// A guest physical map with everything in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mapped {
+    /// The windows.
+    pub layout: Layout,
+    /// RAM, ascending.
+    pub ram: Vec<GpaRange>,
+    /// The hierarchy with its addresses.
+    pub pci: PciTree,
+}
+
+/// Lay out `ram` bytes of RAM (at most [`MAX_RAM`]) and the hierarchy `spec` asks for.
+pub fn map(ram: u64, spec: &TreeSpec) -> Result<Mapped, LayoutError> {
+    let measured = measure(spec)?;
+    let (low_ram_end, ecam, mem32) = low_windows(&measured)?;
+    let ram = ram_regions(ram, low_ram_end);
+    let ram_end = ram.last().map_or(0, |region| region.last().0 + 1);
+    let pools = Pools {
+        io: IO_WINDOWS,
+        mem32,
+        mem64: high_windows(&measured, ram_end)?,
+        ecam,
+    };
+    let pci = measured.place(&pools)?;
+    let mem64 = span(pci.roots().filter_map(|root| root.windows.mem64));
+    let top = [ram.last().copied(), mem64, Some(LOCAL_APIC)]
+        .into_iter()
+        .flatten();
+    let highest = top.map(GpaRange::last).max().expect("the list is not empty");
+    let layout = Layout {
+        low_ram_end,
+        mem32,
+        mem64,
+        highest,
+    };
+    Ok(Mapped { layout, ram, pci })
+}
+
+/// The smallest hole that holds the ECAMs and the 32-bit windows.
+fn low_windows(measured: &Measured<'_>) -> Result<(Gpa, Vec<GpaRange>, GpaRange), LayoutError> {
+    let segments = measured.segments();
+    let most = usize::try_from((PCI_HOLE_END.0 - LARGEST_HOLE_START) / ECAM_BYTES).expect("a dozen");
+    if segments > most {
+        return Err(LayoutError::TooManySegments { segments, most });
+    }
+    let ecam_at = |start: u64| (0..segments as u64).map(move |at| fixed(start + at * ECAM_BYTES, ECAM_BYTES));
+    let mut start = SMALLEST_HOLE_START;
+    loop {
+        let ecam: Vec<GpaRange> = ecam_at(start).collect();
+        let mem32 = start + segments as u64 * ECAM_BYTES;
+        let tried = match PCI_HOLE_END
+            .0
+            .checked_sub(mem32)
+            .and_then(|len| GpaRange::new(Gpa(mem32), len))
+        {
+            None => None,
+            Some(pool) => match measured.root_windows(Space::Mem32, mem32..=pool.last().0) {
+                Ok(_) => return Ok((Gpa(start), ecam, pool)),
+                Err(error) => Some(error),
+            },
+        };
+        match tried {
+            Some(error) if start == LARGEST_HOLE_START => return Err(error.into()),
+            _ => start -= HOLE_STEP,
+        }
+    }
+}
+
+/// Where the 64-bit windows go: after RAM, on one side of the HyperTransport hole.
+fn high_windows(measured: &Measured<'_>, ram_end: u64) -> Result<GpaRange, LayoutError> {
+    let base = ram_end.max(FOUR_GIB.0).next_multiple_of(MEM64_ALIGN);
+    let below = HYPERTRANSPORT
+        .start()
+        .0
+        .checked_sub(base)
+        .and_then(|len| GpaRange::new(Gpa(base), len));
+    let fits = |pool: &GpaRange| {
+        let limits = pool.start().0..=pool.last().0;
+        measured.root_windows(Space::Mem64, limits).is_ok()
+    };
+    if let Some(pool) = below.filter(fits) {
+        return Ok(pool);
+    }
+    let base = base.max(HYPERTRANSPORT.last().0 + 1);
+    measured.root_windows(Space::Mem64, base..=LAST_ADDRESS)?;
+    Ok(fixed(base, LAST_ADDRESS - base + 1))
+}
+
+/// RAM from 0 to the hole, then from 4 GiB on, then from the end of the HyperTransport hole on.
+fn ram_regions(size: u64, low_end: Gpa) -> Vec<GpaRange> {
+    let places = [
+        (0, low_end.0),
+        (FOUR_GIB.0, HYPERTRANSPORT.start().0),
+        (HYPERTRANSPORT.last().0 + 1, LAST_ADDRESS + 1),
+    ];
+    let mut left = size;
+    let mut regions = Vec::new();
+    for (start, end) in places {
+        let len = left.min(end - start);
+        regions.extend(GpaRange::new(Gpa(start), len));
+        left -= len;
+    }
+    regions
+}
+
+/// From the first to the last of some ranges.
+fn span(ranges: impl Iterator<Item = GpaRange>) -> Option<GpaRange> {
+    ranges.reduce(|a, b| {
+        let (start, last) = (a.start().min(b.start()), a.last().max(b.last()));
+        fixed(start.0, last.0 - start.0 + 1)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pci::assign::{FunctionSpec, Parent, RootSpec};
+    use crate::pci::bar::BarSpec;
+    use crate::pci::tree::{BarKind, Identity, NodeKind};
+
+    fn roots(segments: u16) -> TreeSpec {
+        let root = |segment| RootSpec {
+            name: format!("rc{segment}"),
+            segment,
+            buses: None,
+        };
+        TreeSpec {
+            roots: (0..segments).map(root).collect(),
+            functions: Vec::new(),
+        }
+    }
+
+    fn with_bar(kind: BarKind, size: u64) -> TreeSpec {
+        let gpu = FunctionSpec {
+            name: "gpu0".to_owned(),
+            kind: NodeKind::Endpoint(0),
+            identity: Identity::ROOT_PORT,
+            parent: Parent::Root(0),
+            slot: None,
+            bars: vec![BarSpec { index: 0, kind, size }],
+            intx: false,
+        };
+        TreeSpec {
+            functions: vec![gpu],
+            ..roots(1)
+        }
+    }
+
+    fn mapped(ram: u64, spec: &TreeSpec) -> Mapped {
+        map(ram, spec).expect("a machine that fits")
+    }
+
+    fn texts(ranges: &[GpaRange]) -> Vec<String> {
+        ranges.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn little_ram_lies_below_the_hole() {
+        let mapped = mapped(512 << 20, &roots(1));
+        assert_eq!(texts(&mapped.ram), ["00000000-1fffffff"]);
+        assert_eq!(mapped.pci.segments[0].ecam.to_string(), "c0000000-cfffffff");
+        assert_eq!(mapped.layout.mem32.to_string(), "d0000000-febfffff");
+    }
+
+    #[test]
+    fn ram_that_the_hole_displaces_continues_at_four_gib() {
+        let mapped = mapped(4 << 30, &roots(1));
+        assert_eq!(texts(&mapped.ram), ["00000000-bfffffff", "100000000-13fffffff"]);
+        let window = mapped.pci.segments[0].roots[0].windows.mem64.expect("it has one");
+        assert_eq!(window.start(), Gpa(0x1_4000_0000));
+    }
+
+    #[test]
+    fn neither_ram_nor_windows_enter_the_hypertransport_hole() {
+        for size in [900_u64 << 30, 1011 << 30, 1 << 40, 3 << 40, MAX_RAM] {
+            let mapped = mapped(size, &roots(3));
+            let windows = mapped.pci.roots().filter_map(|root| root.windows.mem64);
+            let all: Vec<GpaRange> = mapped.ram.iter().copied().chain(windows).collect();
+            assert!(all.iter().all(|range| !range.overlaps(HYPERTRANSPORT)), "{all:?}");
+            assert_eq!(mapped.ram.iter().map(|range| range.len()).sum::<u64>(), size);
+        }
+    }
+
+    #[test]
+    fn nothing_overlaps_the_fixed_units() {
+        let mapped = mapped(8 << 30, &roots(4));
+        let ecams = mapped.pci.segments.iter().map(|segment| segment.ecam);
+        let all: Vec<GpaRange> = ecams
+            .chain([mapped.layout.mem32])
+            .chain(mapped.ram.clone())
+            .collect();
+        for unit in [IOAPIC, HPET, SOUTHBRIDGE, LOCAL_APIC] {
+            assert!(all.iter().all(|range| !range.overlaps(unit)), "{unit}");
+        }
+    }
+
+    #[test]
+    fn the_hole_grows_with_what_must_lie_below_four_gib() {
+        let large = BarKind::Mem32 { prefetchable: false };
+        assert_eq!(mapped(4 << 30, &roots(4)).layout.low_ram_end, Gpa(0xb000_0000));
+        assert_eq!(
+            mapped(4 << 30, &with_bar(large, 1 << 30)).layout.low_ram_end,
+            Gpa(0x7000_0000)
+        );
+        let error = map(4 << 30, &with_bar(large, 1 << 31)).expect_err("2 GiB at 2 GiB cover the local APIC");
+        assert!(
+            matches!(error, LayoutError::Pci(AssignError::WindowsDoNotFit { .. })),
+            "{error:?}"
+        );
+    }
+
+    #[test]
+    fn segments_end_where_their_ecams_no_longer_fit() {
+        assert!(map(1 << 30, &roots(10)).is_ok());
+        let error = map(1 << 30, &roots(12)).expect_err("3 GiB of ECAM");
+        assert_eq!(
+            error,
+            LayoutError::TooManySegments {
+                segments: 12,
+                most: 11
+            }
+        );
+    }
+
+    #[test]
+    fn windows_too_large_for_the_space_below_one_tib_go_above() {
+        let wide = BarKind::Mem64 { prefetchable: true };
+        let mapped = mapped(4 << 30, &with_bar(wide, 1 << 40));
+        assert_eq!(
+            mapped.pci.nodes().next().expect("the gpu").1.bars[0].address,
+            1 << 40
+        );
+        assert_eq!(mapped.layout.highest, Gpa((2 << 40) + (1 << 38) - 1));
+    }
 }

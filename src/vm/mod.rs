@@ -1,4 +1,300 @@
 //! The machine: what was said, what was planned from it, and the machine built and run.
 
+mod board;
+pub mod boot;
+pub mod build;
+pub mod config;
+pub mod events;
+mod functions;
 pub mod layout;
+pub mod lifecycle;
+pub mod logging;
 pub mod plan;
+pub mod stats;
+pub mod vcpu_loop;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use crate::devices::request::Request;
+use crate::pci::topology::AttachError;
+use crate::platform::bus::ClaimError;
+use crate::platform::host::HostError;
+use crate::platform::kvm::KvmError;
+
+use boot::BootError;
+use build::Machine;
+use lifecycle::{Ended, IllegalStep, State, Step};
+use plan::{OnReboot, Plan};
+use stats::Stats;
+use vcpu_loop::Notice;
+
+/// What a run needs to know that is not the machine's.
+#[derive(Debug, Clone)]
+pub struct RunOptions {
+    /// When the process started: what milestones count from.
+    pub started: Instant,
+    /// Where the statistics go at the end.
+    pub stats: Option<PathBuf>,
+    /// How long a guest may take to shut down after the first stop signal.
+    pub shutdown_timeout: Duration,
+}
+
+/// Why a machine could not be run, or not any further. The host or the operator can mend it; what a guest
+/// does ends in an [`Ended`] instead.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// KVM cannot be used, or not for this machine.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The host refused something.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// There is nothing that can be started.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A device does not fit where the plan has it.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// Two units want the same address.
+    #[error(transparent)]
+    Claim(#[from] ClaimError),
+    /// The plan has no kernel.
+    #[error("no kernel was named; use --kernel FILE or `kernel` in the machine file")]
+    NoKernel,
+    /// The guest's addresses are wider than the host's processors can map.
+    #[error(
+        "the machine's addresses go up to {highest:#x}; this host's processors map {bits} bits, up to {reach:#x}"
+    )]
+    AddressBits {
+        /// The highest address in the plan.
+        highest: u64,
+        /// What the host has.
+        bits: u32,
+        /// The highest address that gives.
+        reach: u64,
+    },
+    /// A state change out of order.
+    #[error(transparent)]
+    Illegal(#[from] IllegalStep),
+}
+
+/// Build the machine that `plan` describes, run it to its end, and say how it ended.
+///
+/// # Errors
+/// What the host or the operator must mend; the guest may have run by then.
+pub fn run(plan: &Plan, options: &RunOptions) -> Result<Ended, RunError> {
+    let mut machine = Machine::build(plan, options.started)?;
+    let mut operator = Operator::new(options.shutdown_timeout);
+    machine.start()?;
+    let ended = machine.serve(plan, &mut operator);
+    machine.stop()?;
+    if let Some(path) = &options.stats {
+        machine.stats().write(path)?;
+    }
+    let ended = ended?;
+    tracing::info!(%ended, status = ended.exit_status(), "the machine ended");
+    Ok(ended)
+}
+
+/// What the operator's stop signals have led to so far.
+#[derive(Debug)]
+struct Operator {
+    shutdown_timeout: Duration,
+    /// When the guest's time to shut down is up.
+    deadline: Option<Instant>,
+}
+
+/// What to do about stop signals.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stop {
+    /// Press the power button.
+    Ask,
+    /// End the machine.
+    Kill,
+    /// Nothing yet.
+    Wait,
+}
+
+impl Operator {
+    fn new(shutdown_timeout: Duration) -> Self {
+        Self {
+            shutdown_timeout,
+            deadline: None,
+        }
+    }
+
+    /// `signals` more came by `now`.
+    fn stop(&mut self, signals: usize, now: Instant) -> Stop {
+        match (self.deadline, signals) {
+            (Some(deadline), 0) if now < deadline => Stop::Wait,
+            (None, 0) => Stop::Wait,
+            (None, 1) => {
+                self.deadline = now.checked_add(self.shutdown_timeout);
+                Stop::Ask
+            }
+            _ => Stop::Kill,
+        }
+    }
+}
+
+impl Machine<'_> {
+    /// Let the guest run for the first time.
+    fn start(&mut self) -> Result<(), RunError> {
+        self.life.step(Step::Start)?;
+        Ok(self.crew.run()?)
+    }
+
+    /// Serve events until the machine is to end.
+    fn serve(&mut self, plan: &Plan, operator: &mut Operator) -> Result<Ended, RunError> {
+        loop {
+            self.events.turn(operator.deadline)?;
+            while let Some(request) = self.requests.take() {
+                if let Some(ended) = self.obey(request, plan)? {
+                    return Ok(ended);
+                }
+            }
+            while let Some(notice) = self.notices.take() {
+                if let Some(ended) = self.heed(notice, plan)? {
+                    return Ok(ended);
+                }
+            }
+            let signals = self.signals.count();
+            match operator.stop(signals, Instant::now()) {
+                Stop::Wait => {}
+                Stop::Ask => {
+                    let heard = self.board.press_power_button();
+                    let seconds = operator.shutdown_timeout.as_secs();
+                    tracing::info!(
+                        heard,
+                        seconds,
+                        "pressed the guest's power button; another signal, or that time, ends it"
+                    );
+                }
+                Stop::Kill => return Ok(Ended::Killed),
+            }
+        }
+    }
+
+    /// Do what a device asks for.
+    fn obey(&mut self, request: Request, plan: &Plan) -> Result<Option<Ended>, RunError> {
+        Ok(match request {
+            Request::PowerOff => Some(Ended::PoweredOff),
+            Request::Reset => self.reset_or_end(plan)?,
+            Request::GuestPanicked => Some(Ended::Crashed("its kernel panicked".to_owned())),
+            Request::CrashLoaded => {
+                tracing::warn!("the guest's kernel panicked; its crash kernel goes on");
+                None
+            }
+            Request::Exit(status) => Some(Ended::Exit(status)),
+            Request::Quit => Some(Ended::Quit),
+        })
+    }
+
+    /// A processor cannot go on.
+    fn heed(&mut self, notice: Notice, plan: &Plan) -> Result<Option<Ended>, RunError> {
+        match notice {
+            Notice::Host(error) => Err(error.into()),
+            Notice::Broken { vcpu, what } => {
+                tracing::error!(vcpu, what, "a processor cannot go on");
+                Ok(Some(Ended::Crashed(format!("vCPU {vcpu}: {what}"))))
+            }
+            Notice::TripleFault { vcpu } => {
+                tracing::warn!(vcpu, "triple fault");
+                match plan.board.on_reboot {
+                    OnReboot::Restart => self.reset_or_end(plan),
+                    OnReboot::Exit => Ok(Some(Ended::Crashed(format!("triple fault on vCPU {vcpu}")))),
+                }
+            }
+        }
+    }
+
+    fn reset_or_end(&mut self, plan: &Plan) -> Result<Option<Ended>, RunError> {
+        match plan.board.on_reboot {
+            OnReboot::Exit => Ok(Some(Ended::Reset)),
+            OnReboot::Restart => {
+                self.reset()?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Stop the processors, so that nothing of the guest runs.
+    pub fn pause(&mut self) -> Result<(), RunError> {
+        self.crew.hold()?;
+        self.life.step(Step::Pause)?;
+        Ok(())
+    }
+
+    /// Let a paused guest go on.
+    pub fn resume(&mut self) -> Result<(), RunError> {
+        self.life.step(Step::Resume)?;
+        Ok(self.crew.run()?)
+    }
+
+    /// Start the machine again: processors, devices and what is loaded as they were at power-on.
+    fn reset(&mut self) -> Result<(), RunError> {
+        tracing::info!("reset");
+        self.pause()?;
+        self.life.step(Step::Reset)?;
+        self.reset_devices();
+        // What asked for a reset before this one was heard asked for this one.
+        while self.requests.take().is_some() {}
+        while self.notices.take().is_some() {}
+        let entry = self.load()?;
+        self.crew.reset(entry)?;
+        self.life.step(Step::Restart)?;
+        Ok(self.crew.run()?)
+    }
+
+    /// End: nothing runs from here on.
+    fn stop(&mut self) -> Result<(), RunError> {
+        self.crew.hold()?;
+        self.life.step(Step::End)?;
+        debug_assert_eq!(self.life.state(), State::Ended);
+        Ok(())
+    }
+
+    fn stats(&self) -> Stats {
+        let counts = self.crew.counts().iter().map(AsRef::as_ref);
+        let around = &self.surroundings;
+        let buses = [&*around.ports, &*around.mmio];
+        Stats::take(
+            &around.milestones,
+            self.board.since_init(),
+            counts,
+            buses,
+            &self.host_ram,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIMEOUT: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn the_first_stop_signal_asks_and_the_second_kills() {
+        let (mut operator, now) = (Operator::new(TIMEOUT), Instant::now());
+        assert_eq!(operator.stop(0, now), Stop::Wait);
+        assert_eq!(operator.stop(1, now), Stop::Ask);
+        assert_eq!(operator.stop(0, now), Stop::Wait);
+        assert_eq!(operator.stop(1, now), Stop::Kill);
+    }
+
+    #[test]
+    fn two_stop_signals_at_once_kill() {
+        let mut operator = Operator::new(TIMEOUT);
+        assert_eq!(operator.stop(2, Instant::now()), Stop::Kill);
+    }
+
+    #[test]
+    fn a_guest_that_does_not_shut_down_in_time_is_killed() {
+        let (mut operator, now) = (Operator::new(TIMEOUT), Instant::now());
+        assert_eq!(operator.stop(1, now), Stop::Ask);
+        assert_eq!(operator.stop(0, now + TIMEOUT / 2), Stop::Wait);
+        assert_eq!(operator.stop(0, now + TIMEOUT), Stop::Kill);
+    }
+}

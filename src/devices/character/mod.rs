@@ -165,6 +165,12 @@ impl HostEnd {
             .is_full()
     }
 
+    /// How many bytes the guest may send now without losing any. Only sending makes it less.
+    #[must_use]
+    pub fn room(&self) -> usize {
+        self.output.lock().unwrap_or_else(PoisonError::into_inner).room()
+    }
+
     /// The guest's device has room again. Cheap when nobody waits for it.
     pub fn room_made(&self) {
         if self.starved.swap(false, Ordering::SeqCst) {

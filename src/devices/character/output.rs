@@ -76,6 +76,14 @@ impl Output {
         self.when_full == WhenFull::GuestWaits && self.backlog.len() >= BACKLOG
     }
 
+    /// How many bytes can be written before any is lost for want of room.
+    pub(super) fn room(&self) -> usize {
+        match self.when_full {
+            WhenFull::GuestWaits => BACKLOG.saturating_sub(self.backlog.len()),
+            WhenFull::ForgetOldest => usize::MAX,
+        }
+    }
+
     /// Send `bytes` after what waits already.
     pub(super) fn write(&mut self, bytes: &[u8]) {
         let sent = if self.backlog.is_empty() {

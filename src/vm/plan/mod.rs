@@ -5,6 +5,8 @@
 //! overlap, numbers are in their fields' ranges. What only the host can tell (whether a file opens, whether
 //! KVM has enough address bits) is not decided here.
 
+mod resolve;
+
 use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;

@@ -1,0 +1,375 @@
+//! A disk as its driver sees it, on files of the host.
+
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
+
+use tempfile::NamedTempFile;
+
+use super::request::{Operation, RawSegment};
+use super::*;
+use crate::devices::virtio::driver::{Driver, HIGH_END, LOW_END, Part};
+
+const SECTORS: u64 = 64;
+
+fn image_file(sectors: u64) -> NamedTempFile {
+    let mut file = NamedTempFile::new().expect("a file");
+    let content: Vec<u8> = (0..sectors * 512)
+        .map(|at| (at / 512).to_le_bytes()[0].wrapping_add(1))
+        .collect();
+    file.write_all(&content).expect("written");
+    file
+}
+
+struct Disk {
+    block: Block,
+    driver: Driver,
+    file: NamedTempFile,
+    features: Features,
+}
+
+fn disk_as(change: impl FnOnce(&mut BlockConfig)) -> Disk {
+    let file = image_file(SECTORS);
+    let mut config = BlockConfig::new("disk0", file.path());
+    change(&mut config);
+    let block = Block::open(&config).expect("a good image");
+    Disk {
+        features: block.features(),
+        block,
+        driver: Driver::new(64),
+        file,
+    }
+}
+
+fn disk() -> Disk {
+    disk_as(|_| {})
+}
+
+impl Disk {
+    fn serve(&mut self) -> Result<Turn, Broken> {
+        let ram = self.driver.ram();
+        let queue = self.block.queue(self.features);
+        queue.serve(ram.backend(), &mut self.driver.queue)
+    }
+
+    fn header(operation: Operation, sector: u64) -> Vec<u8> {
+        let header = Header {
+            operation: operation.0.to_le(),
+            reserved: 0,
+            sector: sector.to_le(),
+        };
+        header.as_bytes().to_vec()
+    }
+
+    /// One request with data in one descriptor; the status and what the used ring says.
+    fn ask(&mut self, operation: Operation, sector: u64, data: Part) -> (u8, u32) {
+        let header = self.driver.place(&Self::header(operation, sector));
+        let status = self.driver.place(&[0xee]);
+        self.driver
+            .offer(&[Part::read(header, 16), data, Part::write(status, 1)]);
+        assert_eq!(self.serve().expect("a good queue"), Turn::Idle);
+        let used = self.driver.used();
+        assert_eq!(used.len(), 1);
+        (self.driver.bytes(status, 1)[0], used[0].1)
+    }
+
+    fn ask_without_data(&mut self, operation: Operation, sector: u64) -> u8 {
+        let nothing = self.driver.place(&[]);
+        self.ask(operation, sector, Part::read(nothing, 0)).0
+    }
+
+    fn segment(&mut self, operation: Operation, sector: u64, sectors: u32, flags: u32) -> u8 {
+        let segment = RawSegment {
+            sector: sector.to_le(),
+            sectors: sectors.to_le(),
+            flags: flags.to_le(),
+        };
+        let at = self.driver.place(segment.as_bytes());
+        self.ask(operation, 0, Part::read(at, 16)).0
+    }
+
+    fn content(&mut self, sector: u64, sectors: usize) -> Vec<u8> {
+        let mut content = vec![0; sectors * 512];
+        let file = self.file.as_file_mut();
+        file.seek(SeekFrom::Start(sector * 512)).expect("inside");
+        file.read_exact(&mut content).expect("inside");
+        content
+    }
+}
+
+const OK: u8 = Status::Ok as u8;
+const IO_ERROR: u8 = Status::IoError as u8;
+const UNSUPPORTED: u8 = Status::Unsupported as u8;
+
+#[test]
+fn sectors_are_read_into_the_drivers_buffer() {
+    let mut disk = disk();
+    let at = disk.driver.place(&[0; 1024]);
+    assert_eq!(disk.ask(Operation::IN, 2, Part::write(at, 1024)), (OK, 1025));
+    assert_eq!(disk.driver.bytes(at, 512), [3; 512]);
+    assert_eq!(disk.driver.bytes(at + 512, 512), [4; 512]);
+}
+
+#[test]
+fn sectors_are_written_from_the_drivers_buffer() {
+    let mut disk = disk();
+    let at = disk.driver.place(&[0xaa; 512]);
+    assert_eq!(
+        disk.ask(Operation::OUT, SECTORS - 1, Part::read(at, 512)),
+        (OK, 1)
+    );
+    assert_eq!(disk.content(SECTORS - 1, 1), [0xaa; 512]);
+    assert_eq!(
+        disk.content(SECTORS - 2, 1),
+        [63; 512],
+        "its neighbour is as before"
+    );
+}
+
+#[test]
+fn a_request_may_be_cut_into_descriptors_anywhere() {
+    let mut disk = disk();
+    let header = disk.driver.place(&Disk::header(Operation::IN, 1));
+    let at = disk.driver.place(&[0; 1024]);
+    disk.driver.offer(&[
+        Part::read(header, 5),
+        Part::read(header + 5, 11),
+        Part::write(at, 3),
+        Part::write(at + 3, 500),
+        Part::write(at + 503, 10),
+    ]);
+    assert_eq!(disk.serve().expect("a good queue"), Turn::Idle);
+    assert_eq!(disk.driver.used(), [(0, 513)]);
+    assert_eq!(disk.driver.bytes(at, 513), [vec![2; 512], vec![OK]].concat());
+}
+
+#[test]
+fn requests_outside_the_disk_are_refused() {
+    let mut disk = disk();
+    let at = disk.driver.place(&[0x55; 1024]);
+    for sector in [
+        SECTORS - 1,
+        SECTORS,
+        1 << 55,
+        (1 << 55) - 1,
+        u64::MAX,
+        u64::MAX / 512,
+    ] {
+        assert_eq!(
+            disk.ask(Operation::IN, sector, Part::write(at, 1024)),
+            (IO_ERROR, 1)
+        );
+        assert_eq!(
+            disk.ask(Operation::OUT, sector, Part::read(at, 1024)),
+            (IO_ERROR, 1)
+        );
+    }
+    assert_eq!(
+        disk.file.as_file().metadata().expect("there").len(),
+        SECTORS * 512
+    );
+}
+
+#[test]
+fn requests_that_are_no_whole_sectors_are_refused() {
+    let mut disk = disk();
+    let at = disk.driver.place(&[0x55; 1024]);
+    for len in [1, 511, 513] {
+        assert_eq!(disk.ask(Operation::IN, 0, Part::write(at, len)).0, IO_ERROR);
+        assert_eq!(disk.ask(Operation::OUT, 0, Part::read(at, len)).0, IO_ERROR);
+    }
+    assert_eq!(disk.content(0, 1), [1; 512]);
+}
+
+// QEMU CVE-2026-48914: the SCSI commands of the legacy interface.
+#[test]
+fn legacy_and_unknown_operations_are_unsupported() {
+    let mut disk = disk();
+    for operation in [2, 3, 5, 7, 9, 14, 15, 0x8000_0000, u32::MAX] {
+        assert_eq!(
+            disk.ask_without_data(Operation(operation), 0),
+            UNSUPPORTED,
+            "{operation}"
+        );
+    }
+}
+
+#[test]
+fn a_request_without_header_or_status_breaks_the_queue() {
+    let mut disk = disk();
+    let at = disk.driver.place(&[0; 16]);
+    disk.driver.offer(&[Part::read(at, 15), Part::write(at, 1)]);
+    assert!(matches!(disk.serve(), Err(Broken::Request { readable: 15, .. })));
+    let mut disk = self::disk();
+    let at = disk.driver.place(&[0; 16]);
+    disk.driver.offer(&[Part::read(at, 16)]);
+    assert!(matches!(disk.serve(), Err(Broken::Request { writable: 0, .. })));
+}
+
+#[test]
+fn buffers_in_the_hole_between_memories_break_the_queue() {
+    for at in [LOW_END - 256, LOW_END, HIGH_END - 256, 0xfee0_0000] {
+        let mut disk = disk();
+        let header = disk.driver.place(&Disk::header(Operation::IN, 0));
+        let status = disk.driver.place(&[0xee]);
+        disk.driver.offer(&[
+            Part::read(header, 16),
+            Part::write(at, 512),
+            Part::write(status, 1),
+        ]);
+        assert!(matches!(disk.serve(), Err(Broken::Buffer { .. })), "{at:#x}");
+        assert_eq!(disk.driver.bytes(status, 1), [0xee]);
+    }
+}
+
+#[test]
+fn a_read_only_disk_says_so_and_refuses_writes() {
+    let mut disk = disk_as(|config| config.read_only = true);
+    assert!(disk.features.contains(READ_ONLY));
+    assert!(!disk.features.intersects(DISCARD | WRITE_ZEROES));
+    let at = disk.driver.place(&[0xaa; 512]);
+    assert_eq!(disk.ask(Operation::OUT, 0, Part::read(at, 512)).0, IO_ERROR);
+    assert_eq!(disk.segment(Operation::WRITE_ZEROES, 0, 1, 0), IO_ERROR);
+    assert_ne!(disk.segment(Operation::DISCARD, 0, 1, 0), OK);
+    assert_eq!(disk.content(0, 1), [1; 512]);
+    assert_eq!(disk.ask(Operation::IN, 0, Part::write(at, 512)).0, OK);
+}
+
+#[test]
+fn discarded_sectors_are_given_back_to_the_host() {
+    let file = image_file(4096);
+    let config = BlockConfig::new("disk0", file.path());
+    let block = Block::open(&config).expect("a good image");
+    file.as_file().sync_all().expect("written");
+    let before = file.as_file().metadata().expect("there").blocks();
+    let mut disk = Disk {
+        features: block.features(),
+        block,
+        driver: Driver::new(64),
+        file,
+    };
+    assert!(
+        disk.features.contains(DISCARD),
+        "the test's file system punches holes"
+    );
+    assert_eq!(disk.segment(Operation::DISCARD, 8, 2048, 0), OK);
+    assert_eq!(disk.content(8, 2048), vec![0; 2048 * 512]);
+    assert_eq!(disk.content(7, 1), [8; 512]);
+    assert!(disk.file.as_file().metadata().expect("there").blocks() < before);
+}
+
+#[test]
+fn zeroed_sectors_read_as_zeros() {
+    for unmap in [0, 1] {
+        let mut disk = disk();
+        assert_eq!(disk.segment(Operation::WRITE_ZEROES, 3, 4, unmap), OK);
+        assert_eq!(disk.content(3, 4), [0; 4 * 512]);
+        assert_eq!(
+            (disk.content(2, 1), disk.content(7, 1)),
+            (vec![3; 512], vec![8; 512])
+        );
+    }
+}
+
+#[test]
+fn ranges_that_are_wrong_are_refused_and_change_nothing() {
+    let mut disk = disk();
+    for (sector, sectors) in [
+        (SECTORS, 1),
+        (SECTORS - 1, 2),
+        (0, u32::MAX),
+        (u64::MAX, 1),
+        (0, MOST_SEGMENT_SECTORS + 1),
+    ] {
+        assert_eq!(disk.segment(Operation::DISCARD, sector, sectors, 0), IO_ERROR);
+        assert_eq!(
+            disk.segment(Operation::WRITE_ZEROES, sector, sectors, 0),
+            IO_ERROR
+        );
+    }
+    assert_eq!(disk.segment(Operation::DISCARD, 0, 1, 1), UNSUPPORTED);
+    assert_eq!(disk.segment(Operation::WRITE_ZEROES, 0, 1, 2), UNSUPPORTED);
+    assert_eq!(disk.content(0, 1), [1; 512]);
+}
+
+#[test]
+fn lists_of_ranges_that_are_wrong_are_refused() {
+    let mut disk = disk();
+    let at = disk.driver.place(&[0; 1024]);
+    for len in [0, 8, 24, 16 * (MOST_SEGMENTS + 1)] {
+        assert_eq!(disk.ask(Operation::DISCARD, 0, Part::read(at, len)).0, IO_ERROR);
+        assert_eq!(
+            disk.ask(Operation::WRITE_ZEROES, 0, Part::read(at, len)).0,
+            IO_ERROR
+        );
+    }
+    // Ranges of no sectors are whole requests that do nothing.
+    let most = 16 * MOST_SEGMENTS;
+    assert_eq!(disk.ask(Operation::DISCARD, 0, Part::read(at, most)).0, OK);
+    assert_eq!(disk.ask(Operation::WRITE_ZEROES, 0, Part::read(at, most)).0, OK);
+    assert_eq!(disk.content(0, 1), [1; 512]);
+}
+
+#[test]
+fn flushes_are_carried_out() {
+    assert_eq!(disk().ask_without_data(Operation::FLUSH, 0), OK);
+}
+
+#[test]
+fn the_identification_is_the_serial_number_and_never_more_than_the_room() {
+    let mut disk = disk_as(|config| config.serial = Some("0123456789abcdefghijKLM".to_owned()));
+    let at = disk.driver.place(&[0xee; 32]);
+    assert_eq!(disk.ask(Operation::GET_ID, 0, Part::write(at, 20)), (OK, 21));
+    assert_eq!(disk.driver.bytes(at, 21), b"0123456789abcdefghij\xee");
+    let at = disk.driver.place(&[0xee; 32]);
+    assert_eq!(disk.ask(Operation::GET_ID, 0, Part::write(at, 4)), (OK, 5));
+    assert_eq!(disk.driver.bytes(at, 5), b"0123\xee");
+}
+
+#[test]
+fn the_configuration_describes_the_image() {
+    let disk = disk_as(|config| config.queues = 4);
+    let mut data = [0; 64];
+    disk.block.read_config(0, &mut data);
+    let configuration = Configuration::read_from_bytes(&data).expect("as long");
+    assert_eq!(configuration.capacity, SECTORS);
+    assert_eq!(
+        (configuration.blk_size, configuration.physical_block_exp),
+        (512, 3)
+    );
+    assert_eq!((configuration.num_queues, configuration.seg_max), (4, 254));
+    assert_eq!(disk.block.queue_sizes(), [256; 4]);
+    assert!(disk.features.contains(MULTI_QUEUE | FLUSH));
+}
+
+#[test]
+fn a_host_file_that_shrank_is_an_error_of_the_medium() {
+    let mut disk = disk();
+    disk.file.as_file().set_len(1024).expect("cut");
+    let at = disk.driver.place(&[0; 1024]);
+    assert_eq!(disk.ask(Operation::IN, 1, Part::write(at, 1024)), (IO_ERROR, 1));
+    assert_eq!(disk.ask(Operation::IN, 1, Part::write(at, 512)), (OK, 513));
+}
+
+#[test]
+fn a_driver_without_flush_gets_durable_writes() {
+    let disk = disk();
+    assert!(disk.block.queue(Features::empty()).write_through);
+    assert!(!disk.block.queue(FLUSH).write_through);
+}
+
+#[test]
+fn each_queue_has_a_thread_of_its_own() {
+    let disk = disk_as(|config| config.queues = 2);
+    let queues = (0..2).map(|index| Some(Driver::on(disk.driver.ram(), index, 8, false).queue));
+    let units = disk.block.activate(Activation {
+        features: disk.features,
+        queues: queues.collect(),
+        interrupts: std::sync::Arc::new(crate::devices::virtio::driver::Told::default()),
+    });
+    let names: Vec<_> = units
+        .expect("nothing of the host is needed")
+        .into_iter()
+        .map(|unit| unit.name)
+        .collect();
+    assert_eq!(names, ["disk0-q0", "disk0-q1"]);
+}

@@ -1,0 +1,95 @@
+//! What a unit did, in numbers.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::commands::Command;
+use super::spec::event::Code;
+use super::sync::thread_number;
+
+/// A total of some threads, on a cache line of its own.
+#[derive(Default)]
+#[repr(align(128))]
+struct Shard(AtomicU64);
+
+/// Running totals.
+#[derive(Default)]
+pub struct Counters {
+    doorbells: AtomicU64,
+    commands: [AtomicU64; 8],
+    stops: AtomicU64,
+    hits: [Shard; 16],
+    walks: AtomicU64,
+    events: [AtomicU64; 16],
+}
+
+/// Totals since the unit was made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counts {
+    /// Writes to the command buffer's tail.
+    pub doorbells: u64,
+    /// Commands carried out, by [`Command::KINDS`].
+    pub commands: [u64; 8],
+    /// Errors that stopped the command processor.
+    pub stops: u64,
+    /// Translations from the cache.
+    pub hits: u64,
+    /// Translations by a walk, found or not.
+    pub walks: u64,
+    /// Events by code, logged or lost.
+    pub events: [u64; 16],
+}
+
+fn add(counter: &AtomicU64, more: u64) {
+    counter.fetch_add(more, Ordering::Relaxed);
+}
+
+impl Counters {
+    pub(super) fn doorbell(&self) {
+        add(&self.doorbells, 1);
+    }
+
+    /// Add commands of one run, by kind.
+    pub(super) fn commands(&self, by_kind: &[u64; 8]) {
+        for (counter, more) in self.commands.iter().zip(by_kind) {
+            if *more > 0 {
+                add(counter, *more);
+            }
+        }
+    }
+
+    pub(super) fn stop(&self) {
+        add(&self.stops, 1);
+    }
+
+    pub(super) fn hits(&self, more: u64) {
+        add(&self.hits[thread_number() % self.hits.len()].0, more);
+    }
+
+    pub(super) fn walk(&self) {
+        add(&self.walks, 1);
+    }
+
+    pub(super) fn event(&self, code: Code) {
+        add(&self.events[usize::from(code.0 & 0xf)], 1);
+    }
+
+    pub(super) fn counts(&self) -> Counts {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counts {
+            doorbells: get(&self.doorbells),
+            commands: self.commands.each_ref().map(get),
+            stops: get(&self.stops),
+            hits: self.hits.iter().map(|shard| get(&shard.0)).sum(),
+            walks: get(&self.walks),
+            events: self.events.each_ref().map(get),
+        }
+    }
+}
+
+impl Counts {
+    /// How many commands of the kind of `command` there were.
+    #[must_use]
+    pub const fn of(&self, command: &Command) -> u64 {
+        self.commands[command.kind()]
+    }
+}

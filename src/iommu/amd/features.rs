@@ -1,0 +1,264 @@
+//! What a unit advertises, and why each bit may be there.
+//!
+//! | Bit | On when | Shown by (in `tests/iommu`) |
+//! |---|---|---|
+//! | capability 27, EFR exists | always | `registers::r12` |
+//! | capability 24, IOTLB; command 4 | `ats` | `commands::c14`, `ats` |
+//! | capability 26, NpCache | `np_cache` | `registers::r12` |
+//! | EFR 0, prefetch; command 6 | always | `commands::prefetch` |
+//! | EFR 1, PPR; command 7 | `pasid_bits` | `events::e10`, `e11`, `e12` |
+//! | EFR 2, XT | `xt` | `interrupts::x10`, `events::e8` |
+//! | EFR 4, GT and EFR 48, GIO | `guest_tables` | `tables::p13` |
+//! | EFR 6, IA; command 8 | always | `commands::c16` |
+//! | EFR 7, GA | always | `interrupts::x10`, `x11` |
+//! | EFR 11:10, HATS = six levels | always | `reference`, modes 1 to 6 |
+//! | EFR 13:12, GATS = five levels | `five_levels` | `reference` |
+//! | EFR 15:14, GLX = three levels | `guest_tables` | `tables::p14` |
+//! | EFR 36:32, PASmax | `pasid_bits` | `tables::p14` |
+//! | EFR 39:38, segments | `segments` | `device_table::segments` |
+//! | EFR 46, MSI capability in MMIO | `xt` | `registers::msi_mirror` |
+//! | EFR 49 and 52, host access and dirty bits | `host_tracking` | `tables::p11` |
+//! | EFR 50, enhanced PPR | `pasid_bits` | `registers::r6` |
+//! | EFR2 3, GCR3 roots translated | `nested` | `tables::p17` |
+//! | EFR2 9:8, 2,048 remapping entries | `large_interrupt_tables` | `interrupts::x12` |
+//!
+//! Everything else is 0, and its control bits read as 0: no virtual APIC (GAM), no performance counters,
+//! no hardware error registers, no execute permission, no SNP, no hardware vIOMMU.
+
+use super::spec::capability::{Header, Misc0};
+use super::spec::registers::{Control, Efr, Efr2};
+
+/// What the configuration asks a unit to offer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent choices of the operator"
+)]
+pub struct Wanted {
+    /// 32-bit destinations, and interrupts of the unit itself from registers.
+    pub xt: bool,
+    /// v2 tables, also for requests without PASID.
+    pub guest_tables: bool,
+    /// PASID bits, at most 16 (Linux stops at more); 0 for no PASID and no page requests.
+    pub pasid_bits: u8,
+    /// Five-level v2 tables.
+    pub five_levels: bool,
+    /// v2 over v1 with a translated GCR3 root.
+    pub nested: bool,
+    /// Devices may keep translations.
+    pub ats: bool,
+    /// Entries that are not present may be cached, because something shadows the tables.
+    pub np_cache: bool,
+    /// Access and dirty bits in v1 tables.
+    pub host_tracking: bool,
+    /// Remapping tables of 2,048 entries.
+    pub large_interrupt_tables: bool,
+    /// Logarithm of the largest number of device table segments, 0 to 3.
+    pub segments: u8,
+}
+
+impl Wanted {
+    /// What Linux gets unless the operator says otherwise: v1 and v2 tables, remapping with x2APIC.
+    pub const DEFAULT: Self = Self {
+        xt: true,
+        guest_tables: true,
+        pasid_bits: 0,
+        five_levels: false,
+        nested: false,
+        ats: false,
+        np_cache: false,
+        host_tracking: true,
+        large_interrupt_tables: false,
+        segments: 0,
+    };
+
+    /// Everything that is implemented.
+    pub const EVERYTHING: Self = Self {
+        xt: true,
+        guest_tables: true,
+        pasid_bits: 16,
+        five_levels: true,
+        nested: true,
+        ats: true,
+        np_cache: false,
+        host_tracking: true,
+        large_interrupt_tables: true,
+        segments: 3,
+    };
+}
+
+/// What a unit offers: constant from its making on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Features {
+    /// MMIO 0030h, and the IVHD's copy.
+    pub efr: Efr,
+    /// MMIO 01A0h, and the IVHD's copy.
+    pub efr2: Efr2,
+    /// Bits 31:16 of the capability header.
+    pub header: Header,
+}
+
+impl Features {
+    /// What is asked for and implemented. PASIDs and nesting bring v2 tables with them, and more PASID bits
+    /// than 16 are 16.
+    #[must_use]
+    pub fn offer(wanted: Wanted) -> Self {
+        let pasid_bits = wanted.pasid_bits.min(16);
+        let pasid = pasid_bits > 0;
+        let guest = wanted.guest_tables || pasid || wanted.nested;
+        let efr = Efr::new()
+            .with_prefetch(true)
+            .with_ppr(pasid)
+            .with_xt(wanted.xt)
+            .with_gt(guest)
+            .with_ia(true)
+            .with_ga(true)
+            .with_hats(2)
+            .with_gats(u8::from(guest && wanted.five_levels))
+            .with_glx(if guest { 2 } else { 0 })
+            .with_pas_max(pasid_bits.saturating_sub(1))
+            .with_dev_tbl_seg(wanted.segments.min(3))
+            .with_msi_cap_mmio(wanted.xt)
+            .with_gio(guest)
+            .with_ha(wanted.host_tracking)
+            .with_eph(pasid)
+            .with_hd(wanted.host_tracking);
+        let efr2 = Efr2::new()
+            .with_gcr3_trp_mode(wanted.nested)
+            .with_num_int_remap(u8::from(wanted.large_interrupt_tables));
+        let header = Header::new()
+            .with_kind(3)
+            .with_revision(1)
+            .with_iotlb(wanted.ats)
+            .with_np_cache(wanted.np_cache)
+            .with_efr(true)
+            .with_extended(true);
+        Self { efr, efr2, header }
+    }
+
+    /// What two units both offer: Linux uses only what every unit of a guest has.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        let bits = |mask: Efr| self.efr.into_bits() & other.efr.into_bits() & !mask.into_bits();
+        let fields = Efr::new()
+            .with_hats(3)
+            .with_gats(3)
+            .with_glx(3)
+            .with_pas_max(31)
+            .with_dev_tbl_seg(3);
+        let header = self.header.into_bits() & other.header.into_bits();
+        let np_cache = self.header.np_cache() || other.header.np_cache();
+        Self {
+            efr: Efr::from_bits(bits(fields))
+                .with_hats(self.efr.hats().min(other.efr.hats()))
+                .with_gats(self.efr.gats().min(other.efr.gats()))
+                .with_glx(self.efr.glx().min(other.efr.glx()))
+                .with_pas_max(self.efr.pas_max().min(other.efr.pas_max()))
+                .with_dev_tbl_seg(self.efr.dev_tbl_seg().min(other.efr.dev_tbl_seg())),
+            efr2: Efr2::new()
+                .with_gcr3_trp_mode(self.efr2.gcr3_trp_mode() && other.efr2.gcr3_trp_mode())
+                .with_num_int_remap(self.efr2.num_int_remap().min(other.efr2.num_int_remap())),
+            header: Header::from_bits(header).with_np_cache(np_cache),
+        }
+    }
+
+    /// Whether commands about devices' own IOTLBs exist.
+    #[must_use]
+    pub const fn ats(&self) -> bool {
+        self.header.iotlb()
+    }
+
+    /// Misc Information 0: 48-bit physical and guest addresses, 64-bit virtual ones, first MSI message.
+    #[must_use]
+    pub const fn misc0(&self) -> Misc0 {
+        Misc0::new().with_gva_size(2).with_pa_size(48).with_va_size(64)
+    }
+
+    /// Control bits a guest can set; those of absent features stay 0.
+    #[must_use]
+    pub const fn control_writable(&self) -> Control {
+        let efr = self.efr;
+        Control::new()
+            .with_iommu_en(true)
+            .with_ht_tun_en(true)
+            .with_event_log_en(true)
+            .with_event_int_en(true)
+            .with_com_wait_int_en(true)
+            .with_inv_timeout(7)
+            .with_pass_pw(true)
+            .with_res_pass_pw(true)
+            .with_coherent(true)
+            .with_isoc(true)
+            .with_cmd_buf_en(true)
+            .with_ppr_log_en(efr.ppr())
+            .with_ppr_int_en(efr.ppr())
+            .with_ppr_en(efr.ppr())
+            .with_gt_en(efr.gt())
+            .with_ga_en(efr.ga())
+            .with_dev_tbl_seg_en(if efr.dev_tbl_seg() > 0 { 7 } else { 0 })
+            .with_num_int_remap_mode(if self.efr2.num_int_remap() > 0 { 3 } else { 0 })
+            .with_eph_en(efr.eph())
+            .with_had_update(if efr.ha() || efr.hd() { 3 } else { 0 })
+            .with_gd_update_dis(efr.gt())
+            .with_xt_en(efr.xt())
+            .with_int_cap_xt_en(efr.xt())
+            .with_ga_update_dis(efr.gt())
+            .with_gcr3_trp_mode(self.efr2.gcr3_trp_mode())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_implemented_features_are_ever_offered() {
+        let everything = Features::offer(Wanted::EVERYTHING);
+        assert_eq!(everything.efr.into_bits(), 0x0017_40cf_0000_98d7);
+        assert_eq!(everything.efr2.into_bits(), 0x108);
+    }
+
+    #[test]
+    fn pasids_bring_all_that_linux_wants_for_them() {
+        let wanted = Wanted {
+            guest_tables: false,
+            pasid_bits: 20,
+            ..Wanted::DEFAULT
+        };
+        let efr = Features::offer(wanted).efr;
+        assert!(efr.gt() && efr.gio() && efr.ppr() && efr.eph());
+        assert_eq!(efr.pas_max(), 15);
+    }
+
+    #[test]
+    fn control_bits_of_absent_features_cannot_be_set() {
+        let bare = Wanted {
+            xt: false,
+            guest_tables: false,
+            host_tracking: false,
+            ..Wanted::DEFAULT
+        };
+        assert_eq!(Features::offer(bare).control_writable().into_bits(), 0x2_1fff);
+        let all = Features::offer(Wanted::EVERYTHING).control_writable();
+        assert_eq!(all.into_bits(), 0x044d_f81c_0003_ffff);
+    }
+
+    #[test]
+    fn units_of_one_guest_offer_what_all_of_them_have() {
+        let all = Features::offer(Wanted::EVERYTHING);
+        let plain = Features::offer(Wanted::DEFAULT);
+        let both = all.and(plain);
+        assert_eq!(both.efr, plain.efr);
+        assert_eq!(both.efr2, plain.efr2);
+        assert!(!both.ats());
+    }
+
+    #[test]
+    fn one_unit_that_shadows_makes_every_unit_say_so() {
+        let shadowing = Features::offer(Wanted {
+            np_cache: true,
+            ..Wanted::DEFAULT
+        });
+        assert!(Features::offer(Wanted::DEFAULT).and(shadowing).header.np_cache());
+    }
+}

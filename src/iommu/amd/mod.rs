@@ -1,0 +1,365 @@
+//! An AMD IOMMU in software (publication 48882): registers, rings, tables, translation, remapping, and
+//! nothing of the machine around it.
+//!
+//! The unit walks whatever memory it is given, so it serves a guest's devices as well as it stands for a
+//! physical unit with nested tables. The PCI function, the address in MMIO and the interrupts' way to the
+//! processors belong to whoever owns it: an access returns its [`Effects`], and the owner carries them out.
+//!
+//! # One request
+//!
+//! ```text
+//! Unit::begin        whoever accesses memory is in flight until the guard is dropped
+//! InFlight::translate   control, device table entry, decision, cache or walk
+//! ```
+//!
+//! # One doorbell
+//!
+//! ```text
+//! Unit::mmio_write   offset    ->  Reg + LaneWrite
+//! Registers::write   register  ->  Effect::RunCommands            [register lock]
+//! Unit::run_commands ring      ->  Command, Command, ...          [processor lock]
+//!                    COMPLETION_WAIT: followers, accesses in flight, store, interrupt
+//! ```
+//!
+//! # Locks
+//!
+//! The processor's lock comes before the registers'; nobody holding the registers' waits for anything.
+//! Translations take none unless they have an event to report.
+
+pub mod commands;
+pub mod counters;
+pub mod device_table;
+pub mod dma;
+pub mod dte_cache;
+pub mod events;
+pub mod features;
+pub mod grace;
+pub mod iotlb;
+pub mod lanes;
+pub mod log;
+pub mod memory;
+pub mod pages;
+pub mod ppr;
+pub mod processor;
+pub mod registers;
+pub mod remap;
+pub mod request;
+pub mod ring;
+pub mod slot;
+pub mod spec;
+pub mod sync;
+pub mod walk;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use commands::Command;
+use counters::{Counters, Counts};
+use device_table::{fetch, locate};
+use dma::InFlight;
+use dte_cache::DteCache;
+use events::Event;
+use features::Features;
+use grace::Grace;
+use iotlb::Iotlb;
+use lanes::{LaneWrite, read_lanes};
+use log::Appended;
+use memory::SystemMemory;
+use processor::{Follower, Processor};
+use registers::{Configuration, Effect, Exclusion, Interrupts, MsiMirror, Registers};
+use slot::Slot;
+use spec::dte::Dte;
+use spec::registers::{Control, DeviceTableBase, ExclusionBase, ExclusionLimit, Reg, Status};
+
+use crate::platform::addr::{Bdf, Gpa};
+
+/// What the unit owes the machine after an access, to be carried out with no lock held.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[must_use]
+pub struct Effects {
+    /// Interrupts of the unit itself, not to be remapped.
+    pub interrupts: Interrupts,
+    /// Commands are left: call [`Unit::run_commands`] again, from a thread that holds up nobody.
+    pub more_commands: bool,
+    /// The MSI capability of the unit's function takes this.
+    pub program_msi: Option<MsiMirror>,
+}
+
+impl Effects {
+    /// Nothing but interrupts.
+    pub(super) fn of(interrupts: Interrupts) -> Self {
+        Self {
+            interrupts,
+            ..Self::default()
+        }
+    }
+
+    /// Add what happened later.
+    fn join(&mut self, later: Self) {
+        self.interrupts.join(later.interrupts);
+        self.more_commands |= later.more_commands;
+        self.program_msi = later.program_msi.or(self.program_msi);
+    }
+}
+
+/// Why a device has no entry.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum NoEntry {
+    /// The table ends before it.
+    Beyond,
+    /// Memory does not answer where it should lie.
+    Unreadable(Gpa),
+}
+
+/// The unit. Shared by vCPUs, which access its registers, and devices, which pass it.
+pub struct Unit<M> {
+    memory: M,
+    features: Features,
+    /// Taken before `registers` where both are.
+    processor: Mutex<Processor>,
+    registers: Mutex<Registers>,
+    /// Control, as translations see it.
+    control: AtomicU64,
+    /// Exclusion Base, likewise.
+    exclusion: AtomicU64,
+    /// The whole [`Configuration`], likewise.
+    configuration: Slot<11>,
+    entries: DteCache,
+    iotlb: Iotlb,
+    grace: Grace,
+    /// Devices whose entry asks for one page fault at most (SE), and that have had it: one bit each.
+    reported: Box<[AtomicU64]>,
+    followers: RwLock<Vec<Arc<dyn Follower>>>,
+    counters: Counters,
+}
+
+impl<M: SystemMemory> Unit<M> {
+    /// A unit as after power-on that offers `features` and works on `memory`.
+    #[must_use]
+    pub fn new(features: Features, memory: M) -> Self {
+        let registers = Registers::new(features);
+        let unit = Self {
+            memory,
+            features,
+            processor: Mutex::default(),
+            control: AtomicU64::new(0),
+            exclusion: AtomicU64::new(0),
+            configuration: Slot::default(),
+            entries: DteCache::default(),
+            iotlb: Iotlb::new(iotlb::SETS),
+            grace: Grace::default(),
+            reported: (0..1024).map(|_| AtomicU64::new(0)).collect(),
+            followers: RwLock::default(),
+            counters: Counters::default(),
+            registers: Mutex::new(registers),
+        };
+        unit.publish(&unit.registers());
+        unit
+    }
+
+    /// What the unit offers.
+    #[must_use]
+    pub const fn features(&self) -> &Features {
+        &self.features
+    }
+
+    /// From now on `follower` hears of every invalidation.
+    pub fn add_follower(&self, follower: Arc<dyn Follower>) {
+        let mut followers = self.followers.write().unwrap_or_else(PoisonError::into_inner);
+        followers.push(follower);
+    }
+
+    /// The MSI capability of the unit's function changed in configuration space.
+    pub fn mirror_msi(&self, msi: MsiMirror) {
+        self.registers().mirror_msi(msi);
+    }
+
+    /// What happened so far.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.counters.counts()
+    }
+
+    /// The register `reg` as the guest would read it.
+    #[must_use]
+    pub fn register(&self, reg: Reg) -> u64 {
+        self.registers().read(reg)
+    }
+
+    /// Whoever translates and accesses memory is in flight until the guard is dropped. Take one per piece of
+    /// work and drop it soon: COMPLETION_WAIT waits for it. Never access the unit's registers meanwhile.
+    #[inline]
+    #[must_use]
+    pub fn begin(&self) -> InFlight<'_, M> {
+        InFlight::new(self)
+    }
+
+    /// The guest reads `data.len()` bytes at `offset`. Where there is no register it reads 0.
+    pub fn mmio_read(&self, offset: u64, data: &mut [u8]) {
+        let value = Reg::at(offset & !7).map_or(0, |reg| self.register(reg));
+        read_lanes(value, within(offset), data);
+    }
+
+    /// The guest writes `data` at `offset`. Where there is no register nothing happens.
+    pub fn mmio_write(&self, offset: u64, data: &[u8]) -> Effects {
+        let reg = Reg::at(offset & !7);
+        let Some((reg, lanes)) = reg.zip(LaneWrite::new(within(offset), data)) else {
+            return Effects::default();
+        };
+        let (effect, interrupts) = {
+            let mut registers = self.registers();
+            let effect = registers.write(reg, lanes);
+            if matches!(effect, Effect::Reconfigure { .. }) {
+                self.publish(&registers);
+            }
+            (effect, registers.take_interrupts())
+        };
+        let mut effects = Effects::of(interrupts);
+        match effect {
+            Effect::None => {}
+            Effect::ProgramMsi(msi) => effects.program_msi = Some(msi),
+            Effect::RunCommands => {
+                self.counters.doorbell();
+                effects.join(self.run_commands());
+            }
+            Effect::Reconfigure { before } => effects.join(self.reconfigured(before)),
+        }
+        effects
+    }
+
+    /// As after power-on.
+    pub fn reset(&self) {
+        let _idle = self.processor();
+        {
+            let mut registers = self.registers();
+            registers.reset();
+            self.publish(&registers);
+        }
+        // With the log off there is nothing to report.
+        let _ = self.forget();
+    }
+
+    fn registers(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn processor(&self) -> MutexGuard<'_, Processor> {
+        self.processor.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Show translations what the registers say.
+    fn publish(&self, registers: &Registers) {
+        let Configuration {
+            control,
+            exclusion,
+            device_table: t,
+        } = registers.configuration();
+        let [control, base, limit] = [
+            control.into_bits(),
+            exclusion.base.into_bits(),
+            exclusion.limit.into_bits(),
+        ];
+        let t = t.map(DeviceTableBase::into_bits);
+        let words = [
+            control, base, limit, t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7],
+        ];
+        self.configuration.replace(words);
+        self.exclusion.store(base, Ordering::Release);
+        self.control.store(control, Ordering::Release);
+    }
+
+    /// What the registers said when they were last published.
+    fn configuration(&self) -> Configuration {
+        let [control, base, limit, tables @ ..] = self.configuration.read();
+        Configuration {
+            control: Control::from_bits(control),
+            exclusion: Exclusion {
+                base: ExclusionBase::from_bits(base),
+                limit: ExclusionLimit::from_bits(limit),
+            },
+            device_table: tables.map(DeviceTableBase::from_bits),
+        }
+    }
+
+    /// Control, tables or exclusion changed: what was cached under the old ones goes, and then commands run.
+    fn reconfigured(&self, before: Control) -> Effects {
+        let control = Control::from_bits(self.control.load(Ordering::Acquire));
+        let ran = before.iommu_en() && before.cmd_buf_en();
+        if ran && !(control.iommu_en() && control.cmd_buf_en()) {
+            // The command in hand is finished once the processor's lock is free, and no other begins.
+            drop(self.processor());
+        }
+        let mut effects = self.forget();
+        effects.join(self.run_commands());
+        effects
+    }
+
+    /// Drop everything cached, and have followers do so.
+    fn forget(&self) -> Effects {
+        self.invalidate_all();
+        self.tell(&[Command::InvalidateAll], &[])
+    }
+
+    fn invalidate_all(&self) {
+        self.entries.invalidate_all();
+        self.iotlb.invalidate_all();
+        self.reported
+            .iter()
+            .for_each(|devices| devices.store(0, Ordering::Relaxed));
+    }
+
+    /// Forget that `device` had its one page fault.
+    fn rearm(&self, device: Bdf) {
+        let (word, bit) = place(device);
+        self.reported[word].fetch_and(!bit, Ordering::Relaxed);
+    }
+
+    /// Whether this is the first page fault of `device` since its entry was invalidated.
+    fn is_first_fault(&self, device: Bdf) -> bool {
+        let (word, bit) = place(device);
+        self.reported[word].fetch_or(bit, Ordering::Relaxed) & bit == 0
+    }
+
+    /// Tell software by the event log.
+    fn report(&self, event: &Event) -> Interrupts {
+        self.counters.event(event.code());
+        let mut registers = self.registers();
+        if registers.event_log_runs() {
+            match registers.event.append(&self.memory, event.record()) {
+                Appended::Logged => registers.latch(Status::new().with_event_log_int(true)),
+                Appended::Overflowed => registers.latch(Status::new().with_event_overflow(true)),
+                Appended::Unreachable => {}
+            }
+        }
+        registers.take_interrupts()
+    }
+
+    /// The entry of `device`, from the cache or from memory.
+    #[inline]
+    fn entry(&self, device: Bdf) -> Result<Dte, NoEntry> {
+        match self.entries.find(device) {
+            Some(dte) => Ok(dte),
+            None => self.fetch_entry(device),
+        }
+    }
+
+    #[cold]
+    fn fetch_entry(&self, device: Bdf) -> Result<Dte, NoEntry> {
+        let ticket = self.entries.ticket();
+        let at = locate(&self.configuration(), device).ok_or(NoEntry::Beyond)?;
+        let dte = fetch(&self.memory, at).map_err(|_| NoEntry::Unreadable(at))?;
+        self.entries.keep(ticket, device, &dte);
+        Ok(dte)
+    }
+}
+
+/// Byte of its quadword that `offset` names.
+const fn within(offset: u64) -> usize {
+    (offset & 7) as usize
+}
+
+/// Where the bit of `device` lies among 65,536.
+fn place(device: Bdf) -> (usize, u64) {
+    let id = device.requester_id();
+    (usize::from(id >> 6), 1 << (id & 63))
+}

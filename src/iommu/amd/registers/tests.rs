@@ -1,0 +1,212 @@
+use super::*;
+use crate::iommu::amd::features::Wanted;
+
+fn registers() -> Registers {
+    Registers::new(Features::offer(Wanted::EVERYTHING))
+}
+
+fn write(registers: &mut Registers, reg: Reg, value: u64) -> Effect {
+    registers.write(reg, LaneWrite::new(0, &value.to_le_bytes()).expect("a quadword"))
+}
+
+fn enable(registers: &mut Registers, control: Control) {
+    let value = registers.control().into_bits() | control.into_bits();
+    let _ = write(registers, Reg::Control, value);
+}
+
+#[test]
+fn what_is_not_writable_reads_back_as_zero() {
+    let mut registers = registers();
+    let masks = [
+        (Reg::DeviceTableBase, 0x000f_ffff_ffff_f1ff),
+        (Reg::CommandBase, 0x0f0f_ffff_ffff_f000),
+        (Reg::EventBase, 0x0f0f_ffff_ffff_f000),
+        (Reg::PprBase, 0x0f0f_ffff_ffff_f000),
+        (Reg::ExclusionBase, 0x000f_ffff_ffff_f003),
+        (Reg::ExclusionLimit, 0x000f_ffff_ffff_f000),
+        (Reg::XtEvent, 0xff00_01ff_ffff_ff04),
+        (Reg::XtPpr, 0xff00_01ff_ffff_ff04),
+        (Reg::XtGa, 0xff00_01ff_ffff_ff04),
+        (Reg::CommandHead, 0x7_fff0),
+        (Reg::CommandTail, 0x7_fff0),
+        (Reg::EventHead, 0x7_fff0),
+        (Reg::EventTail, 0x7_fff0),
+        (Reg::PprHead, 0x7_fff0),
+        (Reg::PprTail, 0x7_fff0),
+        (Reg::Status, 0),
+    ];
+    for (reg, mask) in masks {
+        let _ = write(&mut registers, reg, u64::MAX);
+        assert_eq!(registers.read(reg), mask, "{reg:?}");
+    }
+}
+
+#[test]
+fn feature_registers_never_change() {
+    let mut registers = registers();
+    let before = (registers.read(Reg::Efr), registers.read(Reg::Efr2));
+    assert_eq!(write(&mut registers, Reg::Efr, u64::MAX), Effect::None);
+    assert_eq!(write(&mut registers, Reg::Efr2, 0), Effect::None);
+    assert_eq!((registers.read(Reg::Efr), registers.read(Reg::Efr2)), before);
+}
+
+#[test]
+fn more_segments_than_offered_leave_control_as_it_was() {
+    let mut registers = registers();
+    let before = registers.control();
+    let too_many = before.with_iommu_en(true).with_dev_tbl_seg_en(4);
+    assert_eq!(
+        write(&mut registers, Reg::Control, too_many.into_bits()),
+        Effect::None
+    );
+    assert_eq!(registers.control(), before);
+}
+
+#[test]
+fn a_segment_takes_no_more_pages_than_its_share() {
+    let mut registers = registers();
+    for (offset, size) in [
+        (0x100, 0xff),
+        (0x108, 0x7f),
+        (0x110, 0x7f),
+        (0x118, 0x3f),
+        (0x130, 0x3f),
+    ] {
+        let reg = Reg::at(offset).expect("a segment");
+        let _ = write(&mut registers, reg, u64::MAX);
+        assert_eq!(registers.read(reg), 0x000f_ffff_ffff_f000 | size, "{offset:#x}");
+    }
+}
+
+#[test]
+fn segments_that_are_not_offered_do_not_exist() {
+    let mut registers = Registers::new(Features::offer(Wanted {
+        segments: 1,
+        ..Wanted::EVERYTHING
+    }));
+    let beyond = Reg::at(0x108).expect("segment 2");
+    let _ = write(&mut registers, beyond, u64::MAX);
+    assert_eq!(registers.read(beyond), 0);
+}
+
+#[test]
+fn run_bits_follow_their_enables() {
+    let mut registers = registers();
+    enable(
+        &mut registers,
+        Control::new().with_cmd_buf_en(true).with_event_log_en(true),
+    );
+    assert_eq!(registers.status(), Status::new());
+    enable(&mut registers, Control::new().with_iommu_en(true));
+    assert!(registers.status().cmd_buf_run() && registers.status().event_log_run());
+    let off = registers.control().with_iommu_en(false);
+    let _ = write(&mut registers, Reg::Control, off.into_bits());
+    assert_eq!(registers.status(), Status::new());
+}
+
+#[test]
+fn a_reserved_length_never_runs() {
+    let mut registers = registers();
+    let _ = write(&mut registers, Reg::CommandBase, 7 << 56);
+    enable(
+        &mut registers,
+        Control::new().with_cmd_buf_en(true).with_iommu_en(true),
+    );
+    assert!(!registers.status().cmd_buf_run());
+}
+
+#[test]
+fn an_error_stop_lasts_until_the_buffer_is_switched_on_anew() {
+    let mut registers = registers();
+    enable(
+        &mut registers,
+        Control::new().with_cmd_buf_en(true).with_iommu_en(true),
+    );
+    registers.stop_commands();
+    enable(&mut registers, Control::new().with_cmd_buf_en(true));
+    assert!(!registers.command_runs());
+    let off = registers.control().with_cmd_buf_en(false);
+    let _ = write(&mut registers, Reg::Control, off.into_bits());
+    enable(&mut registers, Control::new().with_cmd_buf_en(true));
+    assert!(registers.command_runs());
+}
+
+#[test]
+fn an_interrupt_goes_out_once_until_its_bit_is_cleared() {
+    let mut registers = registers();
+    enable(&mut registers, Control::new().with_event_int_en(true));
+    registers.latch(Status::new().with_event_log_int(true));
+    assert_eq!(
+        registers.take_interrupts().event,
+        Some(Interrupt::Msi { number: 0 })
+    );
+    registers.latch(Status::new().with_event_log_int(true));
+    assert_eq!(registers.take_interrupts(), Interrupts::default());
+    let _ = write(&mut registers, Reg::Status, 2);
+    assert_eq!(registers.take_interrupts(), Interrupts::default());
+    registers.latch(Status::new().with_event_log_int(true));
+    assert_eq!(
+        registers.take_interrupts().event,
+        Some(Interrupt::Msi { number: 0 })
+    );
+}
+
+#[test]
+fn an_interrupt_without_vector_waits_for_one() {
+    let mut registers = registers();
+    enable(
+        &mut registers,
+        Control::new().with_event_int_en(true).with_int_cap_xt_en(true),
+    );
+    registers.latch(Status::new().with_event_log_int(true));
+    assert_eq!(registers.take_interrupts(), Interrupts::default());
+    let _ = write(&mut registers, Reg::XtEvent, 0x0200_0055_0001_0304);
+    let due = Interrupt::X2apic {
+        destination: 0x0200_0103,
+        logical: true,
+        vector: 0x55,
+        arbitrated: false,
+    };
+    assert_eq!(registers.take_interrupts().event, Some(due));
+    assert_eq!(registers.take_interrupts(), Interrupts::default());
+}
+
+#[test]
+fn the_msi_mirror_takes_halves_and_reports_them() {
+    let mut registers = registers();
+    registers.mirror_msi(MsiMirror {
+        header: 0x0080_0005,
+        address: 0,
+        data: 0,
+    });
+    let half = |bytes: u32, from| LaneWrite::new(from, &bytes.to_le_bytes()).expect("a dword");
+    let _ = registers.write(Reg::MsiHeaderAddress, half(u32::MAX, 0));
+    let _ = registers.write(Reg::MsiHeaderAddress, half(0xfee0_1003, 4));
+    let _ = registers.write(Reg::MsiAddressData, half(0x12, 0));
+    let effect = registers.write(Reg::MsiAddressData, half(0xffff_0045, 4));
+    let programmed = MsiMirror {
+        header: 0x0081_0005,
+        address: 0x12_fee0_1000,
+        data: 0x45,
+    };
+    assert_eq!(effect, Effect::ProgramMsi(programmed));
+    assert_eq!(registers.read(Reg::MsiHeaderAddress), 0xfee0_1000_0081_0005);
+    assert_eq!(registers.read(Reg::MsiAddressData), 0x0000_0045_0000_0012);
+}
+
+#[test]
+fn reset_keeps_nothing_a_guest_wrote() {
+    let mut registers = registers();
+    for offset in (0..0x3000).step_by(8) {
+        let _ = Reg::at(offset).map(|reg| write(&mut registers, reg, u64::MAX));
+    }
+    registers.reset();
+    let fresh = self::registers();
+    for offset in (0..0x3000)
+        .step_by(8)
+        .filter(|offset| !matches!(offset, 0x158 | 0x160))
+    {
+        let read = |registers: &Registers| Reg::at(offset).map(|reg| registers.read(reg));
+        assert_eq!(read(&registers), read(&fresh), "{offset:#x}");
+    }
+}

@@ -1,0 +1,342 @@
+//! Interrupt messages, routes and irqfds, and the kernel's side of the split interrupt controller.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{KvmIrqRouting, kvm_irq_routing_entry, kvm_msi};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::vm::Machine;
+use super::{os, sys};
+use crate::guest_warn;
+use crate::platform::dma::Requester;
+use crate::platform::host::HostError;
+use crate::platform::irq::{IOAPIC_INPUTS, IoApicHost};
+use crate::platform::msi::{MsiMessage, MsiRoute, MsiSink};
+
+/// Routes the kernel keeps for one VM (KVM_MAX_IRQ_ROUTES); GSIs are given out below this number.
+const MOST_ROUTES: u32 = 4096;
+
+/// What the kernel is told of a message, in its x2APIC form.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Delivery {
+    /// Destination bits 31:8 in bits 31:8.
+    address_hi: u32,
+    address_lo: u32,
+    data: u32,
+}
+
+impl Delivery {
+    /// `message` as KVM takes it when APIC IDs have 32 bits, or `None` when it is no interrupt message at
+    /// all: the address then names memory, not a local APIC.
+    ///
+    /// Two places carry destination bits above 7:0. A remapped message has bits 31:8 in address bits 63:40.
+    /// A guest without remapping that was offered KVM_FEATURE_MSI_EXT_DEST_ID has bits 14:8 in address bits
+    /// 11:5 (Documentation/virt/kvm/x86/cpuid.rst).
+    fn of(message: MsiMessage) -> Option<Self> {
+        const WINDOW: u64 = 0xfee0_0000;
+        /// Everything above the window's 20 bits, except where a remapped destination sits.
+        const WINDOW_MASK: u64 = 0x0000_00ff_fff0_0000;
+        if message.address & WINDOW_MASK != WINDOW {
+            return None;
+        }
+        let [low, high] = halves(message.address);
+        let extended = (low >> 5 & 0x7f) << 8;
+        Some(Self {
+            address_hi: high & 0xffff_ff00 | extended,
+            address_lo: low & !0xfe0,
+            data: message.data,
+        })
+    }
+
+    fn route(self, gsi: u32) -> kvm_irq_routing_entry {
+        sys::msi_route(gsi, self.address_hi, self.address_lo, self.data)
+    }
+}
+
+/// The low and the high half.
+fn halves(value: u64) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+    [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
+}
+
+/// The VM's GSI routing table and who owns which number.
+///
+/// The kernel takes the table only as a whole. GSIs 0 to 23 are the IOAPIC's inputs for good.
+#[derive(Default)]
+struct RouteTable {
+    routes: BTreeMap<u32, Delivery>,
+    /// GSIs above the IOAPIC's that a route handle owns.
+    owned: std::collections::BTreeSet<u32>,
+}
+
+impl RouteTable {
+    /// The lowest free GSI above the IOAPIC's.
+    fn own(&mut self) -> Option<u32> {
+        let gsi = (u32::from(IOAPIC_INPUTS)..MOST_ROUTES).find(|gsi| !self.owned.contains(gsi))?;
+        self.owned.insert(gsi);
+        Some(gsi)
+    }
+
+    fn disown(&mut self, gsi: u32) {
+        self.owned.remove(&gsi);
+    }
+
+    /// The table as it would be with `gsi` sending `delivery`; `None` when that is how it is already.
+    fn with(&self, gsi: u32, delivery: Option<Delivery>) -> Option<BTreeMap<u32, Delivery>> {
+        if self.routes.get(&gsi).copied() == delivery {
+            return None;
+        }
+        let mut routes = self.routes.clone();
+        match delivery {
+            Some(delivery) => routes.insert(gsi, delivery),
+            None => routes.remove(&gsi),
+        };
+        Some(routes)
+    }
+}
+
+/// Delivers messages through the kernel, untranslated: the way out where no IOMMU remaps.
+#[derive(Clone)]
+pub struct MsiDelivery {
+    pub(super) machine: Arc<Machine>,
+    table: Arc<Mutex<RouteTable>>,
+}
+
+impl MsiDelivery {
+    pub(super) fn new(machine: Arc<Machine>) -> Self {
+        Self {
+            machine,
+            table: Arc::default(),
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, RouteTable> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Make `gsi` send `delivery`, in one request for the whole table, or none when nothing changes.
+    fn set_gsi(&self, gsi: u32, delivery: Option<Delivery>) -> Result<(), HostError> {
+        let mut table = self.table();
+        let Some(routes) = table.with(gsi, delivery) else {
+            return Ok(());
+        };
+        let refused = |source| HostError::new(format!("set the {} interrupt routes", routes.len()), source);
+        let entries: Vec<_> = routes
+            .iter()
+            .map(|(gsi, delivery)| delivery.route(*gsi))
+            .collect();
+        let request = KvmIrqRouting::from_entries(&entries)
+            .map_err(|_| refused(std::io::ErrorKind::OutOfMemory.into()))?;
+        self.machine
+            .fd
+            .set_gsi_routing(&request)
+            .map_err(|error| refused(os(error)))?;
+        table.routes = routes;
+        Ok(())
+    }
+
+    fn send(&self, message: MsiMessage) {
+        let Some(delivery) = Delivery::of(message) else {
+            guest_warn!(address = %format_args!("{:#x}", message.address), "an interrupt message outside 0xfee00000-0xfeefffff vanishes");
+            return;
+        };
+        let request = kvm_msi {
+            address_lo: delivery.address_lo,
+            address_hi: delivery.address_hi,
+            data: delivery.data,
+            ..Default::default()
+        };
+        // The kernel answers 0 when no processor took the message (none has that ID, or its APIC is off) and
+        // EINVAL for a reserved vector or mode: both vanish on hardware too.
+        if let Err(error) = self.machine.fd.signal_msi(request) {
+            guest_warn!(?message, error = %os(error), "an interrupt message that cannot be delivered vanishes");
+        }
+    }
+}
+
+impl MsiSink for MsiDelivery {
+    fn signal(&self, _requester: &Requester, message: MsiMessage) {
+        self.send(message);
+    }
+
+    fn route(&self, requester: &Arc<Requester>) -> Result<Box<dyn MsiRoute>, HostError> {
+        let refused = |source| {
+            HostError::new(
+                format!("make an interrupt route for {}", requester.sbdf()),
+                source,
+            )
+        };
+        let eventfd = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).map_err(refused)?;
+        let gsi = self.table().own().ok_or_else(|| {
+            refused(std::io::Error::other(format!(
+                "all {MOST_ROUTES} routes are in use"
+            )))
+        })?;
+        Ok(Box::new(Irqfd {
+            delivery: self.clone(),
+            eventfd,
+            gsi,
+            attached: Mutex::new(false),
+        }))
+    }
+}
+
+impl IoApicHost for MsiDelivery {
+    fn signal(&self, message: MsiMessage) {
+        self.send(message);
+    }
+
+    fn set_route(&self, pin: u8, message: Option<MsiMessage>) -> Result<(), HostError> {
+        assert!(pin < IOAPIC_INPUTS, "the IOAPIC has inputs 0 to 23, not {pin}");
+        self.set_gsi(u32::from(pin), message.and_then(Delivery::of))
+    }
+}
+
+/// An eventfd wired to a GSI of its own.
+struct Irqfd {
+    delivery: MsiDelivery,
+    eventfd: EventFd,
+    gsi: u32,
+    /// Whether the kernel listens to the eventfd; held across a change so that changes do not interleave.
+    attached: Mutex<bool>,
+}
+
+impl MsiRoute for Irqfd {
+    fn eventfd(&self) -> &EventFd {
+        &self.eventfd
+    }
+
+    fn set(&self, message: Option<MsiMessage>) -> Result<(), HostError> {
+        let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
+        match message.and_then(Delivery::of) {
+            Some(delivery) => {
+                // The route first: some kernels fault on an irqfd whose GSI has none.
+                self.delivery.set_gsi(self.gsi, Some(delivery))?;
+                if !*attached {
+                    self.delivery
+                        .machine
+                        .fd
+                        .register_irqfd(&self.eventfd, self.gsi)
+                        .map_err(|error| self.refused("attach", error))?;
+                    *attached = true;
+                }
+            }
+            // The route stays in the table: a vector that is masked and unmasked costs no table update.
+            None if *attached => {
+                self.delivery
+                    .machine
+                    .fd
+                    .unregister_irqfd(&self.eventfd, self.gsi)
+                    .map_err(|error| self.refused("detach", error))?;
+                *attached = false;
+            }
+            None => {}
+        }
+        Ok(())
+    }
+}
+
+impl Irqfd {
+    fn refused(&self, what: &str, error: kvm_ioctls::Error) -> HostError {
+        HostError::new(
+            format!("{what} the eventfd of interrupt route {}", self.gsi),
+            os(error),
+        )
+    }
+}
+
+impl Drop for Irqfd {
+    fn drop(&mut self) {
+        // In reverse: the eventfd, then its route, then the number.
+        let ended = self
+            .set(None)
+            .and_then(|()| self.delivery.set_gsi(self.gsi, None));
+        match ended {
+            Ok(()) => self.delivery.table().disown(self.gsi),
+            Err(error) => {
+                tracing::error!(%error, source = %error.source, "an interrupt route stays in use until the guest ends")
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(address: u64) -> MsiMessage {
+        MsiMessage {
+            address,
+            data: 0x4031,
+        }
+    }
+
+    #[test]
+    fn a_plain_message_keeps_its_address() {
+        let delivery = Delivery::of(message(0xfee0_3008)).expect("an interrupt message");
+        assert_eq!(
+            delivery,
+            Delivery {
+                address_hi: 0,
+                address_lo: 0xfee0_3008,
+                data: 0x4031
+            }
+        );
+    }
+
+    #[test]
+    fn extended_destination_bits_move_to_the_upper_half() {
+        // Destination 0x7f12: bits 7:0 in 19:12, bits 14:8 in 11:5.
+        let delivery = Delivery::of(message(0xfee1_2fe0)).expect("an interrupt message");
+        assert_eq!((delivery.address_hi, delivery.address_lo), (0x7f00, 0xfee1_2000));
+    }
+
+    #[test]
+    fn a_remapped_destination_of_32_bits_survives() {
+        let delivery = Delivery::of(message(0x1234_5600_fee7_8000)).expect("an interrupt message");
+        assert_eq!(
+            (delivery.address_hi, delivery.address_lo),
+            (0x1234_5600, 0xfee7_8000)
+        );
+    }
+
+    #[test]
+    fn what_names_memory_is_no_interrupt() {
+        for address in [
+            0,
+            0xfed0_0000,
+            0xfef0_0000,
+            0x1_fee0_0000,
+            0xff_fee0_0000,
+            0xfe00_0000,
+        ] {
+            assert_eq!(Delivery::of(message(address)), None, "{address:#x}");
+        }
+    }
+
+    #[test]
+    fn route_numbers_begin_above_the_ioapic_and_are_given_again() {
+        let mut table = RouteTable::default();
+        assert_eq!((table.own(), table.own()), (Some(24), Some(25)));
+        table.disown(24);
+        assert_eq!(table.own(), Some(24));
+    }
+
+    #[test]
+    fn the_table_ends_where_the_kernels_does() {
+        let mut table = RouteTable::default();
+        let given = std::iter::from_fn(|| table.own()).count();
+        assert_eq!(given, 4096 - 24);
+    }
+
+    #[test]
+    fn a_route_that_is_in_force_changes_nothing() {
+        let mut table = RouteTable::default();
+        let delivery = Delivery::of(message(0xfee0_0000));
+        table.routes = table.with(30, delivery).expect("a change");
+        assert!(table.with(30, delivery).is_none());
+        assert!(table.with(31, None).is_none());
+        assert_eq!(table.with(30, None), Some(BTreeMap::new()));
+    }
+}

@@ -1,0 +1,466 @@
+//! One virtual processor: run until an exit, and exits as data.
+
+use std::fmt::Write as _;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use kvm_bindings::{
+    CpuId, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_debugregs, kvm_fpu, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::os;
+use super::sys::{InternalError, RunArea};
+use super::vm::Machine;
+use crate::platform::host::HostError;
+
+/// The time stamp counter. It keeps running over a reset: processors reset one after the other and would
+/// otherwise no longer agree.
+const IA32_TSC: u32 = 0x10;
+
+/// Why the guest stopped running. What the guest reads is written through the borrow before the next run.
+#[derive(Debug)]
+pub enum Exit<'a> {
+    /// `IN`, or `INS` with several elements.
+    PortRead {
+        /// First port.
+        port: u16,
+        /// Bytes per element: 1, 2 or 4.
+        width: usize,
+        /// To be filled, a whole number of elements.
+        data: &'a mut [u8],
+    },
+    /// `OUT`, or `OUTS` with several elements.
+    PortWrite {
+        /// First port.
+        port: u16,
+        /// Bytes per element: 1, 2 or 4.
+        width: usize,
+        /// A whole number of elements.
+        data: &'a [u8],
+    },
+    /// A read where there is no RAM.
+    MmioRead {
+        /// Guest physical address.
+        at: u64,
+        /// To be filled, 1 to 8 bytes.
+        data: &'a mut [u8],
+    },
+    /// A write where there is no RAM.
+    MmioWrite {
+        /// Guest physical address.
+        at: u64,
+        /// 1 to 8 bytes.
+        data: &'a [u8],
+    },
+    /// A level-triggered interrupt of this vector ended.
+    Eoi(u8),
+    /// The processor halted outside the kernel's local APIC.
+    Halt,
+    /// A kick, a signal, or nothing to do yet: look for requests and run again.
+    Interrupted,
+    /// A triple fault: on a PC, a reset.
+    TripleFault,
+    /// The guest asked its hypervisor for something: KVM_SYSTEM_EVENT_*.
+    SystemEvent(u32),
+    /// The processor's state cannot be entered, or KVM cannot emulate what the guest executed. Says what the
+    /// kernel says; [`Vcpu::registers`] tells the rest.
+    Broken(String),
+}
+
+/// Which way an access goes, for counters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Direction {
+    /// The guest reads.
+    Read,
+    /// The guest writes.
+    Write,
+}
+
+/// A virtual processor. Its requests must come from the thread that runs it.
+pub struct Vcpu {
+    fd: VcpuFd,
+    area: Arc<RunArea>,
+    apic_id: u32,
+    /// Keeps the machine, and with it the guest's RAM, while this processor can run.
+    _machine: Arc<Machine>,
+}
+
+/// Makes a processor return from its run, from any thread.
+#[derive(Clone)]
+pub struct Kick(Arc<RunArea>);
+
+impl Kick {
+    /// The processor's next run returns [`Exit::Interrupted`] without entering the guest. One that is in the
+    /// guest now must also be sent [`kick_signal`]; whichever comes first, none is lost.
+    pub fn request(&self) {
+        self.0.set_immediate_exit(true);
+    }
+}
+
+/// The signal that interrupts a run.
+#[must_use]
+pub fn kick_signal() -> i32 {
+    vmm_sys_util::signal::SIGRTMIN()
+}
+
+/// Let [`kick_signal`] interrupt system calls of this process instead of ending it.
+pub fn allow_kicks() -> Result<(), HostError> {
+    let seen = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(kick_signal(), seen)
+        .map(drop)
+        .map_err(|source| HostError::new(format!("handle signal {}", kick_signal()), source))
+}
+
+impl Vcpu {
+    pub(super) fn new(machine: &Arc<Machine>, apic_id: u32, run_area: usize) -> Result<Self, HostError> {
+        let refused = |source| HostError::new(format!("create the processor with APIC ID {apic_id}"), source);
+        let fd = machine
+            .fd
+            .create_vcpu(u64::from(apic_id))
+            .map_err(|error| refused(os(error)))?;
+        let area = Arc::new(RunArea::map(&fd, run_area).map_err(refused)?);
+        Ok(Self {
+            fd,
+            area,
+            apic_id,
+            _machine: machine.clone(),
+        })
+    }
+
+    /// Its APIC ID.
+    #[must_use]
+    pub fn apic_id(&self) -> u32 {
+        self.apic_id
+    }
+
+    /// The means to stop it from other threads.
+    #[must_use]
+    pub fn kick(&self) -> Kick {
+        Kick(self.area.clone())
+    }
+
+    /// Kicks up to now have been heard: run again.
+    pub fn heard_kick(&self) {
+        self.area.set_immediate_exit(false);
+    }
+
+    /// Run the guest until it needs us.
+    ///
+    /// # Errors
+    /// When the host cannot run it, RAM that cannot be backed included.
+    pub fn run(&mut self) -> Result<Exit<'_>, HostError> {
+        let (area, apic_id) = (&self.area, self.apic_id);
+        let exit = match self.fd.run() {
+            Ok(exit) => exit,
+            Err(error) => {
+                let error = os(error);
+                return match error.kind() {
+                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => Ok(Exit::Interrupted),
+                    _ => Err(HostError::new(
+                        format!("run the processor with APIC ID {apic_id}"),
+                        error,
+                    )),
+                };
+            }
+        };
+        let broken = match exit {
+            VcpuExit::IoIn(port, data) => {
+                let width = area.io_width();
+                return Ok(Exit::PortRead { port, width, data });
+            }
+            VcpuExit::IoOut(port, data) => {
+                let width = area.io_width();
+                return Ok(Exit::PortWrite { port, width, data });
+            }
+            VcpuExit::MmioRead(at, data) => return Ok(Exit::MmioRead { at, data }),
+            VcpuExit::MmioWrite(at, data) => return Ok(Exit::MmioWrite { at, data }),
+            VcpuExit::IoapicEoi(vector) => return Ok(Exit::Eoi(vector)),
+            VcpuExit::Hlt => return Ok(Exit::Halt),
+            VcpuExit::Intr => return Ok(Exit::Interrupted),
+            VcpuExit::Shutdown => return Ok(Exit::TripleFault),
+            VcpuExit::SystemEvent(kind, _) => return Ok(Exit::SystemEvent(kind)),
+            VcpuExit::FailEntry(reason, cpu) => {
+                format!("the processor refused to enter the guest, reason {reason:#x} on host CPU {cpu}")
+            }
+            VcpuExit::InternalError => describe(area.internal_error()),
+            VcpuExit::MemoryFault { gpa, size, .. } => {
+                format!("{size} bytes of guest memory at {gpa:#x} cannot be reached")
+            }
+            other => format!("KVM gave an exit this program did not ask for: {other:?}"),
+        };
+        Ok(Exit::Broken(broken))
+    }
+
+    /// The registers that matter for a post-mortem, in one line.
+    #[must_use]
+    pub fn registers(&self) -> String {
+        let (Ok(r), Ok(s)) = (self.fd.get_regs(), self.fd.get_sregs()) else {
+            return "its registers cannot be read".to_owned();
+        };
+        format!(
+            "rip={:#x} rsp={:#x} rflags={:#x} rax={:#x} rbx={:#x} rcx={:#x} rdx={:#x} rsi={:#x} rdi={:#x} \
+             cs={:#x}/{:#x} cr0={:#x} cr2={:#x} cr3={:#x} cr4={:#x} efer={:#x}",
+            r.rip,
+            r.rsp,
+            r.rflags,
+            r.rax,
+            r.rbx,
+            r.rcx,
+            r.rdx,
+            r.rsi,
+            r.rdi,
+            s.cs.selector,
+            s.cs.base,
+            s.cr0,
+            s.cr2,
+            s.cr3,
+            s.cr4,
+            s.efer,
+        )
+    }
+
+    /// Show the guest these CPUID leaves.
+    pub fn set_cpuid(&self, leaves: &CpuId) -> Result<(), HostError> {
+        self.fd
+            .set_cpuid2(leaves)
+            .map_err(|error| self.refused("set the CPUID leaves", error))
+    }
+
+    /// The TSC's frequency in kHz.
+    pub fn tsc_khz(&self) -> Result<u32, HostError> {
+        self.fd
+            .get_tsc_khz()
+            .map_err(|error| self.refused("read the TSC frequency", error))
+    }
+
+    /// General registers.
+    pub fn set_regs(&self, regs: &kvm_regs) -> Result<(), HostError> {
+        self.fd
+            .set_regs(regs)
+            .map_err(|error| self.refused("set the registers", error))
+    }
+
+    /// Segments, control registers and tables.
+    pub fn sregs(&self) -> Result<kvm_sregs, HostError> {
+        self.fd
+            .get_sregs()
+            .map_err(|error| self.refused("read the system registers", error))
+    }
+
+    /// Segments, control registers and tables.
+    pub fn set_sregs(&self, sregs: &kvm_sregs) -> Result<(), HostError> {
+        self.fd
+            .set_sregs(sregs)
+            .map_err(|error| self.refused("set the system registers", error))
+    }
+
+    /// The local APIC's register page.
+    pub fn lapic(&self) -> Result<kvm_lapic_state, HostError> {
+        self.fd
+            .get_lapic()
+            .map_err(|error| self.refused("read the local APIC", error))
+    }
+
+    /// The local APIC's register page.
+    pub fn set_lapic(&self, lapic: &kvm_lapic_state) -> Result<(), HostError> {
+        self.fd
+            .set_lapic(lapic)
+            .map_err(|error| self.refused("set the local APIC", error))
+    }
+
+    /// Write model-specific registers; one that the kernel does not take is an error.
+    pub fn set_msrs(&self, msrs: &[(u32, u64)]) -> Result<(), HostError> {
+        let entries: Vec<_> = msrs.iter().map(|&(index, data)| msr_entry(index, data)).collect();
+        let written = self.write_msrs(&entries)?;
+        let Some((index, data)) = msrs.get(written) else {
+            return Ok(());
+        };
+        Err(HostError::new(
+            format!(
+                "set MSR {index:#x} to {data:#x} on the processor with APIC ID {}",
+                self.apic_id
+            ),
+            io::Error::from(io::ErrorKind::InvalidInput),
+        ))
+    }
+
+    /// How many of `entries`, from the first, the kernel took.
+    fn write_msrs(&self, entries: &[kvm_msr_entry]) -> Result<usize, HostError> {
+        let list = Msrs::from_entries(entries).expect("an MSR list holds more than there are MSRs");
+        self.fd
+            .set_msrs(&list)
+            .map_err(|error| self.refused("set model-specific registers", error))
+    }
+
+    /// Tell the guest that it was stopped for a while, so that its watchdogs do not bark. A guest without
+    /// kvmclock is not told.
+    pub fn resumed(&self) {
+        if let Err(error) = self.fd.kvmclock_ctrl() {
+            tracing::debug!(apic_id = self.apic_id, error = %os(error), "the guest has no kvmclock to be told of a pause");
+        }
+    }
+
+    fn refused(&self, action: &str, error: kvm_ioctls::Error) -> HostError {
+        HostError::new(
+            format!("{action} of the processor with APIC ID {}", self.apic_id),
+            os(error),
+        )
+    }
+}
+
+fn msr_entry(index: u32, data: u64) -> kvm_msr_entry {
+    kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    }
+}
+
+/// What KVM_EXIT_INTERNAL_ERROR says, for the log. With KVM_INTERNAL_ERROR_EMULATION and its flag bit 0 the
+/// words carry the instruction's bytes (Documentation/virt/kvm/api.rst, 5 "The kvm_run structure").
+fn describe(error: InternalError) -> String {
+    const EMULATION: u32 = 1;
+    let words = error.data.get(..error.valid).unwrap_or_default();
+    let kind = match error.suberror {
+        EMULATION => "KVM cannot emulate an instruction".to_owned(),
+        2 => "KVM met a fault while it delivered an event".to_owned(),
+        3 => "an event could not be delivered because of an unexpected exit".to_owned(),
+        4 => "the processor gave an exit KVM does not know".to_owned(),
+        other => format!("KVM gave internal error {other}"),
+    };
+    match (error.suberror, words) {
+        (EMULATION, [flags, rest @ ..]) if flags & 1 != 0 && !rest.is_empty() => {
+            let bytes: Vec<u8> = rest.iter().flat_map(|word| word.to_le_bytes()).collect();
+            let (len, code) = bytes.split_first().expect("a word has eight bytes");
+            let mut text = format!("{kind}:");
+            for byte in code.iter().take(usize::from(*len)) {
+                write!(text, " {byte:02x}").expect("a string takes all text");
+            }
+            text
+        }
+        _ => format!("{kind}, details {words:x?}"),
+    }
+}
+
+/// Everything of a processor that a reset puts back, as it was when the processor was made.
+///
+/// Recording what the kernel itself made of a new processor, instead of a table of reset values, covers
+/// every register the kernel knows, those of later kernels included.
+pub struct PowerOnState {
+    boot_processor: bool,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    fpu: kvm_fpu,
+    xcrs: kvm_xcrs,
+    debug: kvm_debugregs,
+    events: kvm_vcpu_events,
+    lapic: Box<kvm_lapic_state>,
+    msrs: Vec<kvm_msr_entry>,
+}
+
+impl PowerOnState {
+    /// The state of `vcpu`, which has its CPUID leaves and has not run, with the model-specific registers
+    /// among `msrs` that it has.
+    pub fn record(vcpu: &Vcpu, msrs: &[u32]) -> Result<Self, HostError> {
+        let fd = &vcpu.fd;
+        let read = |error| vcpu.refused("record the power-on state", error);
+        let mut recorded = Vec::with_capacity(msrs.len());
+        let mut rest: Vec<u32> = msrs.iter().copied().filter(|msr| *msr != IA32_TSC).collect();
+        while !rest.is_empty() {
+            let entries: Vec<_> = rest.iter().map(|&index| msr_entry(index, 0)).collect();
+            let mut list = Msrs::from_entries(&entries).expect("an MSR list holds more than there are MSRs");
+            let done = fd.get_msrs(&mut list).map_err(read)?;
+            recorded.extend(list.as_slice().iter().take(done));
+            // The kernel stops at the first it does not have for this processor; go on behind that one.
+            rest.drain(..rest.len().min(done + 1));
+        }
+        Ok(Self {
+            boot_processor: vcpu.apic_id == 0,
+            regs: fd.get_regs().map_err(read)?,
+            sregs: fd.get_sregs().map_err(read)?,
+            fpu: fd.get_fpu().map_err(read)?,
+            xcrs: fd.get_xcrs().map_err(read)?,
+            debug: fd.get_debug_regs().map_err(read)?,
+            events: fd.get_vcpu_events().map_err(read)?,
+            lapic: Box::new(fd.get_lapic().map_err(read)?),
+            msrs: recorded,
+        })
+    }
+
+    /// Put `vcpu`, which must be the one recorded and not be running, back into that state.
+    pub fn restore(&self, vcpu: &Vcpu) -> Result<(), HostError> {
+        let fd = &vcpu.fd;
+        let write = |error| vcpu.refused("reset", error);
+        let state = match self.boot_processor {
+            true => KVM_MP_STATE_RUNNABLE,
+            false => KVM_MP_STATE_UNINITIALIZED,
+        };
+        // System registers first: clearing EFER.SVME takes the processor out of a guest of its own, and the
+        // APIC base must be back before the APIC's registers. Events last: they depend on all else.
+        fd.set_sregs(&self.sregs).map_err(write)?;
+        fd.set_regs(&self.regs).map_err(write)?;
+        fd.set_fpu(&self.fpu).map_err(write)?;
+        fd.set_xcrs(&self.xcrs).map_err(write)?;
+        fd.set_debug_regs(&self.debug).map_err(write)?;
+        let mut rest = self.msrs.as_slice();
+        while !rest.is_empty() {
+            let done = vcpu.write_msrs(rest)?;
+            // Some that can be read cannot be written, by the host either.
+            if let Some(refused) = rest.get(done) {
+                tracing::debug!(
+                    msr = format_args!("{:#x}", refused.index),
+                    "a model-specific register keeps its value over a reset"
+                );
+            }
+            rest = rest.get(done + 1..).unwrap_or_default();
+        }
+        fd.set_lapic(&self.lapic).map_err(write)?;
+        fd.set_mp_state(kvm_mp_state { mp_state: state }).map_err(write)?;
+        fd.set_vcpu_events(&self.events).map_err(write)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_instruction_that_cannot_be_emulated_is_shown_in_bytes() {
+        let mut data = [0; 16];
+        data[0] = 1;
+        data[1] = u64::from_le_bytes([5, 0xf0, 0x48, 0x0f, 0xc7, 0x0f, 0x90, 0x90]);
+        let text = describe(InternalError {
+            suberror: 1,
+            data,
+            valid: 4,
+        });
+        assert_eq!(text, "KVM cannot emulate an instruction: f0 48 0f c7 0f");
+    }
+
+    #[test]
+    fn an_internal_error_without_bytes_shows_its_words() {
+        let mut data = [0; 16];
+        data[..2].copy_from_slice(&[0x80, 0xff]);
+        let text = describe(InternalError {
+            suberror: 9,
+            data,
+            valid: 2,
+        });
+        assert_eq!(text, "KVM gave internal error 9, details [80, ff]");
+    }
+
+    #[test]
+    fn a_length_byte_larger_than_the_bytes_is_harmless() {
+        let mut data = [0; 16];
+        data[..2].copy_from_slice(&[1, 0xff]);
+        let text = describe(InternalError {
+            suberror: 1,
+            data,
+            valid: 2,
+        });
+        assert_eq!(text, "KVM cannot emulate an instruction: 00 00 00 00 00 00 00");
+    }
+}

@@ -1,0 +1,97 @@
+//! SPCR: which serial port is the console.
+//!
+//! Serial Port Console Redirection Table, revision 2 (later ones add nothing that COM1 has). The crate's
+//! table knows only the firmware console of another architecture.
+
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::sdt::Sdt;
+use zerocopy::{Immutable, IntoBytes};
+
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, TABLE_HEADER, board, bytes_of};
+
+const REVISION: u8 = 2;
+
+/// The table from byte 36 on.
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct Console {
+    /// 0: fully 16550-compatible.
+    interface: u8,
+    reserved: [u8; 3],
+    base: [u8; 12],
+    /// Bit 0: an 8259 input, and bit 1: an I/O APIC input.
+    interrupt_type: u8,
+    /// The 8259's input, where there is one.
+    irq: u8,
+    gsi: [u8; 4],
+    /// 7: 115200.
+    baud_rate: u8,
+    /// 0: none, the only one defined.
+    parity: u8,
+    stop_bits: u8,
+    /// 0: none.
+    flow_control: u8,
+    /// 3: ANSI.
+    terminal: u8,
+    language: u8,
+    pci_device: [u8; 2],
+    pci_vendor: [u8; 2],
+    pci_bus: u8,
+    pci_slot: u8,
+    pci_function: u8,
+    pci_flags: [u8; 4],
+    pci_segment: u8,
+    reserved_end: [u8; 4],
+}
+
+const _: () = assert!(size_of::<Console>() == 80 - 36);
+
+/// The table for COM1.
+pub(super) fn spcr() -> Vec<u8> {
+    const IO_APIC: u8 = 1 << 1;
+    const BAUD_115200: u8 = 7;
+    const ANSI: u8 = 3;
+    /// "Not a PCI device" in both ID fields.
+    const NOT_PCI: [u8; 2] = [0xff; 2];
+    let base = GAS::new(
+        AddressSpace::SystemIo,
+        8,
+        0,
+        AccessSize::ByteAccess,
+        u64::from(board::COM1_PORT),
+    );
+    let console = Console {
+        interface: 0,
+        reserved: [0; 3],
+        base: bytes_of(&base)
+            .try_into()
+            .expect("an address structure has 12 bytes"),
+        interrupt_type: IO_APIC,
+        irq: 0,
+        gsi: u32::from(board::COM1_GSI).to_le_bytes(),
+        baud_rate: BAUD_115200,
+        parity: 0,
+        stop_bits: 1,
+        flow_control: 0,
+        terminal: ANSI,
+        language: 0,
+        pci_device: NOT_PCI,
+        pci_vendor: NOT_PCI,
+        pci_bus: 0,
+        pci_slot: 0,
+        pci_function: 0,
+        pci_flags: [0; 4],
+        pci_segment: 0,
+        reserved_end: [0; 4],
+    };
+    let mut table = Sdt::new(
+        *b"SPCR",
+        TABLE_HEADER,
+        REVISION,
+        OEM_ID,
+        OEM_TABLE_ID,
+        OEM_REVISION,
+    );
+    table.append_slice(console.as_bytes());
+    table.as_slice().to_vec()
+}

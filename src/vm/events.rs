@@ -1,0 +1,144 @@
+//! The event loop for everything that is not a processor, and the signals by which the operator speaks.
+
+use std::io::Read;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use event_manager::{EventManager, EventOps, EventSubscriber, Events, SubscriberOps};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use vmm_sys_util::epoll::EventSet;
+
+use crate::platform::host::HostError;
+
+/// Waits for descriptors and calls who watches them, one at a time.
+pub struct EventLoop {
+    manager: EventManager<Arc<dyn EventSubscriber>>,
+}
+
+/// A descriptor whose reader looks by himself once the loop returns.
+struct Wake(RawFd);
+
+impl EventSubscriber for Wake {
+    fn process(&self, _events: Events, _ops: &mut EventOps) {}
+
+    fn init(&self, ops: &mut EventOps) {
+        ops.add(Events::new_raw(self.0, EventSet::IN))
+            .expect("the descriptor is open and watched once");
+    }
+}
+
+impl EventLoop {
+    /// One that watches nothing yet.
+    pub fn new() -> Result<Self, HostError> {
+        let manager = EventManager::new().map_err(|error| refused("create the event loop", error))?;
+        Ok(Self { manager })
+    }
+
+    /// Call `subscriber` for what it watches.
+    pub fn add(&mut self, subscriber: Arc<dyn EventSubscriber>) {
+        self.manager.add_subscriber(subscriber);
+    }
+
+    /// Return from [`Self::turn`] when `source` is readable. It stays open for as long as the loop lives.
+    pub fn wake_for(&mut self, source: &impl AsRawFd) {
+        self.add(Arc::new(Wake(source.as_raw_fd())));
+    }
+
+    /// Wait, for `until` at the longest, and call whom it concerns.
+    pub fn turn(&mut self, until: Option<Instant>) -> Result<(), HostError> {
+        let timeout = until.map_or(-1, |until| {
+            milliseconds(until.saturating_duration_since(Instant::now()))
+        });
+        self.manager
+            .run_with_timeout(timeout)
+            .map(drop)
+            .map_err(|error| refused("wait for events", error))
+    }
+}
+
+/// `time` as epoll takes it, rounded up so that a wait never ends early.
+fn milliseconds(time: Duration) -> i32 {
+    i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
+}
+
+fn refused(action: &str, error: event_manager::Error) -> HostError {
+    let source = match error {
+        event_manager::Error::Epoll(errno) => std::io::Error::from_raw_os_error(errno.errno()),
+        other => std::io::Error::other(other),
+    };
+    HostError::new(action, source)
+}
+
+/// SIGTERM, SIGINT and SIGHUP: the operator wants the machine to end.
+pub struct StopSignals {
+    received: UnixStream,
+}
+
+impl StopSignals {
+    /// Take them from now on; they end the process no more by themselves.
+    pub fn take() -> Result<Self, HostError> {
+        let failed = |source| HostError::new("handle SIGTERM, SIGINT and SIGHUP", source);
+        let (received, sent) = UnixStream::pair().map_err(failed)?;
+        received.set_nonblocking(true).map_err(failed)?;
+        for signal in [SIGTERM, SIGINT, SIGHUP] {
+            let sent = sent.try_clone().map_err(failed)?;
+            signal_hook::low_level::pipe::register(signal, sent).map_err(failed)?;
+        }
+        Ok(Self { received })
+    }
+
+    /// How many have come since the last look, 16 at the most.
+    pub fn count(&mut self) -> usize {
+        self.received.read(&mut [0; 16]).unwrap_or(0)
+    }
+}
+
+impl AsRawFd for StopSignals {
+    fn as_raw_fd(&self) -> RawFd {
+        self.received.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn a_wait_is_rounded_up_and_never_overflows() {
+        assert_eq!(milliseconds(Duration::from_nanos(1)), 1);
+        assert_eq!(milliseconds(Duration::from_millis(7)), 7);
+        assert_eq!(milliseconds(Duration::ZERO), 0);
+        assert_eq!(milliseconds(Duration::MAX), i32::MAX);
+    }
+
+    #[test]
+    fn the_loop_returns_when_a_watched_descriptor_is_readable() {
+        let (watched, mut other) = UnixStream::pair().expect("sockets");
+        let mut events = EventLoop::new().expect("an epoll descriptor");
+        events.wake_for(&watched);
+        other.write_all(b"x").expect("room");
+        // Without the byte this would never return.
+        events.turn(None).expect("no error");
+    }
+
+    #[test]
+    fn the_loop_returns_when_its_time_is_up() {
+        let mut events = EventLoop::new().expect("an epoll descriptor");
+        let until = Instant::now() + Duration::from_millis(5);
+        events.turn(Some(until)).expect("no error");
+        assert!(Instant::now() >= until);
+    }
+
+    #[test]
+    fn stop_signals_are_counted_instead_of_ending_the_process() {
+        let mut signals = StopSignals::take().expect("handlers");
+        assert_eq!(signals.count(), 0);
+        signal_hook::low_level::raise(SIGHUP).expect("a valid signal");
+        signal_hook::low_level::raise(SIGHUP).expect("a valid signal");
+        assert_eq!(signals.count(), 2);
+        assert_eq!(signals.count(), 0);
+    }
+}

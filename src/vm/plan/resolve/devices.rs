@@ -1,0 +1,268 @@
+//! The devices: their defaults, and what each looks like on its bus.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU16;
+
+use crate::devices::virtio;
+use crate::devices::virtio::queue::LARGEST_QUEUE;
+use crate::pci::assign::{FunctionSpec, Parent, Slot};
+use crate::pci::tree::NodeKind;
+use crate::vm::config::Config;
+use crate::vm::config::said::ConfigError;
+use crate::vm::config::section::{Section, Source};
+use crate::vm::config::sections::{Console, Disk, Net};
+use crate::vm::config::values::{Name, Switch};
+use crate::vm::plan::{
+    BlockPlan, CharBackend, ConsolePlan, CpuPlan, DeviceKind, DevicePlan, MacAddress, NetBackend, NetPlan,
+    RngPlan,
+};
+
+use super::resolved;
+use super::topology::NamesOf;
+
+/// Entries per queue when nobody says.
+const QUEUE_SIZE: u16 = 256;
+/// The most request queues of a disk and queue pairs of a NIC: beyond that no guest gains anything.
+const MAX_QUEUES: u16 = 64;
+/// Two queues per pair and one for control must fit the transport.
+const _: () = assert!(2 * (MAX_QUEUES as usize) < virtio::pci::MOST_QUEUES);
+/// The most request queues a disk gets by itself: beyond that they cost memory and gain nothing on one image.
+const MAX_DEFAULT_QUEUES: u32 = 8;
+/// The smallest MTU (RFC 791: every IPv4 module forwards 68 bytes).
+const MIN_MTU: u16 = 68;
+/// The longest serial number of a disk.
+const SERIAL_LENGTH: usize = 20;
+/// A device's function and where it wants to be.
+#[derive(Debug)]
+pub(super) struct Endpoint<'a> {
+    /// Complete but for its parent.
+    pub(super) function: FunctionSpec,
+    pub(super) port: Option<&'a Name>,
+    pub(super) on: Option<&'a Name>,
+    pub(super) source: &'a Source,
+}
+
+/// Every device in the order of the plan, and its function.
+pub(super) fn resolve<'a>(
+    config: &'a Config,
+    names_of: &NamesOf,
+    cpus: &CpuPlan,
+) -> Result<(Vec<DevicePlan>, Vec<Endpoint<'a>>), ConfigError> {
+    let (mut devices, mut endpoints) = (Vec::new(), Vec::new());
+    macro_rules! add {
+        ($said:expr, $name:expr, $kind:expr) => {
+            let kind = $kind;
+            let place = (&$said.port, &$said.on, $said.slot);
+            endpoints.push(endpoint(devices.len(), $name, &kind, place, $said.source()));
+            devices.push(DevicePlan {
+                name: $name.clone(),
+                kind,
+            });
+        };
+    }
+    refuse_shared_images(config, names_of)?;
+    for (disk, name) in config.disks.iter().zip(&names_of.disks) {
+        add!(disk, name, DeviceKind::Block(block(disk, name, cpus)?));
+    }
+    let mut macs = Macs::new(config, names_of)?;
+    for (net, name) in config.nets.iter().zip(&names_of.nets) {
+        add!(net, name, DeviceKind::Net(self::net(net, name, &mut macs)?));
+    }
+    let mut terminal = None;
+    for (console, name) in config.consoles.iter().zip(&names_of.consoles) {
+        add!(
+            console,
+            name,
+            DeviceKind::Console(self::console(console, name, &mut terminal)?)
+        );
+    }
+    for (rng, name) in config.rngs.iter().zip(&names_of.rngs) {
+        add!(rng, name, DeviceKind::Rng(RngPlan {}));
+    }
+    Ok((devices, endpoints))
+}
+
+fn endpoint<'a>(
+    index: usize,
+    name: &str,
+    kind: &DeviceKind,
+    (port, on, slot): (&'a Option<Name>, &'a Option<Name>, Option<Slot>),
+    source: &'a Source,
+) -> Endpoint<'a> {
+    Endpoint {
+        function: FunctionSpec {
+            name: name.to_owned(),
+            kind: NodeKind::Endpoint(index),
+            identity: virtio::pci::identity(virtio(kind)),
+            parent: Parent::Root(0),
+            slot,
+            bars: vec![virtio::pci::BAR],
+            intx: true,
+        },
+        port: port.as_ref(),
+        on: on.as_ref(),
+        source,
+    }
+}
+
+/// What kind of virtio device it is.
+fn virtio(kind: &DeviceKind) -> virtio::Kind {
+    match kind {
+        DeviceKind::Block(_) => virtio::Kind::Block,
+        DeviceKind::Net(_) => virtio::Kind::Net,
+        DeviceKind::Console(_) => virtio::Kind::Console,
+        DeviceKind::Rng(_) => virtio::Kind::Rng,
+    }
+}
+
+fn on(switch: Option<Switch>, default: bool) -> bool {
+    switch.map_or(default, |switch| switch.0)
+}
+
+fn queue_size(said: Option<NonZeroU16>, source: &Source) -> Result<u16, ConfigError> {
+    let size = said.map_or(QUEUE_SIZE, NonZeroU16::get);
+    if !(4..=LARGEST_QUEUE).contains(&size) || !size.is_power_of_two() {
+        let problem = format!("a queue has a power of two of entries, 4 to {LARGEST_QUEUE}");
+        return Err(source.wrong("queue-size", problem));
+    }
+    Ok(size)
+}
+
+fn queues(said: Option<NonZeroU16>, default: u16, source: &Source) -> Result<u16, ConfigError> {
+    let queues = said.map_or(default, NonZeroU16::get);
+    if queues > MAX_QUEUES {
+        return Err(source.wrong("queues", format!("must be 1 to {MAX_QUEUES}")));
+    }
+    Ok(queues)
+}
+
+fn block(disk: &Disk, name: &str, cpus: &CpuPlan) -> Result<BlockPlan, ConfigError> {
+    let source = disk.source();
+    let default = u16::try_from(cpus.count.min(MAX_DEFAULT_QUEUES)).expect("eight at most");
+    let serial = disk.serial.as_ref().map_or(name, |serial| &serial.0);
+    Ok(BlockPlan {
+        path: source.place_of("path").resolve(&disk.path.0.0),
+        readonly: on(disk.readonly, false),
+        direct: on(disk.direct, false),
+        queues: queues(disk.queues, default, source)?,
+        queue_size: queue_size(disk.queue_size, source)?,
+        serial: serial.chars().take(SERIAL_LENGTH).collect(),
+    })
+}
+
+/// Two disks on one image are an image that is lost, unless neither writes.
+fn refuse_shared_images(config: &Config, names_of: &NamesOf) -> Result<(), ConfigError> {
+    let mut images: BTreeMap<_, (&String, bool)> = BTreeMap::new();
+    for (disk, name) in config.disks.iter().zip(&names_of.disks) {
+        let path = disk.source().place_of("path").resolve(&disk.path.0.0);
+        let readonly = on(disk.readonly, false);
+        match images.insert(path, (name, readonly)) {
+            Some((other, others)) if !(readonly && others) => {
+                let problem = format!("{other} has this image too; say readonly=on for both, or copy it");
+                return Err(disk.source().wrong("path", problem));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn net(net: &Net, name: &str, macs: &mut Macs) -> Result<NetPlan, ConfigError> {
+    let source = net.source();
+    let backend = match (&net.tap, &net.fd[..], net.backend) {
+        (Some(tap), [], None) => NetBackend::Tap(tap.0.clone()),
+        (None, [_, ..], None) => NetBackend::Fds(net.fd.iter().map(|fd| fd.0).collect()),
+        (None, [], Some(_)) => NetBackend::None,
+        (None, [], None) => {
+            let problem = "a NIC needs tap=NAME, fd=NUMBER or backend=none";
+            return Err(source.wrong_altogether(problem));
+        }
+        _ => {
+            let problem = "a NIC has one of tap, fd and backend";
+            return Err(source.wrong_altogether(problem));
+        }
+    };
+    let inherited = u16::try_from(net.fd.len()).unwrap_or(u16::MAX);
+    let queue_pairs = queues(net.queues, inherited.max(1), source)?;
+    if matches!(backend, NetBackend::Fds(_)) && inherited != queue_pairs {
+        let problem = format!("{inherited} descriptors for {queue_pairs} queue pairs; give one for each");
+        return Err(source.wrong("fd", problem));
+    }
+    if net.mtu.is_some_and(|mtu| mtu < MIN_MTU) {
+        return Err(source.wrong("mtu", format!("must be {MIN_MTU} to 65535")));
+    }
+    Ok(NetPlan {
+        mac: net.mac.unwrap_or_else(|| macs.derive(&backend, name)),
+        backend,
+        mtu: net.mtu,
+        queue_pairs,
+        queue_size: queue_size(net.queue_size, source)?,
+        offload: on(net.offload, true),
+    })
+}
+
+/// The Ethernet addresses that are taken.
+struct Macs(BTreeSet<MacAddress>);
+
+impl Macs {
+    /// Those that were said. Twice the same, or the same tap or descriptor twice, is refused.
+    fn new(config: &Config, names_of: &NamesOf) -> Result<Self, ConfigError> {
+        let mut said: BTreeMap<MacAddress, &String> = BTreeMap::new();
+        let mut backends: BTreeMap<String, &String> = BTreeMap::new();
+        for (net, name) in config.nets.iter().zip(&names_of.nets) {
+            let twice = |key: &str, other: &String| {
+                let problem = format!("{other} has it already");
+                Err(net.source().wrong(key, problem))
+            };
+            if let Some(other) = net.mac.and_then(|mac| said.insert(mac, name)) {
+                return twice("mac", other);
+            }
+            let tap = net.tap.iter().map(|tap| ("tap", format!("tap {}", tap.0)));
+            let fds = net.fd.iter().map(|fd| ("fd", format!("fd {}", fd.0)));
+            for (key, backend) in tap.chain(fds) {
+                if let Some(other) = backends.insert(backend, name) {
+                    return twice(key, other);
+                }
+            }
+        }
+        Ok(Self(said.into_keys().collect()))
+    }
+
+    /// An address for a NIC that got none: the same in every run, and from the tap's name where there is one,
+    /// because that differs between the guests of one host.
+    fn derive(&mut self, backend: &NetBackend, name: &str) -> MacAddress {
+        let seed = match backend {
+            NetBackend::Tap(tap) => tap.as_str(),
+            NetBackend::None | NetBackend::Fds(_) => name,
+        };
+        let mut hash = fnv1a(seed.as_bytes());
+        loop {
+            let [a, b, c, ..] = hash.to_le_bytes();
+            // The prefix that virtual machines' NICs are known by; locally administered.
+            let mac = MacAddress([0x52, 0x54, 0x00, a, b, c]);
+            if self.0.insert(mac) {
+                return mac;
+            }
+            hash = fnv1a(&hash.to_le_bytes());
+        }
+    }
+}
+
+/// FNV-1a with 64 bits: a hash that is the same on every host and in every version.
+fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+    })
+}
+
+fn console(console: &Console, name: &str, terminal: &mut Option<String>) -> Result<ConsolePlan, ConfigError> {
+    let backend = resolved(console.source(), &console.backend.0);
+    if backend == CharBackend::Stdio {
+        if let Some(other) = terminal {
+            let problem = format!("{other} is on the terminal already; only one thing can be");
+            return Err(console.source().wrong("backend", problem));
+        }
+        *terminal = Some(name.to_owned());
+    }
+    Ok(ConsolePlan { backend })
+}

@@ -1,0 +1,281 @@
+//! Who hangs off whom: names looked up, and everything put into one [`TreeSpec`].
+//!
+//! Without a root complex there is one, with the whole of segment 0. A device that says no place is
+//! integrated into the first root complex: that costs the guest the fewest configuration accesses at boot,
+//! because there is no port to find, number and probe for each device. Whoever wants ports says them.
+
+use std::collections::BTreeMap;
+
+use crate::pci::assign::{FunctionSpec, Parent, RootSpec, Slot, TreeSpec};
+use crate::pci::tree::{Identity, NodeKind};
+use crate::vm::config::Config;
+use crate::vm::config::near;
+use crate::vm::config::said::ConfigError;
+use crate::vm::config::section::{Section, Source};
+use crate::vm::config::values::Name;
+
+use super::devices::Endpoint;
+use super::names::{Names, What};
+
+/// What the ISA bridge is called. Linux wants a function of its class where the IOAPIC's requester ID points.
+pub(super) const ISA_BRIDGE: &str = "isa-bridge";
+/// Where it is: device 14 hexadecimal.
+const ISA_SLOT: Slot = Slot::new(0x14, 0).expect("constant");
+/// The most downstream ports of one switch: the devices of its bus.
+const MAX_DOWNSTREAM: u16 = 32;
+/// The most ports of a machine: every bus of every segment that fits below 4 GiB, and more than any of them.
+const MAX_PORTS: usize = 4096;
+
+/// The names of everything, in the order it was said.
+#[derive(Debug)]
+pub(super) struct NamesOf {
+    pub(super) root_complexes: Vec<String>,
+    pub(super) root_ports: Vec<String>,
+    pub(super) switches: Vec<String>,
+    pub(super) disks: Vec<String>,
+    pub(super) nets: Vec<String>,
+    pub(super) consoles: Vec<String>,
+    pub(super) rngs: Vec<String>,
+}
+
+/// Give everything its name.
+pub(super) fn name_all<'a>(config: &'a Config, names: &mut Names<'a>) -> Result<NamesOf, ConfigError> {
+    macro_rules! named {
+        ($list:ident, $what:ident, $prefix:literal) => {
+            names.name_kind(
+                What::$what,
+                $prefix,
+                config
+                    .$list
+                    .iter()
+                    .map(|entry| (entry.id.as_ref(), entry.source())),
+            )?
+        };
+    }
+    names.reserve(ISA_BRIDGE, What::BoardBridge);
+    let mut root_complexes = named!(root_complexes, RootComplex, "rc");
+    if root_complexes.is_empty() {
+        names.reserve("rc0", What::RootComplex);
+        root_complexes.push("rc0".to_owned());
+    }
+    let root_ports = named!(root_ports, RootPort, "rp");
+    let switches = named!(switches, Switch, "sw");
+    let ports: usize = config
+        .switches
+        .iter()
+        .map(|switch| usize::from(switch.downstream.0.get()))
+        .sum();
+    for (switch, name) in config.switches.iter().zip(&switches) {
+        let downstream = switch.downstream.0.get();
+        if downstream > MAX_DOWNSTREAM {
+            let problem = format!("a switch has 1 to {MAX_DOWNSTREAM} downstream ports");
+            return Err(switch.source().wrong("downstream", problem));
+        }
+        if ports.saturating_add(root_ports.len()) > MAX_PORTS {
+            let problem = format!("a machine has at most {MAX_PORTS} ports");
+            return Err(switch.source().wrong("downstream", problem));
+        }
+        for port in 0..downstream {
+            names.take(
+                &downstream_name(name, port),
+                What::DownstreamPort,
+                switch.source(),
+            )?;
+        }
+    }
+    Ok(NamesOf {
+        root_complexes,
+        root_ports,
+        switches,
+        disks: named!(disks, Disk, "disk"),
+        nets: named!(nets, Nic, "net"),
+        consoles: named!(consoles, Console, "console"),
+        rngs: named!(rngs, EntropySource, "rng"),
+    })
+}
+
+fn downstream_name(switch: &str, port: u16) -> String {
+    format!("{switch}.{port}")
+}
+
+/// The places that others name.
+struct Places<'a> {
+    names: &'a Names<'a>,
+    roots: BTreeMap<&'a str, usize>,
+    /// Ports that something can be behind, by their index among the functions.
+    ports: BTreeMap<String, usize>,
+}
+
+/// Put everything into one specification.
+pub(super) fn specify(
+    config: &Config,
+    names_of: &NamesOf,
+    names: &Names<'_>,
+    endpoints: Vec<Endpoint<'_>>,
+) -> Result<TreeSpec, ConfigError> {
+    let roots = root_specs(config, names_of);
+    let isa = isa_root(&roots);
+    let mut places = Places {
+        names,
+        roots: names_of
+            .root_complexes
+            .iter()
+            .map(String::as_str)
+            .zip(0..)
+            .collect(),
+        ports: BTreeMap::new(),
+    };
+    // Ports may be named before they are said: first every index, then every parent.
+    let mut next = usize::from(isa.is_some());
+    for name in &names_of.root_ports {
+        places.ports.insert(name.clone(), next);
+        next += 1;
+    }
+    let mut upstream = Vec::with_capacity(config.switches.len());
+    for (switch, name) in config.switches.iter().zip(&names_of.switches) {
+        upstream.push(next);
+        next += 1;
+        for port in 0..switch.downstream.0.get() {
+            places.ports.insert(downstream_name(name, port), next);
+            next += 1;
+        }
+    }
+    let mut functions = Vec::with_capacity(next + endpoints.len());
+    functions.extend(isa.map(isa_bridge));
+    for (port, name) in config.root_ports.iter().zip(&names_of.root_ports) {
+        let root = match &port.on {
+            Some(on) => places.root(on, port.source())?,
+            None => 0,
+        };
+        let parent = Parent::Root(root);
+        functions.push(self::port(name, NodeKind::RootPort, parent, port.slot));
+    }
+    for ((switch, name), up) in config.switches.iter().zip(&names_of.switches).zip(upstream) {
+        let behind = Parent::Port(places.port("on", &switch.on.0, switch.source())?);
+        functions.push(self::port(name, NodeKind::UpstreamPort, behind, switch.slot));
+        for at in 0..switch.downstream.0.get() {
+            let name = downstream_name(name, at);
+            functions.push(port(&name, NodeKind::DownstreamPort, Parent::Port(up), None));
+        }
+    }
+    for endpoint in endpoints {
+        let parent = places.parent(&endpoint)?;
+        functions.push(FunctionSpec {
+            parent,
+            ..endpoint.function
+        });
+    }
+    Ok(TreeSpec { roots, functions })
+}
+
+fn root_specs(config: &Config, names_of: &NamesOf) -> Vec<RootSpec> {
+    let said = |at: usize| config.root_complexes.get(at);
+    names_of
+        .root_complexes
+        .iter()
+        .enumerate()
+        .map(|(at, name)| RootSpec {
+            name: name.clone(),
+            segment: said(at).and_then(|root| root.segment).unwrap_or(0),
+            buses: said(at)
+                .and_then(|root| root.bus.as_ref())
+                .map(|bus| bus.0.clone()),
+        })
+        .collect()
+}
+
+/// The root complex that has bus 0 of segment 0. With shared bus numbers that is the first.
+fn isa_root(roots: &[RootSpec]) -> Option<usize> {
+    let has_bus_zero = |root: &RootSpec| root.buses.as_ref().is_none_or(|buses| *buses.start() == 0);
+    roots
+        .iter()
+        .position(|root| root.segment == 0 && has_bus_zero(root))
+}
+
+fn isa_bridge(root: usize) -> FunctionSpec {
+    FunctionSpec {
+        name: ISA_BRIDGE.to_owned(),
+        kind: NodeKind::IsaBridge,
+        identity: Identity::ISA_BRIDGE,
+        parent: Parent::Root(root),
+        slot: Some(ISA_SLOT),
+        bars: Vec::new(),
+        intx: false,
+    }
+}
+
+fn port(name: &str, kind: NodeKind, parent: Parent, slot: Option<Slot>) -> FunctionSpec {
+    FunctionSpec {
+        name: name.to_owned(),
+        kind,
+        identity: match kind {
+            NodeKind::UpstreamPort => Identity::UPSTREAM_PORT,
+            NodeKind::DownstreamPort => Identity::DOWNSTREAM_PORT,
+            _ => Identity::ROOT_PORT,
+        },
+        parent,
+        slot,
+        bars: Vec::new(),
+        intx: true,
+    }
+}
+
+impl Places<'_> {
+    /// What a device hangs off.
+    fn parent(&self, endpoint: &Endpoint<'_>) -> Result<Parent, ConfigError> {
+        match (endpoint.port, endpoint.on) {
+            (Some(_), Some(_)) => {
+                let problem = "a device is behind a port or on a root complex, not both";
+                Err(endpoint.source.wrong("on", problem))
+            }
+            (Some(port), None) => self.port("port", port, endpoint.source).map(Parent::Port),
+            (None, Some(on)) => self.root(on, endpoint.source).map(Parent::Root),
+            (None, None) => Ok(Parent::Root(0)),
+        }
+    }
+
+    fn root(&self, name: &Name, source: &Source) -> Result<usize, ConfigError> {
+        if let Some(root) = self.roots.get(name.0.as_str()) {
+            return Ok(*root);
+        }
+        let known: Vec<&str> = self.roots.keys().copied().collect();
+        let problem = match self.names.what(&name.0) {
+            Some(What::RootPort | What::DownstreamPort) => {
+                format!("`{}` is a port; say port={}", name.0, name.0)
+            }
+            Some(what) => format!(
+                "`{}` is {what}; {}",
+                name.0,
+                near::instead("", "root complexes", &known)
+            ),
+            None => format!(
+                "no root complex has this name; {}",
+                near::instead(&name.0, "root complexes", &known)
+            ),
+        };
+        Err(source.wrong("on", problem))
+    }
+
+    fn port(&self, key: &str, name: &Name, source: &Source) -> Result<usize, ConfigError> {
+        if let Some(port) = self.ports.get(&name.0) {
+            return Ok(*port);
+        }
+        let known: Vec<&str> = self.ports.keys().map(String::as_str).collect();
+        let problem = match self.names.what(&name.0) {
+            Some(What::Switch) => format!(
+                "`{}` is a switch; name one of its downstream ports, {} and so on",
+                name.0,
+                downstream_name(&name.0, 0)
+            ),
+            Some(What::RootComplex) if key == "port" => {
+                format!("`{}` is a root complex; say on={}", name.0, name.0)
+            }
+            Some(what) => format!("`{}` is {what}; {}", name.0, near::instead("", "ports", &known)),
+            None => format!(
+                "no port has this name; {}",
+                near::instead(&name.0, "ports", &known)
+            ),
+        };
+        Err(source.wrong(key, problem))
+    }
+}

@@ -1,0 +1,161 @@
+//! What the ACPI tables tell a guest, read back by a decoder of its own and compared with recorded text.
+//!
+//! One record per layout, in `tests/golden/acpi/`. A change there is a change of what guests see:
+//! `cargo insta review` shows it, or `INSTA_UPDATE=always cargo test --test acpi` takes it.
+
+mod decode;
+
+use ravelin::pci::assign::{BarSpec, FunctionSpec, Parent, RootSpec, Slot, TreeSpec};
+use ravelin::pci::tree::{BarKind, Identity, NodeKind};
+use ravelin::platform::addr::Gpa;
+use ravelin::vm::boot::acpi::{Hardware, describe};
+use ravelin::vm::layout;
+
+const AT: Gpa = Gpa(0xe_0000);
+const RAM: u64 = 1 << 30;
+
+const PORT: Identity = Identity {
+    vendor: 0x1b36,
+    device: 0x000c,
+    class: 0x06_0400,
+    revision: 0,
+    subsystem_vendor: 0,
+    subsystem: 0,
+};
+const NIC: Identity = Identity {
+    vendor: 0x1af4,
+    device: 0x1041,
+    class: 0x02_0000,
+    revision: 1,
+    subsystem_vendor: 0x1af4,
+    subsystem: 0x1041,
+};
+
+/// A hierarchy in the making.
+#[derive(Default)]
+struct Hierarchy(TreeSpec);
+
+impl Hierarchy {
+    fn root(&mut self, segment: u16, buses: Option<std::ops::RangeInclusive<u8>>) -> Parent {
+        let name = format!("rc{}", self.0.roots.len());
+        self.0.roots.push(RootSpec { name, segment, buses });
+        Parent::Root(self.0.roots.len() - 1)
+    }
+
+    fn add(
+        &mut self,
+        kind: NodeKind,
+        identity: Identity,
+        parent: Parent,
+        slot: Option<Slot>,
+        bars: Vec<BarSpec>,
+    ) -> Parent {
+        let name = format!("f{}", self.0.functions.len());
+        let intx = !matches!(kind, NodeKind::IsaBridge);
+        self.0.functions.push(FunctionSpec {
+            name,
+            kind,
+            identity,
+            parent,
+            slot,
+            bars,
+            intx,
+        });
+        Parent::Port(self.0.functions.len() - 1)
+    }
+
+    fn isa_bridge(&mut self, parent: Parent) {
+        self.add(
+            NodeKind::IsaBridge,
+            Identity::ISA_BRIDGE,
+            parent,
+            Slot::new(0x14, 0),
+            Vec::new(),
+        );
+    }
+
+    fn port(&mut self, kind: NodeKind, parent: Parent) -> Parent {
+        self.add(kind, PORT, parent, None, Vec::new())
+    }
+
+    fn nic(&mut self, parent: Parent) {
+        let bar = BarSpec {
+            index: 0,
+            kind: BarKind::Mem64 { prefetchable: true },
+            size: 0x8000,
+        };
+        self.add(NodeKind::Endpoint(0), NIC, parent, None, vec![bar]);
+    }
+
+    /// What the tables say about it, on a machine with these processors.
+    fn told(&self, apic_ids: &[u32], hpet: bool) -> String {
+        let mapped = layout::map(RAM, &self.0).expect("it fits");
+        let hardware = Hardware {
+            apic_ids,
+            pci: &mapped.pci,
+            hpet,
+            pvpanic: true,
+        };
+        let tables = describe(&hardware, AT);
+        decode::outline(&tables.bytes, AT.0, tables.rsdp.0)
+    }
+}
+
+fn recorded(name: &str, told: &str) {
+    insta::with_settings!({snapshot_path => "../golden/acpi", prepend_module_to_snapshot => false, omit_expression => true}, {
+        insta::assert_snapshot!(name, told);
+    });
+}
+
+#[test]
+fn three_integrated_devices_on_one_root_bus() {
+    let mut pci = Hierarchy::default();
+    let root = pci.root(0, None);
+    pci.isa_bridge(root);
+    (0..3).for_each(|_| pci.nic(root));
+    recorded("flat", &pci.told(&[0], false));
+}
+
+#[test]
+fn the_talk_has_three_nics_behind_ports_of_two_root_complexes() {
+    let mut pci = Hierarchy::default();
+    let (first, second) = (pci.root(0, None), pci.root(0, None));
+    pci.isa_bridge(first);
+    for root in [first, first, second] {
+        let port = pci.port(NodeKind::RootPort, root);
+        pci.nic(port);
+    }
+    recorded("talk", &pci.told(&[0, 1, 2, 3], false));
+}
+
+#[test]
+fn switches_in_switches_route_their_pins_through_one_port() {
+    let mut pci = Hierarchy::default();
+    let root = pci.root(0, None);
+    pci.isa_bridge(root);
+    let mut above = pci.port(NodeKind::RootPort, root);
+    for _ in 0..3 {
+        let upstream = pci.port(NodeKind::UpstreamPort, above);
+        let with_nic = pci.port(NodeKind::DownstreamPort, upstream);
+        pci.nic(with_nic);
+        above = pci.port(NodeKind::DownstreamPort, upstream);
+    }
+    recorded("deep-switches", &pci.told(&[0, 1], false));
+}
+
+#[test]
+fn each_segment_has_its_own_bus_numbers_and_configuration_space() {
+    let mut pci = Hierarchy::default();
+    let roots = [
+        pci.root(0, Some(0..=0x3f)),
+        pci.root(0, Some(0x40..=0xff)),
+        pci.root(1, Some(0..=0xff)),
+    ];
+    pci.isa_bridge(roots[0]);
+    for root in roots {
+        let port = pci.port(NodeKind::RootPort, root);
+        pci.nic(port);
+    }
+    // Processors beyond what 8 bits number, and a timer.
+    recorded("segments", &pci.told(&[0, 1, 254, 255, 1023], true));
+}

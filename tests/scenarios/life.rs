@@ -1,0 +1,103 @@
+//! Reboots, buttons, panics: how machines end and what is left of them.
+
+use std::time::Duration;
+
+use crate::machine::{Held, INIT, Machine, REBOOT};
+
+/// How often the machine below reboots.
+const REBOOTS: usize = 20;
+
+#[test]
+fn twenty_reboots_leak_no_memory_descriptor_or_thread() {
+    let machine = Machine::new("lab").deadline(Duration::from_secs(600));
+    let disk = machine.disk("count.img", 4);
+    // The count is on the disk, which thereby is proven to survive as well.
+    let mut running = machine
+        .arguments(["--disk".to_owned(), format!("path={}", disk.display())])
+        .script(&format!(
+            r#"
+count=$(dd if=/dev/vda bs=512 count=1 2>/dev/null | tr -d '\0')
+count=$((${{count:-0}} + 1))
+{{ printf %s "$count"; head -c 512 /dev/zero; }} | head -c 512 | dd of=/dev/vda bs=512 oflag=direct 2>/dev/null
+say boot "$count"
+[ "$count" -gt {REBOOTS} ] || exit {REBOOT}
+"#
+        ))
+        .start();
+    let mut held: Vec<Held> = Vec::new();
+    for boot in 1..=REBOOTS + 1 {
+        running.wait_for(INIT, boot);
+        held.push(running.held());
+    }
+    let ended = running.end().well();
+    let counts: Vec<usize> = ended
+        .console
+        .said_each("boot")
+        .iter()
+        .map(|n| n.parse().expect("a number"))
+        .collect();
+    assert_eq!(counts, (1..=REBOOTS + 1).collect::<Vec<_>>());
+
+    // The second boot is the measure: whatever is set up lazily has been by then.
+    let (early, late) = (held[1], held[REBOOTS]);
+    assert_eq!(
+        (late.descriptors, late.threads),
+        (early.descriptors, early.threads),
+        "{held:?}"
+    );
+    let growth = late.anonymous.saturating_sub(early.anonymous);
+    // The guest touches a little more or less of its RAM each time, so a leak shows as a slope:
+    // 20 reboots that lose a page table, a queue or a device each would pass this.
+    assert!(
+        growth < 8 << 10,
+        "{growth} KiB more after {REBOOTS} reboots: {held:?}"
+    );
+}
+
+#[test]
+fn sigterm_presses_the_power_button_and_the_guest_obeys() {
+    let mut running = Machine::new("debian-7.3")
+        .script(
+            r#"
+presses() { awk '{ print $1 }' /sys/firmware/acpi/interrupts/ff_pwr_btn; }
+say presses_before "$(presses)"
+echo @@ready
+waited=0
+until [ "$(presses)" -gt 0 ] || [ $waited -gt 60 ]; do sleep 1; waited=$((waited + 1)); done
+check pressed_once test "$(presses)" = 1
+check sci_came grep -q '^ *9:.*acpi' /proc/interrupts
+"#,
+        )
+        .start();
+    running.wait_for("@@ready", 1);
+    running.signal("TERM");
+    let ended = running.end().well();
+    assert_eq!(ended.console.said("presses_before"), "0");
+}
+
+#[test]
+fn a_second_sigterm_ends_a_guest_that_does_not_obey() {
+    let mut running = Machine::new("lab").script("echo @@ready; sleep 1000").start();
+    running.wait_for("@@ready", 1);
+    running.signal("TERM");
+    running.signal("TERM");
+    let ended = running.end();
+    assert!(
+        ended.console.guest_exit().is_none(),
+        "the guest was asked, and went by itself\n{}",
+        ended.story()
+    );
+    assert!(ended.elapsed < Duration::from_secs(120));
+}
+
+#[test]
+fn a_panic_is_reported_by_the_exit_status() {
+    let ended = Machine::new("lab")
+        .cmdline("panic=0")
+        .script("echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger")
+        .run();
+    ended.with(GUEST_PANIC);
+}
+
+/// The exit status for a guest that crashed or said that it panicked.
+const GUEST_PANIC: i32 = 3;

@@ -1,0 +1,356 @@
+//! A machine under test: what it is started with, what it is doing, how it ended.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::complaints::complaints;
+use crate::console::{Console, PRELUDE};
+use crate::cpio::{ALIGNMENT, Archive};
+use crate::prerequisites::{binary, guest, kvm};
+
+/// How long a guest may take in all unless its scenario says otherwise. The lab's software CPU needs ten
+/// seconds or so for the fastest; natively all of them are done in one.
+const DEADLINE: Duration = Duration::from_secs(180);
+/// How often a state that nobody announces is looked at.
+const POLL: Duration = Duration::from_millis(50);
+/// The line by which the guest's init says that it runs.
+pub(crate) const INIT: &str = "ravelin-guest: init";
+/// What the guest is told where a scenario adds nothing: little is printed, for each byte is an exit.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1";
+/// The exit status by which a script asks for a reboot instead of the end.
+pub(crate) const REBOOT: i32 = 75;
+
+/// What a machine is started with.
+pub(crate) struct Machine {
+    guest: &'static str,
+    arguments: Vec<OsString>,
+    cmdline: String,
+    script: Option<String>,
+    deadline: Duration,
+    folder: tempfile::TempDir,
+}
+
+impl Machine {
+    /// One with a guest, which `RAVELIN_GUESTS` has under this name, and 256 MiB.
+    pub(crate) fn new(guest: &'static str) -> Self {
+        Self {
+            guest,
+            arguments: Vec::new(),
+            cmdline: CMDLINE.to_owned(),
+            script: None,
+            deadline: DEADLINE,
+            folder: tempfile::tempdir().expect("a folder for temporary files"),
+        }
+        .arguments(["--memory", "256M"])
+    }
+
+    /// Further arguments of `ravelin run`.
+    pub(crate) fn arguments<S: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = S>) -> Self {
+        self.arguments
+            .extend(arguments.into_iter().map(|a| a.as_ref().to_owned()));
+        self
+    }
+
+    /// A machine file with this content.
+    pub(crate) fn file(mut self, toml: &str) -> Self {
+        let path = self.path("machine.toml");
+        fs::write(&path, toml).expect("the folder takes a file");
+        self.arguments.insert(0, path.into_os_string());
+        self
+    }
+
+    /// Further words of the kernel's command line.
+    pub(crate) fn cmdline(mut self, words: &str) -> Self {
+        self.cmdline = format!("{} {words}", self.cmdline);
+        self
+    }
+
+    /// What the guest's init runs; its functions are those of the console's prelude.
+    pub(crate) fn script(mut self, script: &str) -> Self {
+        self.script = Some(format!("{PRELUDE}\n{script}"));
+        self
+    }
+
+    /// How long it may take.
+    pub(crate) fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// A path in the machine's own folder, which goes away with it.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A disk of `mebibytes`, empty, in the machine's folder.
+    pub(crate) fn disk(&self, name: &str, mebibytes: u64) -> PathBuf {
+        let path = self.path(name);
+        let file = fs::File::create(&path).expect("the folder takes a file");
+        file.set_len(mebibytes << 20).expect("a sparse file");
+        path
+    }
+
+    /// Start it.
+    pub(crate) fn start(self) -> Running {
+        kvm();
+        let image = guest(self.guest);
+        let initramfs = self.initramfs(&image.initramfs);
+        let mut command = Command::new(binary());
+        command
+            .arg("run")
+            .args(&self.arguments)
+            .arg("--kernel")
+            .arg(&image.kernel)
+            .arg("--initramfs")
+            .arg(initramfs)
+            .args(["--cmdline", &self.cmdline]);
+        Running::spawn(command, self.deadline, self.folder)
+    }
+
+    /// Run it to its end.
+    pub(crate) fn run(self) -> Ended {
+        self.start().end()
+    }
+
+    fn initramfs(&self, base: &Path) -> PathBuf {
+        let mut bytes = fs::read(base).expect("the guest's initramfs is readable");
+        bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
+        if let Some(script) = &self.script {
+            let mut archive = Archive::default();
+            archive.file("scenario", script.as_bytes());
+            bytes.extend(archive.finish());
+        }
+        let path = self.path("initramfs");
+        fs::write(&path, bytes).expect("the folder takes an initramfs");
+        path
+    }
+}
+
+/// What a thread reads of a pipe, and whether the pipe has ended.
+#[derive(Default)]
+struct Stream {
+    state: Mutex<(Vec<u8>, bool)>,
+    news: Condvar,
+}
+
+impl Stream {
+    fn of(mut pipe: impl Read + Send + 'static) -> (Arc<Self>, JoinHandle<()>) {
+        let stream = Arc::new(Self::default());
+        let writer = Arc::clone(&stream);
+        let reader = thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            loop {
+                let count = pipe.read(&mut buffer).unwrap_or(0);
+                let mut state = writer.state.lock().expect("no reader panics");
+                state.0.extend_from_slice(&buffer[..count]);
+                state.1 = count == 0;
+                writer.news.notify_all();
+                if state.1 {
+                    return;
+                }
+            }
+        });
+        (stream, reader)
+    }
+
+    fn text(&self) -> Console {
+        Console::new(&self.state.lock().expect("no reader panics").0)
+    }
+
+    /// Wait until `enough` holds; `false` when the pipe or the time ended first.
+    fn wait(&self, until: Instant, enough: impl Fn(&Console) -> bool) -> bool {
+        let mut state = self.state.lock().expect("no reader panics");
+        loop {
+            if enough(&Console::new(&state.0)) {
+                return true;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if state.1 || left.is_zero() {
+                return false;
+            }
+            state = self.news.wait_timeout(state, left).expect("no reader panics").0;
+        }
+    }
+}
+
+/// A machine that runs. Dropping it kills it.
+pub(crate) struct Running {
+    child: Child,
+    console: Arc<Stream>,
+    log: Arc<Stream>,
+    readers: Vec<JoinHandle<()>>,
+    started: Instant,
+    until: Instant,
+    folder: Option<tempfile::TempDir>,
+}
+
+/// What the process of a machine holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Held {
+    pub(crate) descriptors: usize,
+    pub(crate) threads: usize,
+    /// Anonymous memory in KiB, guest RAM included.
+    pub(crate) anonymous: u64,
+}
+
+impl Running {
+    /// A process with this command, which may take so long.
+    pub(crate) fn spawn(mut command: Command, deadline: Duration, folder: tempfile::TempDir) -> Self {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+        let (console, console_reader) = Stream::of(child.stdout.take().expect("piped"));
+        let (log, log_reader) = Stream::of(child.stderr.take().expect("piped"));
+        let started = Instant::now();
+        Self {
+            child,
+            console,
+            log,
+            readers: vec![console_reader, log_reader],
+            started,
+            until: started + deadline,
+            folder: Some(folder),
+        }
+    }
+
+    /// Wait until `text` has come on the console `times` times.
+    pub(crate) fn wait_for(&mut self, text: &str, times: usize) {
+        let came = self
+            .console
+            .wait(self.until, |console| console.count(text) >= times);
+        assert!(came, "`{text}` did not come {times} times\n{}", self.story());
+    }
+
+    /// Type on the console.
+    pub(crate) fn write(&mut self, text: &str) {
+        let input = self.child.stdin.as_mut().expect("piped");
+        input.write_all(text.as_bytes()).expect("the console takes input");
+        input.flush().expect("a pipe");
+    }
+
+    /// Send a signal by name, as `kill` knows it.
+    pub(crate) fn signal(&self, name: &str) {
+        let status = Command::new("kill")
+            .args(["-s", name, &self.child.id().to_string()])
+            .status()
+            .expect("kill is there");
+        assert!(status.success(), "cannot send {name}");
+    }
+
+    /// What its process holds now.
+    pub(crate) fn held(&self) -> Held {
+        let process = PathBuf::from(format!("/proc/{}", self.child.id()));
+        let entries = |folder: &str| {
+            fs::read_dir(process.join(folder))
+                .expect("a live process")
+                .count()
+        };
+        let status = fs::read_to_string(process.join("status")).expect("a live process");
+        let anonymous = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+        let anonymous = anonymous.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+        Held {
+            descriptors: entries("fd"),
+            threads: entries("task"),
+            anonymous: anonymous.expect("the kernel reports RssAnon"),
+        }
+    }
+
+    /// Wait for its end.
+    pub(crate) fn end(mut self) -> Ended {
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("our child") {
+                break status;
+            }
+            assert!(
+                Instant::now() < self.until,
+                "the deadline has passed\n{}",
+                self.story()
+            );
+            thread::sleep(POLL);
+        };
+        for reader in self.readers.drain(..) {
+            reader.join().expect("a reader ends with its pipe");
+        }
+        Ended {
+            status,
+            console: self.console.text(),
+            log: self.log.text().text().to_owned(),
+            elapsed: self.started.elapsed(),
+            _folder: self.folder.take(),
+        }
+    }
+
+    fn story(&self) -> String {
+        story(&self.console.text(), self.log.text().text())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // A scenario that failed leaves no guest behind; one that ended has none left to kill.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// How a machine ended.
+pub(crate) struct Ended {
+    pub(crate) status: ExitStatus,
+    pub(crate) console: Console,
+    /// What the binary wrote to standard error.
+    pub(crate) log: String,
+    pub(crate) elapsed: Duration,
+    /// Kept until the scenario has read what it wants of it.
+    _folder: Option<tempfile::TempDir>,
+}
+
+impl Ended {
+    /// The guest's script and every check in it succeeded, the guest switched the machine off, and its
+    /// kernel complained about nothing.
+    pub(crate) fn well(self) -> Self {
+        let failed = self.console.failed_checks();
+        assert!(
+            failed.is_empty(),
+            "in the guest:\n{}\n{}",
+            failed.join("\n"),
+            self.story()
+        );
+        assert_eq!(self.console.guest_exit(), Some(0), "the script\n{}", self.story());
+        assert_eq!(self.status.code(), Some(0), "the binary\n{}", self.story());
+        for log in self.console.sections("dmesg") {
+            let complaints = complaints(&log);
+            assert!(
+                complaints.is_empty(),
+                "the guest's kernel complains:\n{}",
+                complaints.join("\n")
+            );
+        }
+        self
+    }
+
+    /// The binary ended with this exit status.
+    pub(crate) fn with(self, status: i32) -> Self {
+        assert_eq!(self.status.code(), Some(status), "{}", self.story());
+        self
+    }
+
+    pub(crate) fn story(&self) -> String {
+        story(&self.console, &self.log)
+    }
+}
+
+fn story(console: &Console, log: &str) -> String {
+    format!(
+        "--- the console ended with\n{}\n--- standard error\n{log}",
+        console.tail()
+    )
+}

@@ -1,0 +1,26 @@
+//! Scenarios: real guests under the real binary.
+//!
+//! Each boots one or more machines, runs a script in the guest and judges what came out of the console.
+//! They are written once, and run where KVM can run Linux: in the lab (`scripts/test lab [FILTER]`) or on a
+//! host with `kvm_amd` or `kvm_intel` (`scripts/test native [FILTER]`). Plain `cargo test` does not build
+//! them: the feature `scenarios` does.
+//!
+//! The environment says what to run: `RAVELIN_BIN` is the binary and `RAVELIN_GUESTS` a folder with
+//! `NAME/kernel` and `NAME/initramfs` for each guest. What is missing fails, it is never skipped.
+
+mod complaints;
+mod console;
+mod cpio;
+mod machine;
+mod network;
+mod prerequisites;
+mod tree;
+
+mod acpi;
+mod boot;
+mod devices;
+mod hostile;
+mod life;
+mod multiboot;
+mod refused;
+mod topologies;
