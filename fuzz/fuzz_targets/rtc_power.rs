@@ -18,7 +18,7 @@ use ravelin::devices::clock::manual::{ManualAlarm, ManualClock};
 use ravelin::devices::clock::{Clock, Expire};
 use ravelin::devices::power::{PM1A_PORTS, Power, SCI_GSI};
 use ravelin::devices::request::RequestQueue;
-use ravelin::devices::reset::ResetRegister;
+use ravelin::devices::reset::{CONFIG_PORTS_LEN, ConfigPortsWithReset, ResetRegister};
 use ravelin::devices::rtc::{RTC_GSI, RTC_PORTS, Rtc};
 use ravelin::platform::bus::BusDevice;
 use ravelin::platform::irq::{InterruptController, IrqLine};
@@ -43,6 +43,13 @@ impl InterruptController for Nobody {
     fn pulse(&self, _gsi: u32) {}
 }
 
+struct NoConfig;
+
+impl BusDevice for NoConfig {
+    fn read(&self, _offset: u64, _data: &mut [u8]) {}
+    fn write(&self, _offset: u64, _data: &[u8]) {}
+}
+
 fuzz_target!(|steps: Vec<Step>| {
     let requests = RequestQueue::new().expect("a descriptor");
     let (clock, alarm) = (
@@ -56,12 +63,16 @@ fuzz_target!(|steps: Vec<Step>| {
     );
     let power = Power::new(IrqLine::new(Arc::new(Nobody), SCI_GSI), requests.clone());
     let reset = ResetRegister::new(requests.clone());
+    let ports = ConfigPortsWithReset {
+        config: Arc::new(NoConfig),
+        reset: reset.clone(),
+    };
     for step in steps {
         match step {
             Step::Clock(access) => access.run(&*rtc, RTC_PORTS),
             Step::Register { index, value } => BusDevice::write(&*rtc, 0, &[index, value]),
             Step::Power(access) => access.run(&*power, PM1A_PORTS),
-            Step::Reset(access) => access.run(&*reset, 1),
+            Step::Reset(access) => access.run(&ports, CONFIG_PORTS_LEN),
             Step::Button => {
                 power.press_button();
             }

@@ -2,19 +2,22 @@
 //!
 //! It lies inside the ports of PCI's configuration mechanism #1 (0xcf8 to 0xcff), which takes accesses to its
 //! address register only as whole dwords (PCI Local Bus Specification 3.0, 3.2.2.3.2). A byte access at 0xcf9
-//! is this register's; [`crate::pci::config_ports::ConfigPorts`] passes it on, as a chipset does.
+//! is therefore this register's, and [`ConfigPortsWithReset`] tells the two apart, as a chipset does.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bitfield_struct::bitfield;
 
 use super::Device;
-use super::register::{read_bytes, write_bytes};
 use super::request::{Request, RequestQueue};
 use crate::platform::bus::BusDevice;
 
 /// The register's port.
 pub const RESET_PORT: u64 = 0xcf9;
+/// First port of the configuration mechanism.
+pub const CONFIG_PORTS: u64 = 0xcf8;
+/// Ports of the configuration mechanism.
+pub const CONFIG_PORTS_LEN: u64 = 8;
 
 /// RST_CNT (Intel 7 Series PCH data sheet 13.7.5).
 #[bitfield(u8)]
@@ -52,7 +55,14 @@ impl ResetRegister {
         })
     }
 
-    fn write_byte(&self, value: u8) {
+    fn read(&self) -> u8 {
+        self.control
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .into_bits()
+    }
+
+    fn write(&self, value: u8) {
         let written = ResetControl::from_bits(value & ResetControl::WRITABLE.into_bits());
         let before = std::mem::replace(
             &mut *self.control.lock().unwrap_or_else(PoisonError::into_inner),
@@ -61,26 +71,6 @@ impl ResetRegister {
         if written.reset() && !before.reset() {
             self.requests.raise(Request::Reset);
         }
-    }
-}
-
-/// One byte wide.
-impl BusDevice for ResetRegister {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        let control = *self.control.lock().unwrap_or_else(PoisonError::into_inner);
-        read_bytes(
-            offset,
-            data,
-            |at| if at == 0 { control.into_bits() } else { 0xff },
-        );
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        write_bytes(offset, data, |at, value| {
-            if at == 0 {
-                self.write_byte(value);
-            }
-        });
     }
 }
 
@@ -94,62 +84,112 @@ impl Device for ResetRegister {
     }
 }
 
+/// The configuration ports with the reset register among them. Claim [`CONFIG_PORTS_LEN`] ports from
+/// [`CONFIG_PORTS`] for it.
+pub struct ConfigPortsWithReset {
+    /// Configuration mechanism #1.
+    pub config: Arc<dyn BusDevice>,
+    /// What byte accesses to 0xcf9 reach.
+    pub reset: Arc<ResetRegister>,
+}
+
+const RESET_OFFSET: u64 = RESET_PORT - CONFIG_PORTS;
+
+impl BusDevice for ConfigPortsWithReset {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        match data {
+            [byte] if offset == RESET_OFFSET => *byte = self.reset.read(),
+            _ => self.config.read(offset, data),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match data {
+            [byte] if offset == RESET_OFFSET => self.reset.write(*byte),
+            _ => self.config.write(offset, data),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn register() -> (Arc<ResetRegister>, Arc<RequestQueue>) {
-        let requests = RequestQueue::new().expect("a descriptor");
-        (ResetRegister::new(requests.clone()), requests)
+    /// Remembers which accesses reached it.
+    #[derive(Default)]
+    struct Config(Mutex<Vec<(u64, usize)>>);
+
+    impl BusDevice for Config {
+        fn read(&self, offset: u64, data: &mut [u8]) {
+            self.0.lock().expect("not poisoned").push((offset, data.len()));
+        }
+        fn write(&self, offset: u64, data: &[u8]) {
+            self.0.lock().expect("not poisoned").push((offset, data.len()));
+        }
+    }
+
+    fn ports() -> (ConfigPortsWithReset, Arc<Config>, Arc<RequestQueue>) {
+        let (config, requests) = (
+            Arc::new(Config::default()),
+            RequestQueue::new().expect("a descriptor"),
+        );
+        let reset = ResetRegister::new(requests.clone());
+        let ports = ConfigPortsWithReset {
+            config: config.clone(),
+            reset,
+        };
+        (ports, config, requests)
     }
 
     #[test]
     fn setting_the_reset_bit_resets() {
-        let (register, requests) = register();
-        register.write(0, &[0x02]);
+        let (ports, _, requests) = ports();
+        ports.write(RESET_OFFSET, &[0x02]);
         assert_eq!(requests.take(), None);
-        register.write(0, &[0x06]);
+        ports.write(RESET_OFFSET, &[0x06]);
         assert_eq!(requests.take(), Some(Request::Reset));
     }
 
     #[test]
     fn a_reset_bit_that_stays_set_resets_once() {
-        let (register, requests) = register();
-        register.write(0, &[0x0e]);
+        let (ports, _, requests) = ports();
+        ports.write(RESET_OFFSET, &[0x0e]);
         requests.take();
-        register.write(0, &[0x06]);
+        ports.write(RESET_OFFSET, &[0x06]);
         assert_eq!(requests.take(), None);
     }
 
     #[test]
     fn reserved_bits_do_not_stick() {
-        let (register, _) = register();
-        register.write(0, &[0xff]);
+        let (ports, ..) = ports();
+        ports.write(RESET_OFFSET, &[0xff]);
         let mut data = [0];
-        register.read(0, &mut data);
+        ports.read(RESET_OFFSET, &mut data);
         assert_eq!(data, [0x0e]);
     }
 
     #[test]
-    fn bytes_that_are_not_the_register_read_all_ones_and_reset_nothing() {
+    fn everything_but_the_one_byte_is_configuration() {
+        let (ports, config, requests) = ports();
+        let mut expected = Vec::new();
         for width in [1, 2, 4, 8] {
-            let (register, requests) = register();
-            let mut data = vec![0; width];
-            register.write(1, &vec![0xff; width]);
-            register.read(1, &mut data);
-            assert!(data.iter().all(|byte| *byte == 0xff));
-            register.write(0, &[&[0x02], vec![0xff; width - 1].as_slice()].concat());
-            assert_eq!(requests.take(), None);
+            for offset in (0..=8 - width).filter(|offset| (*offset, width) != (1, 1)) {
+                ports.write(offset as u64, &vec![0xff; width]);
+                ports.read(offset as u64, &mut vec![0; width]);
+                expected.extend([(offset as u64, width); 2]);
+            }
         }
+        assert_eq!(*config.0.lock().expect("not poisoned"), expected);
+        assert_eq!(requests.take(), None);
     }
 
     #[test]
     fn after_a_reset_the_next_one_works() {
-        let (register, requests) = register();
-        register.write(0, &[0x06]);
+        let (ports, _, requests) = ports();
+        ports.write(RESET_OFFSET, &[0x06]);
         requests.take();
-        register.reset();
-        register.write(0, &[0x06]);
+        ports.reset.reset();
+        ports.write(RESET_OFFSET, &[0x06]);
         assert_eq!(requests.take(), Some(Request::Reset));
     }
 }
