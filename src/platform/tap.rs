@@ -10,7 +10,7 @@
 )]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use bitflags::bitflags;
 use rustix::fs::{Mode, OFlags};
@@ -261,17 +261,6 @@ impl Tap {
     }
 }
 
-/// A descriptor that whoever started this process left open for it, by number. The copy is ours.
-pub fn inherited(number: RawFd) -> Result<OwnedFd, HostError> {
-    let failed = |error: io::Error| HostError::new(format!("use descriptor {number}"), error);
-    if number < 0 {
-        return Err(failed(io::Error::from_raw_os_error(libc::EBADF)));
-    }
-    // SAFETY: the number is not negative, and is used for this one call, which fails if it is not open.
-    let theirs = unsafe { BorrowedFd::borrow_raw(number) };
-    theirs.try_clone_to_owned().map_err(failed)
-}
-
 impl AsFd for Tap {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
@@ -311,14 +300,6 @@ mod tests {
             error,
             format!("cannot use descriptor {number} as a tap interface")
         );
-    }
-
-    #[test]
-    fn a_descriptor_that_is_not_open_is_refused_by_number() {
-        for number in [-1, i32::MIN, 1 << 20] {
-            let error = inherited(number).expect_err("not open");
-            assert_eq!(error.to_string(), format!("cannot use descriptor {number}"));
-        }
     }
 
     #[test]

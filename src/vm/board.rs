@@ -9,7 +9,7 @@ use super::events::EventLoop;
 use super::layout;
 use super::plan::{CharBackend, Plan};
 use crate::devices::Device;
-use crate::devices::character::Backend;
+use crate::devices::character::{Backend, HostEnd};
 use crate::devices::clock::{Clock, Expire, HostAlarm, HostClock};
 use crate::devices::exit_port::{self, EXIT_PORT, ExitPort};
 use crate::devices::ioapic::IoApic;
@@ -24,6 +24,7 @@ use crate::pci::config_ports::ConfigPorts;
 use crate::pci::ecam::Ecam;
 use crate::pci::topology::Topology;
 use crate::platform::bus::{Bus, BusDevice, Claim, ClaimError};
+use crate::platform::host::HostError;
 use crate::platform::irq::{InterruptController, IoApicHost, IrqLine};
 
 /// The buses and the devices at fixed addresses.
@@ -78,14 +79,25 @@ impl Board {
         IrqLine::new(controller, gsi)
     }
 
+    /// Open what a stream of characters of `device` is connected to.
+    pub(super) fn connect(
+        &self,
+        device: &str,
+        to: &CharBackend,
+        events: &mut EventLoop,
+    ) -> Result<Arc<HostEnd>, HostError> {
+        let end = backend(to).open(&self.requests)?;
+        tracing::info!(device, at = end.place(), "a console is connected");
+        events.add(end.clone());
+        Ok(end)
+    }
+
     /// Add the devices that `plan` has on the board itself.
     pub(super) fn populate(&mut self, plan: &Plan, events: &mut EventLoop) -> Result<(), RunError> {
         let ports = self.ports.clone();
 
-        let console = backend(&plan.serial).open(&self.requests)?;
-        tracing::info!(at = console.place(), "the serial port is connected");
-        let serial = Serial::new(console.clone(), self.wire(COM1_GSI));
-        events.add(console);
+        let console = self.connect("the serial port", &plan.serial, events)?;
+        let serial = Serial::new(console, self.wire(COM1_GSI));
         self.place(&ports, COM1_PORT, serial::PORTS, serial)?;
 
         let alarm = HostAlarm::new()?;
@@ -127,7 +139,7 @@ impl Board {
                 .push(self.mmio.claim(name, at.start().0, at.len(), ecam)?);
         }
         let reset = ResetRegister::new(self.requests.clone());
-        let config = Arc::new(ConfigPorts::new(topology.clone(), None));
+        let config = Arc::new(ConfigPorts::new(topology.clone()));
         let both = Arc::new(ConfigPortsWithReset {
             config: config.clone(),
             reset: reset.clone(),

@@ -76,8 +76,9 @@ impl<'a> Machine<'a> {
         board.populate(plan, &mut events)?;
         let topology = functions::build(
             plan,
-            &Connections {
+            &mut Connections {
                 board: &board,
+                events: &mut events,
                 ram: &ram,
                 messages: Arc::new(vm.delivery().clone()),
                 doorbells: vm.doorbells(),

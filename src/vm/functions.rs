@@ -1,19 +1,18 @@
 //! PCI functions from the plan: every node of the tree becomes what it says it is.
 
-use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
 use super::RunError;
 use super::board::Board;
-use super::plan::{CharBackend, DeviceKind, DevicePlan, NetBackend, NetPlan, Plan};
+use super::events::EventLoop;
+use super::plan::{DeviceKind, DevicePlan, NetBackend, NetPlan, Plan};
 use crate::devices::isa_bridge::IsaBridge;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::block::{Block, BlockConfig};
-use crate::devices::virtio::console::{Console, ConsoleConfig};
+use crate::devices::virtio::console::Console;
 use crate::devices::virtio::net::{self, Net, NetConfig};
 use crate::devices::virtio::pci::{VirtioPci, VirtioPciParts};
 use crate::devices::virtio::rng::Rng;
@@ -30,13 +29,14 @@ use crate::platform::msi::{MsiPort, MsiSink};
 /// What functions are connected to.
 pub(super) struct Connections<'a> {
     pub(super) board: &'a Board,
+    pub(super) events: &'a mut EventLoop,
     pub(super) ram: &'a GuestRam,
     pub(super) messages: Arc<dyn MsiSink>,
     pub(super) doorbells: Arc<dyn DoorbellHost>,
 }
 
 /// Build the whole hierarchy of `plan`, its devices opened and attached.
-pub(super) fn build(plan: &Plan, connections: &Connections<'_>) -> Result<Arc<Topology>, RunError> {
+pub(super) fn build(plan: &Plan, connections: &mut Connections<'_>) -> Result<Arc<Topology>, RunError> {
     let interrupts = PortInterrupts {
         messages: connections.messages.clone(),
         wires: connections.board.ioapic.clone(),
@@ -57,7 +57,7 @@ pub(super) fn build(plan: &Plan, connections: &Connections<'_>) -> Result<Arc<To
 fn attach(
     builder: &mut TopologyBuilder,
     plan: &Plan,
-    connections: &Connections<'_>,
+    connections: &mut Connections<'_>,
     segment: u16,
     node: &Node,
     on_root_bus: bool,
@@ -77,7 +77,7 @@ fn attach(
                 .devices
                 .get(index)
                 .expect("a plan's endpoints name its devices");
-            let device = open(planned)?;
+            let device = open(planned, connections)?;
             let requester = Arc::new(Requester::new(at));
             let parts = VirtioPciParts {
                 dma: Dma::new(requester.clone(), connections.ram.clone()),
@@ -98,7 +98,7 @@ fn attach(
 }
 
 /// Open what a device needs of the host.
-fn open(planned: &DevicePlan) -> Result<Arc<dyn VirtioDevice>, HostError> {
+fn open(planned: &DevicePlan, connections: &mut Connections<'_>) -> Result<Arc<dyn VirtioDevice>, RunError> {
     let name = planned.name.clone();
     Ok(match &planned.kind {
         DeviceKind::Block(block) => Arc::new(Block::open(&BlockConfig {
@@ -120,13 +120,10 @@ fn open(planned: &DevicePlan) -> Result<Arc<dyn VirtioDevice>, HostError> {
             offloads: net.offload,
         })?),
         DeviceKind::Console(console) => {
-            let (input, output) = terminal(&name, &console.backend)?;
-            Arc::new(Console::new(ConsoleConfig {
-                name,
-                input,
-                output,
-                size: None,
-            }))
+            let host = connections
+                .board
+                .connect(&name, &console.backend, connections.events)?;
+            Arc::new(Console::new(name, host, None)?)
         }
         DeviceKind::Rng(_) => Arc::new(Rng::new(name)),
     })
@@ -155,54 +152,10 @@ fn inherited(name: &str, number: i32) -> Result<OwnedFd, HostError> {
     })
 }
 
-/// What a virtio console named `name` reads and writes.
-fn terminal(name: &str, plan: &CharBackend) -> Result<(Option<OwnedFd>, Option<OwnedFd>), HostError> {
-    let refused = |source: io::Error| HostError::new(format!("connect the console {name}"), source);
-    let copy = |fd: &dyn AsFd| fd.as_fd().try_clone_to_owned().map_err(refused);
-    Ok(match plan {
-        CharBackend::Null => (None, None),
-        CharBackend::Stdio => (Some(copy(&io::stdin())?), Some(copy(&io::stdout())?)),
-        CharBackend::File(path) => {
-            let file = File::options().append(true).create(true).open(path);
-            let file = file.map_err(|source| {
-                HostError::new(format!("open {} for the console {name}", path.display()), source)
-            })?;
-            (None, Some(file.into()))
-        }
-        CharBackend::Pty => {
-            let (master, place) = pty().map_err(refused)?;
-            tracing::info!(name, place, "the console is connected");
-            (Some(copy(&master)?), Some(master))
-        }
-        CharBackend::Socket(path) => {
-            return Err(HostError::new(
-                format!("connect the console {name} to the socket {}", path.display()),
-                io::Error::new(
-                    io::ErrorKind::Unsupported,
-                    "a virtio console takes stdio, file, pty or null; use the serial port for a socket",
-                ),
-            ));
-        }
-    })
-}
-
-/// A pseudo-terminal: our side of it and where the other is.
-fn pty() -> io::Result<(OwnedFd, String)> {
-    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-
-    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-    let master = openpt(flags)?;
-    grantpt(&master)?;
-    unlockpt(&master)?;
-    let name = ptsname(&master, Vec::new())?;
-    Ok((master, name.to_string_lossy().into_owned()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::os::fd::AsRawFd;
-    use std::path::PathBuf;
 
     #[test]
     fn an_inherited_descriptor_is_duplicated() {
@@ -218,22 +171,5 @@ mod tests {
             error.to_string(),
             "cannot take the inherited descriptor 9999 for net0"
         );
-    }
-
-    #[test]
-    fn a_console_on_a_socket_is_refused_with_what_is_valid() {
-        let socket = CharBackend::Socket(PathBuf::from("/tmp/console.sock"));
-        let error = terminal("console0", &socket).expect_err("not offered");
-        assert_eq!(
-            error.to_string(),
-            "cannot connect the console console0 to the socket /tmp/console.sock"
-        );
-        assert!(error.source.to_string().contains("stdio, file, pty or null"));
-    }
-
-    #[test]
-    fn a_pseudo_terminal_can_be_opened_by_its_name() {
-        let (_master, place) = pty().expect("the host has ptys");
-        assert!(File::options().read(true).write(true).open(place).is_ok());
     }
 }
