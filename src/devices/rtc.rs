@@ -34,6 +34,8 @@ pub const RTC_PORT: u64 = 0x70;
 pub const RTC_PORTS: u64 = 2;
 /// The IOAPIC input its wire goes to.
 pub const RTC_GSI: u32 = 8;
+/// The register that holds the century, which the FADT names.
+pub const CENTURY: u8 = 0x32;
 
 /// Registers by index.
 mod index {
@@ -51,7 +53,7 @@ mod index {
     pub(super) const B: u8 = 0x0b;
     pub(super) const C: u8 = 0x0c;
     pub(super) const D: u8 = 0x0d;
-    pub(super) const CENTURY: u8 = 0x32;
+    pub(super) const CENTURY: u8 = super::CENTURY;
     /// Bits of the index port that select; bit 7 gates the NMI, which this board does not have.
     pub(super) const MASK: u8 = 0x7f;
 }

@@ -80,7 +80,7 @@ pub trait Function: Send + Sync {
     /// As whom it issues requests. The topology renumbers it and sets its Bus Master Enable.
     fn requester(&self) -> &Arc<Requester>;
 
-    /// What it decodes. Never changes.
+    /// What it decodes, in ascending order of register. Never changes.
     fn bars(&self) -> &[BarSpec];
 
     /// What it answers and may issue at present.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::access::DwordWrite;
 use super::bar::BarSpec;
 use super::bridge::Forwarded;
-use super::capability::{AccessControl, ErrorReporting, Express, PortType, PowerManagement};
+use super::capability::{AccessControl, ErrorReporting, Express, PortType, PowerManagement, Subsystem};
 use super::config_space::ConfigSpace;
 use super::endpoint::Endpoint;
 use super::function::{Command, ConfigEffect, Function};
@@ -61,6 +61,12 @@ impl Port {
             .capability(express)
             .capability(PowerManagement::new())
             .capability(errors);
+        if node.identity.subsystem_vendor != 0 {
+            config = config.capability(Subsystem {
+                vendor: node.identity.subsystem_vendor,
+                id: node.identity.subsystem,
+            });
+        }
         if facing_a_device {
             config = config.capability(AccessControl::port());
         }
@@ -144,5 +150,91 @@ impl Function for Port {
 
     fn reset(&self) {
         self.endpoint.reset();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pci::testing::{Messages, two_ports};
+    use crate::pci::tree::{Identity, NodeKind};
+
+    fn interrupts() -> PortInterrupts {
+        let messages = Messages::new();
+        PortInterrupts {
+            messages: messages.clone(),
+            wires: messages,
+        }
+    }
+
+    fn port(change: impl FnOnce(&mut Node)) -> Arc<Port> {
+        let mut node = two_ports().segments[0].roots[0].functions[0].clone();
+        change(&mut node);
+        Port::new(&node, Sbdf::default(), &interrupts()).expect("a port")
+    }
+
+    /// Identities of all capabilities, as the guest finds them.
+    fn capabilities(port: &Port) -> Vec<u32> {
+        let standard = std::iter::successors(Some(port.config_read(13)), |at| {
+            Some(port.config_read(u16::try_from(at / 4).expect("a byte")) >> 8 & 0xff)
+        });
+        let extended = std::iter::successors(Some(0x100), |at| {
+            Some(port.config_read(u16::try_from(at / 4).expect("twelve bits")) >> 20)
+        });
+        let walk = standard
+            .take_while(|at| *at != 0)
+            .chain(extended.take_while(|at| *at != 0));
+        walk.map(|at| port.config_read(u16::try_from(at / 4).expect("twelve bits")) & 0xff)
+            .collect()
+    }
+
+    #[test]
+    fn a_port_that_faces_a_device_controls_access_and_one_that_faces_the_root_does_not() {
+        let kind = |kind| move |node: &mut Node| node.kind = kind;
+        assert_eq!(capabilities(&port(|_| {})), [0x10, 0x01, 0x05, 0x01, 0x0d]);
+        assert_eq!(
+            capabilities(&port(kind(NodeKind::DownstreamPort))),
+            [0x10, 0x01, 0x05, 0x01, 0x0d]
+        );
+        assert_eq!(
+            capabilities(&port(kind(NodeKind::UpstreamPort))),
+            [0x10, 0x01, 0x05, 0x01]
+        );
+    }
+
+    #[test]
+    fn a_port_with_subsystem_ids_shows_them() {
+        let named = |node: &mut Node| {
+            node.identity = Identity {
+                subsystem_vendor: 0x1af4,
+                subsystem: 0x1100,
+                ..node.identity
+            };
+        };
+        assert_eq!(capabilities(&port(named)), [0x10, 0x01, 0x0d, 0x05, 0x01, 0x0d]);
+        assert_eq!(port(named).config_read(0x7c / 4 + 2 + 1), 0x1100_1af4);
+    }
+
+    #[test]
+    fn what_is_no_port_makes_none() {
+        let mut node = two_ports().segments[0].roots[0].functions[0].clone();
+        node.kind = NodeKind::IsaBridge;
+        assert!(Port::new(&node, Sbdf::default(), &interrupts()).is_none());
+        node.kind = NodeKind::RootPort;
+        node.bridge = None;
+        assert!(Port::new(&node, Sbdf::default(), &interrupts()).is_none());
+    }
+
+    #[test]
+    fn an_empty_port_passes_nothing_and_a_full_one_passes_until_held_in_reset() {
+        let port = port(|_| {});
+        assert!(!port.state().passes);
+        port.set_occupied(true);
+        assert!(port.state().passes);
+        let effect = port.config_write(15, DwordWrite::whole(0x0040_0000));
+        assert_eq!(effect, ConfigEffect::ROUTING | ConfigEffect::SECONDARY_RESET);
+        assert!(!port.state().passes);
+        port.reset();
+        assert!(port.state().passes);
     }
 }

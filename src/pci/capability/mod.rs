@@ -12,6 +12,7 @@ mod msi;
 mod msix;
 mod power;
 mod serial_number;
+mod subsystem;
 mod vendor;
 
 pub use access_control::AccessControl;
@@ -22,6 +23,7 @@ pub use msi::Msi;
 pub use msix::{Msix, MsixLayout, MsixTable, Raised, VectorChanged};
 pub use power::PowerManagement;
 pub use serial_number::SerialNumber;
+pub use subsystem::Subsystem;
 pub use vendor::VendorSpecific;
 
 use std::any::Any;

@@ -23,12 +23,18 @@ pub(super) fn dsdt(hardware: &Hardware<'_>) -> Vec<u8> {
     system_bus.extend(device(
         "COM1",
         &EISAName::new("PNP0501"),
-        &[&ports(board::COM1_PORT, 8), &isa_interrupt(board::COM1_GSI)],
+        &[
+            &ports(board::COM1_PORT, board::COM1_PORTS),
+            &isa_interrupt(board::COM1_GSI),
+        ],
     ));
     system_bus.extend(device(
         "RTC0",
         &EISAName::new("PNP0B00"),
-        &[&ports(board::RTC_PORT, 2), &isa_interrupt(board::RTC_GSI)],
+        &[
+            &ports(board::RTC_PORT, board::RTC_PORTS),
+            &isa_interrupt(board::RTC_GSI),
+        ],
     ));
     if hardware.hpet {
         let registers = UsedMemory(layout::HPET);
@@ -68,7 +74,7 @@ fn motherboard(hardware: &Hardware<'_>) -> Vec<u8> {
         .iter()
         .map(|segment| UsedMemory(segment.ecam))
         .collect();
-    let pm1a = ports(board::PM1A_EVENT_PORT, 6);
+    let pm1a = ports(board::PM1A_EVENT_PORT, board::PM1A_PORTS);
     let mut resources: Vec<&dyn Aml> = vec![&pm1a];
     resources.extend(ecams.iter().map(|ecam| ecam as &dyn Aml));
     device("MBRD", &EISAName::new("PNP0C02"), &resources)

@@ -42,7 +42,7 @@ pub(super) fn fadt(dsdt: Gpa, facs: Gpa) -> Vec<u8> {
     fadt.dsdt = u32::try_from(dsdt.0).unwrap_or(0).into();
     fadt.x_dsdt = dsdt.0.into();
     fadt.x_firmware_ctrl = facs.0.into();
-    fadt.sci_int = board::SCI_GSI.into();
+    fadt.sci_int = u16::from(board::SCI_GSI).into();
     // Latencies above these limits say that there is neither C2 nor C3 (ACPI 6.5, table 5.9).
     fadt.p_lvl2_lat = 101.into();
     fadt.p_lvl3_lat = 1001.into();

@@ -76,8 +76,8 @@ impl Aml for Resources<'_> {
         let windows = &root.windows;
         let mut children: Vec<Box<dyn Aml>> = vec![Box::new(buses)];
         if root.segment == 0 && root.first_bus() == 0 {
-            let (first, count) = board::CONFIG_PORTS;
-            children.push(Box::new(ports(first, count)));
+            let configuration = ports(board::CONFIG_PORTS, board::CONFIG_PORTS_LEN);
+            children.push(Box::new(configuration));
         }
         children.extend(windows.io.map(|w| Box::new(port_window(w)) as Box<dyn Aml>));
         let memory = [windows.mem32, windows.mem64].into_iter().flatten();

@@ -163,7 +163,7 @@ fn x2apic(uid: u32, apic_id: u32) -> LocalX2Apic {
     }
 }
 
-fn isa_override(source: u8, gsi: u16, flags: u16) -> InterruptSourceOverride {
+fn isa_override(source: u8, gsi: u8, flags: u16) -> InterruptSourceOverride {
     InterruptSourceOverride {
         kind: InterruptSourceOverride::KIND,
         length: InterruptSourceOverride::LENGTH,

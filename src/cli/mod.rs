@@ -1,0 +1,128 @@
+//! The subcommands: what each is told and what it prints.
+
+mod arguments;
+mod machine;
+mod plan_text;
+mod topology;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use clap::Parser;
+
+use ravelin::vm::config::images;
+use ravelin::vm::config::said::{ConfigError, Place};
+use ravelin::vm::plan::Plan;
+use ravelin::vm::{self, RunOptions, logging};
+
+use arguments::{Arguments, Command, RunArguments};
+use machine::MachineArguments;
+
+/// The host refused something.
+const HOST_ERROR: u8 = 1;
+/// What was said cannot be followed.
+const USAGE_ERROR: u8 = 2;
+
+/// Why a subcommand ended without having done what it was asked for.
+pub(crate) struct Failure {
+    /// What the process exits with.
+    pub(crate) status: u8,
+    /// What to print.
+    pub(crate) cause: anyhow::Error,
+}
+
+/// What was said is wrong.
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self {
+            status: USAGE_ERROR,
+            cause: error.into(),
+        }
+    }
+}
+
+/// Anything else is the host's doing.
+impl From<anyhow::Error> for Failure {
+    fn from(cause: anyhow::Error) -> Self {
+        Self {
+            status: HOST_ERROR,
+            cause,
+        }
+    }
+}
+
+/// Do what the command line says. The process started at `started`.
+pub(crate) fn run(started: Instant) -> Result<u8, Failure> {
+    let arguments = Arguments::parse();
+    logging::start(&arguments.log, arguments.log_format.into()).map_err(|error| Failure {
+        status: USAGE_ERROR,
+        cause: error.into(),
+    })?;
+    match &arguments.command {
+        Command::Run(run) => run_machine(run, started),
+        Command::Check { machine, json } => {
+            let plan = checked(machine)?;
+            print(&if *json {
+                pretty(&plan)?
+            } else {
+                plan_text::text(&plan)
+            })
+        }
+        Command::Topology { machine, dot, json } => {
+            let plan = Plan::resolve(&machine.load()?)?;
+            print(&match (dot, json) {
+                (true, _) => topology::dot(&plan),
+                (false, true) => pretty(&plan.pci)?,
+                (false, false) => topology::tree(&plan),
+            })
+        }
+        Command::Completions { shell } => print(&arguments::completions(*shell)),
+        Command::Man => print(&arguments::manual().context("cannot write the manual page")?),
+    }
+}
+
+/// The plan of a machine whose files can be used.
+fn checked(machine: &MachineArguments) -> Result<Plan, Failure> {
+    let config = machine.load()?;
+    let plan = Plan::resolve(&config)?;
+    images::check(&config)?;
+    Ok(plan)
+}
+
+fn run_machine(run: &RunArguments, started: Instant) -> Result<u8, Failure> {
+    let plan = checked(&run.machine)?;
+    if plan.boot.is_none() {
+        let problem = "no kernel was named; say --kernel FILE, or `kernel` in the machine file";
+        return Err(ConfigError::at(&Place::Flag("run".into()), problem).into());
+    }
+    let options = RunOptions {
+        started,
+        stats: run.stats.clone(),
+        shutdown_timeout: Duration::from_secs(run.shutdown_timeout),
+    };
+    let ended = vm::run(&plan, &options).map_err(anyhow::Error::from)?;
+    Ok(ended.exit_status())
+}
+
+fn pretty(value: &impl serde::Serialize) -> Result<String, anyhow::Error> {
+    let mut text = serde_json::to_string_pretty(value).context("cannot write the plan as JSON")?;
+    text.push('\n');
+    Ok(text)
+}
+
+/// Print to standard output. A reader that has seen enough (`head`) is no error.
+fn print(text: &str) -> Result<u8, Failure> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(0),
+        Err(error) => Err(anyhow::Error::new(error)
+            .context("cannot write to standard output")
+            .into()),
+        Ok(()) => Ok(0),
+    }
+}
+
+/// Where a machine file is.
+type MachineFile = Option<PathBuf>;

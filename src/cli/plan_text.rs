@@ -1,0 +1,165 @@
+//! A plan for people: what the machine is made of, in a few lines.
+
+use std::path::Path;
+
+use ravelin::vm::config::values::size_text;
+use ravelin::vm::plan::{
+    BlockPlan, BootPlan, BootProtocol, CharBackend, DeviceKind, MemoryBacking, MemoryPlan, NetBackend,
+    NetPlan, OnReboot, Plan,
+};
+
+use super::topology;
+
+/// Everything the plan decides.
+pub(super) fn text(plan: &Plan) -> String {
+    let mut lines = vec![
+        row("processors", &processors(plan)),
+        row("memory", &memory(&plan.memory)),
+    ];
+    lines.extend(
+        plan.memory
+            .regions
+            .iter()
+            .map(|region| row("", &region.to_string())),
+    );
+    match &plan.boot {
+        Some(boot) => lines.extend(self::boot(boot)),
+        None => lines.push(row("kernel", "none")),
+    }
+    lines.push(row("serial", &stream(&plan.serial)));
+    lines.push(row("board", &board(plan)));
+    for device in &plan.devices {
+        lines.push(row(&device.name, &self::device(&device.kind)));
+    }
+    lines.push(String::new());
+    lines.join("\n") + "\n" + &topology::tree(plan)
+}
+
+fn row(name: &str, what: &str) -> String {
+    format!("{name:<12} {what}").trim_end().to_owned()
+}
+
+fn processors(plan: &Plan) -> String {
+    let cpus = &plan.cpus;
+    let pinned = cpus
+        .pinning
+        .iter()
+        .flatten()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>();
+    let last = cpus.apic_ids.last().copied().unwrap_or(0);
+    let mut text = format!(
+        "{} vCPUs: sockets {}, cores {}, threads {}; APIC IDs 0 to {last}",
+        cpus.count, cpus.sockets, cpus.cores, cpus.threads
+    );
+    if !pinned.is_empty() {
+        text.push_str(&format!("; on host CPUs [{}]", pinned.join(",")));
+    }
+    text
+}
+
+fn memory(memory: &MemoryPlan) -> String {
+    let mut text = size_text(memory.size);
+    match memory.backing {
+        MemoryBacking::Anonymous => {}
+        MemoryBacking::Shared => text.push_str(", shared"),
+        MemoryBacking::HugePages { page_size, shared } => {
+            text.push_str(&format!(", in pages of {}", size_text(page_size)));
+            text.push_str(if shared { ", shared" } else { "" });
+        }
+    }
+    if memory.transparent_huge_pages {
+        text.push_str(", transparent huge pages");
+    }
+    if memory.prefault {
+        text.push_str(", prefaulted");
+    }
+    if let Some(node) = memory.host_numa_node {
+        text.push_str(&format!(", from host node {node}"));
+    }
+    text
+}
+
+fn boot(boot: &BootPlan) -> Vec<String> {
+    let path = |path: &Path| path.display().to_string();
+    let protocol = match boot.protocol {
+        BootProtocol::Auto => "",
+        BootProtocol::Linux => " (linux)",
+        BootProtocol::Pvh => " (pvh)",
+        BootProtocol::Multiboot => " (multiboot)",
+    };
+    let mut lines = vec![row("kernel", &format!("{}{protocol}", path(&boot.kernel)))];
+    lines.extend(
+        boot.initramfs
+            .iter()
+            .map(|initramfs| row("initramfs", &path(initramfs))),
+    );
+    for module in &boot.modules {
+        lines.push(row(
+            "module",
+            &format!("{} {}", path(&module.path), module.cmdline),
+        ));
+    }
+    lines.extend(boot.cmdline.iter().map(|cmdline| row("cmdline", cmdline)));
+    lines
+}
+
+fn board(plan: &Plan) -> String {
+    let board = plan.board;
+    let mut parts = vec!["IOAPIC", "RTC"];
+    parts.extend(board.hpet.then_some("HPET"));
+    parts.extend(board.pvpanic.then_some("pvpanic"));
+    parts.extend(board.exit_port.then_some("exit port"));
+    let reset = match board.on_reboot {
+        OnReboot::Restart => "a reset restarts it",
+        OnReboot::Exit => "a reset ends it",
+    };
+    format!("{}; {reset}", parts.join(", "))
+}
+
+fn stream(backend: &CharBackend) -> String {
+    match backend {
+        CharBackend::Null => "null".to_owned(),
+        CharBackend::Stdio => "stdio".to_owned(),
+        CharBackend::Pty => "pty".to_owned(),
+        CharBackend::File(path) => format!("file:{}", path.display()),
+        CharBackend::Socket(path) => format!("socket:{}", path.display()),
+    }
+}
+
+fn device(kind: &DeviceKind) -> String {
+    match kind {
+        DeviceKind::Block(block) => disk(block),
+        DeviceKind::Net(net) => nic(net),
+        DeviceKind::Console(console) => format!("console on {}", stream(&console.backend)),
+        DeviceKind::Rng(_) => "entropy source".to_owned(),
+    }
+}
+
+fn disk(block: &BlockPlan) -> String {
+    format!(
+        "disk on {}{}{}, {} queues of {}, serial {}",
+        block.path.display(),
+        if block.readonly { ", read-only" } else { "" },
+        if block.direct { ", direct" } else { "" },
+        block.queues,
+        block.queue_size,
+        block.serial
+    )
+}
+
+fn nic(net: &NetPlan) -> String {
+    let backend = match &net.backend {
+        NetBackend::None => "nothing".to_owned(),
+        NetBackend::Tap(name) => format!("tap {name}"),
+        NetBackend::Fds(fds) => format!("descriptors {fds:?}"),
+    };
+    let mtu = net.mtu.map_or(String::new(), |mtu| format!(", MTU {mtu}"));
+    format!(
+        "NIC on {backend}, {}{mtu}, {} queue pairs of {}{}",
+        net.mac,
+        net.queue_pairs,
+        net.queue_size,
+        if net.offload { ", offloads" } else { "" }
+    )
+}
