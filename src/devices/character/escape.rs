@@ -8,12 +8,12 @@ use std::mem;
 /// Ctrl-A.
 pub const PREFIX: u8 = 0x01;
 
-/// What Ctrl-A h shows. Lines end as a raw terminal wants them.
-pub const HELP: &[u8] = b"\r\n\
-    Ctrl-A h       this help\r\n\
-    Ctrl-A x       end the machine at once\r\n\
-    Ctrl-A Ctrl-A  send Ctrl-A to the guest\r\n\
-    Ctrl-A other   send both keys to the guest\r\n";
+/// What Ctrl-A h shows.
+pub const HELP: &[u8] = b"\n\
+    Ctrl-A h       this help\n\
+    Ctrl-A x       end the machine at once\n\
+    Ctrl-A Ctrl-A  send Ctrl-A to the guest\n\
+    Ctrl-A other   send both keys to the guest\n";
 
 /// A command of the operator.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

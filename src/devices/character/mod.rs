@@ -146,6 +146,8 @@ impl HostEnd {
     /// When a device is connected already.
     pub fn connect(&self, guest: Weak<dyn GuestEnd>) {
         assert!(self.guest.set(guest).is_ok(), "one device per stream");
+        // Input may have been looked at, and left where it was, before there was anybody to take it.
+        self.wake();
     }
 
     /// Send what the guest wrote. Never blocks.

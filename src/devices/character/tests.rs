@@ -282,6 +282,23 @@ fn input_from_a_file_is_read_as_the_device_takes_it() {
 }
 
 #[test]
+fn a_device_that_is_connected_after_the_events_gets_its_input_all_the_same() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("script");
+    std::fs::write(&path, "early").expect("writable");
+    let input = OwnedFd::from(File::open(path).expect("readable"));
+    let end = HostEnd::new("a file".to_owned(), Some(input), Output::nowhere()).expect("a descriptor");
+    let (end, device) = (Arc::new(end), Device::with_room(10));
+    let mut events = EventManager::new().expect("an epoll descriptor");
+    events.add_subscriber(end.clone());
+    while events.run_with_timeout(20).expect("a live epoll") > 0 {}
+    let guest: Arc<dyn GuestEnd> = device.clone();
+    end.connect(Arc::downgrade(&guest));
+    while events.run_with_timeout(20).expect("a live epoll") > 0 {}
+    assert_eq!(device.taken(), b"early");
+}
+
+#[test]
 fn input_that_ends_leaves_the_output_working() {
     let (input, sender) = rustix::pipe::pipe().expect("a pipe");
     let (reader, output) = rustix::pipe::pipe().expect("a pipe");

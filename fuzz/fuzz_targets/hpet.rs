@@ -1,0 +1,71 @@
+//! The HPET under any sequence of register accesses while time passes.
+//!
+//! Holds: after it was called back it is not called back again at once.
+
+#![no_main]
+
+mod access;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use access::Access;
+use arbitrary::Arbitrary;
+use libfuzzer_sys::fuzz_target;
+use ravelin::devices::Device;
+use ravelin::devices::clock::manual::{ManualAlarm, ManualClock};
+use ravelin::devices::clock::{Clock, Expire};
+use ravelin::devices::hpet::{Hpet, WINDOW_LEN};
+use ravelin::platform::bus::BusDevice;
+use ravelin::platform::irq::InterruptController;
+
+#[derive(Arbitrary, Debug)]
+enum Step {
+    Access(Access),
+    Timer { timer: u8, config: u16, comparator: u64 },
+    Enable(u8),
+    Pass(u64),
+    Expired,
+    Reset,
+}
+
+struct Nobody;
+
+impl InterruptController for Nobody {
+    fn line_changed(&self, gsi: u32, _asserted: bool) {
+        assert!(gsi < 24);
+    }
+    fn pulse(&self, gsi: u32) {
+        assert!(gsi < 24);
+    }
+}
+
+fuzz_target!(|steps: Vec<Step>| {
+    let (clock, alarm) = (ManualClock::at(Duration::ZERO), Arc::new(ManualAlarm::default()));
+    let hpet = Hpet::new(Arc::new(Nobody), clock.clone(), alarm.clone());
+    for step in steps {
+        match step {
+            Step::Access(access) => access.run(&*hpet, WINDOW_LEN),
+            Step::Timer {
+                timer,
+                config,
+                comparator,
+            } => {
+                let at = 0x100 + 0x20 * u64::from(timer % 3);
+                hpet.write(at, &config.to_le_bytes());
+                hpet.write(at + 8, &comparator.to_le_bytes());
+            }
+            Step::Enable(value) => hpet.write(0x10, &[value]),
+            Step::Pass(nanos) => clock.advance(Duration::from_nanos(nanos)),
+            Step::Expired => {
+                hpet.expired();
+                let now = clock.monotonic();
+                assert!(
+                    alarm.at().is_none_or(|at| at > now),
+                    "called back at once for ever"
+                );
+            }
+            Step::Reset => hpet.reset(),
+        }
+    }
+});
