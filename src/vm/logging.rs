@@ -82,9 +82,8 @@ fn levels_of(levels: &str) -> Result<Targets, LevelsError> {
 
 /// Whether this is a path of Rust modules.
 fn is_module(path: &str) -> bool {
-    path.split("::").all(|name| {
-        !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
-    })
+    path.split("::")
+        .all(|name| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_'))
 }
 
 #[cfg(test)]
