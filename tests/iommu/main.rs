@@ -10,6 +10,7 @@ mod events;
 mod hostile;
 mod interrupts;
 mod invalidation;
+mod model;
 mod reference;
 mod registers;
 mod tables;
