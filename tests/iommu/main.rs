@@ -13,4 +13,5 @@ mod invalidation;
 mod model;
 mod reference;
 mod registers;
+mod scribble;
 mod tables;
