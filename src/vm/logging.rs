@@ -60,8 +60,8 @@ pub fn start(levels: &str, format: LogFormat) -> Result<(), LevelsError> {
     Ok(())
 }
 
-/// A level for everything, and levels for modules. No patterns: matching them would bring a regular
-/// expression engine, which is a third of this program.
+/// A level for everything, and levels for modules. No patterns: nobody needs them here, and matching them
+/// would bring a regular expression engine into a small program.
 fn levels_of(levels: &str) -> Result<Targets, LevelsError> {
     levels.split(',').try_fold(Targets::new(), |targets, part| {
         let (module, level) = match part.split_once('=') {
@@ -82,9 +82,8 @@ fn levels_of(levels: &str) -> Result<Targets, LevelsError> {
 
 /// Whether this is a path of Rust modules.
 fn is_module(path: &str) -> bool {
-    path.split("::").all(|name| {
-        !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
-    })
+    path.split("::")
+        .all(|name| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_'))
 }
 
 #[cfg(test)]
