@@ -12,6 +12,7 @@ use crate::devices::Device;
 use crate::devices::character::{Backend, HostEnd};
 use crate::devices::clock::{Clock, Expire, HostAlarm, HostClock};
 use crate::devices::exit_port::{self, EXIT_PORT, ExitPort};
+use crate::devices::hpet::Hpet;
 use crate::devices::ioapic::IoApic;
 use crate::devices::milestone::{MILESTONE_PORT, Milestone};
 use crate::devices::power::{PM1A_PORT, PM1A_PORTS, Power, SCI_GSI};
@@ -114,6 +115,14 @@ impl Board {
         self.place(&ports, MILESTONE_PORT, 1, milestone.clone())?;
         self.milestone = Some(milestone);
 
+        if plan.board.hpet {
+            let alarm = HostAlarm::new()?;
+            let hpet = Hpet::new(self.ioapic.clone(), self.clock.clone(), alarm.clone());
+            let expires: Arc<dyn Expire> = hpet.clone();
+            events.add(alarm.calls(expires));
+            let mmio = self.mmio.clone();
+            self.place(&mmio, layout::HPET.start().0, layout::HPET.len(), hpet)?;
+        }
         if plan.board.pvpanic {
             self.place(&ports, PVPANIC_PORT, 1, Pvpanic::new(self.requests.clone()))?;
         }

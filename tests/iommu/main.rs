@@ -10,6 +10,8 @@ mod events;
 mod hostile;
 mod interrupts;
 mod invalidation;
+mod model;
 mod reference;
 mod registers;
+mod scribble;
 mod tables;
