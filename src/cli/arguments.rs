@@ -71,6 +71,15 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Print what this host offers: KVM, IOMMUs, groups, drivers, and what is missing for each mode
+    Host {
+        /// Print it as JSON
+        #[arg(long)]
+        json: bool,
+        /// Read sysfs, /proc and /dev below this folder: a recorded host
+        #[arg(long, value_name = "FOLDER", default_value = "/")]
+        root: PathBuf,
+    },
     /// Print completions for a shell
     Completions {
         /// The shell

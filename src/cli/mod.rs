@@ -1,6 +1,7 @@
 //! The subcommands: what each is told and what it prints.
 
 mod arguments;
+mod host_text;
 mod machine;
 mod plan_text;
 mod topology;
@@ -14,6 +15,7 @@ use clap::Parser;
 
 use ravelin::vm::config::images;
 use ravelin::vm::config::said::{ConfigError, Place};
+use ravelin::vm::host_report::{HostReport, Probed};
 use ravelin::vm::plan::Plan;
 use ravelin::vm::{self, RunOptions, logging};
 
@@ -78,6 +80,14 @@ pub(crate) fn run(started: Instant) -> Result<u8, Failure> {
                 (false, false) => topology::tree(&plan),
             })
         }
+        Command::Host { json, root } => {
+            let report = HostReport::read(root, &Probed::here());
+            print(&if *json {
+                pretty(&report)?
+            } else {
+                host_text::text(&report)
+            })
+        }
         Command::Completions { shell } => print(&arguments::completions(*shell)),
         Command::Man => print(&arguments::manual().context("cannot write the manual page")?),
     }
@@ -107,7 +117,7 @@ fn run_machine(run: &RunArguments, started: Instant) -> Result<u8, Failure> {
 }
 
 fn pretty(value: &impl serde::Serialize) -> Result<String, anyhow::Error> {
-    let mut text = serde_json::to_string_pretty(value).context("cannot write the plan as JSON")?;
+    let mut text = serde_json::to_string_pretty(value).context("cannot write it as JSON")?;
     text.push('\n');
     Ok(text)
 }

@@ -39,13 +39,20 @@ pub struct Events {
     __: u8,
     /// The power button was pressed.
     pub power_button: bool,
-    #[bits(7)]
+    __: bool,
+    /// The clock's alarm. It has an interrupt of its own and wakes nothing, so this is never set; Linux's
+    /// driver of the clock enables it all the same, and complains where it does not stick.
+    pub clock: bool,
+    #[bits(5)]
     __: u8,
 }
 
 impl Events {
     /// What a guest may enable.
-    const ENABLES: Self = Self::new().with_global_lock(true).with_power_button(true);
+    const ENABLES: Self = Self::new()
+        .with_global_lock(true)
+        .with_power_button(true)
+        .with_clock(true);
     /// What the board may set and the guest clears by writing one.
     const STATUS: Self = Self::new().with_power_button(true);
 }

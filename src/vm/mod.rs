@@ -6,6 +6,7 @@ pub mod build;
 pub mod config;
 pub mod events;
 mod functions;
+pub mod host_report;
 pub mod layout;
 pub mod lifecycle;
 pub mod logging;

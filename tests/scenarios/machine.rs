@@ -17,6 +17,14 @@ use crate::prerequisites::{binary, guest, kvm};
 /// How long a guest may take in all unless its scenario says otherwise: only a guest that hangs takes that
 /// long. The lab's software CPU needs ten seconds or so for the fastest, natively one.
 const DEADLINE: Duration = Duration::from_secs(240);
+/// By how much to multiply that on a machine which is busy with other things, from `RAVELIN_PATIENCE`.
+fn patience() -> u32 {
+    let said = std::env::var("RAVELIN_PATIENCE");
+    said.map_or(1, |text| {
+        text.parse().expect("RAVELIN_PATIENCE is a whole number")
+    })
+}
+
 /// How often a state that nobody announces is looked at.
 const POLL: Duration = Duration::from_millis(50);
 /// The line by which the guest's init says that it runs.
@@ -217,7 +225,7 @@ impl Running {
             log,
             readers: vec![console_reader, log_reader],
             started,
-            until: started + deadline,
+            until: started + deadline * patience(),
             folder: Some(folder),
         }
     }

@@ -93,7 +93,7 @@ pub const fn identity(kind: Kind) -> Identity {
         class,
         revision: 1,
         subsystem_vendor: 0x1af4,
-        subsystem: 0x1100,
+        subsystem: 0x0040 + kind.id(),
     }
 }
 

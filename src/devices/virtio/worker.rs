@@ -182,6 +182,11 @@ impl ServedQueue {
         self.queue.rearm(mem)
     }
 
+    /// Kicks are not needed for now.
+    pub fn disarm<M: QueueMemory>(&mut self, mem: &M) -> Result<(), Broken> {
+        self.queue.disarm(mem)
+    }
+
     /// Serve what is available, at most one ring's worth: `each` says how many bytes it wrote, or `None`
     /// to leave the chain for later and end the turn.
     pub fn drain<M: QueueMemory>(

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::commands::Command;
 use super::spec::event::Code;
-use super::sync::thread_number;
+use super::sync::{SHARDS, thread_number};
 
 /// A total of some threads, on a cache line of its own.
 #[derive(Default)]
@@ -17,7 +17,7 @@ pub struct Counters {
     doorbells: AtomicU64,
     commands: [AtomicU64; 8],
     stops: AtomicU64,
-    hits: [Shard; 16],
+    hits: [Shard; SHARDS],
     walks: AtomicU64,
     events: [AtomicU64; 16],
 }
@@ -62,7 +62,7 @@ impl Counters {
     }
 
     pub(super) fn hits(&self, more: u64) {
-        add(&self.hits[thread_number() % self.hits.len()].0, more);
+        add(&self.hits[thread_number() % SHARDS].0, more);
     }
 
     pub(super) fn walk(&self) {

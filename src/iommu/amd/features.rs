@@ -3,7 +3,7 @@
 //! | Bit | On when | Shown by (in `tests/iommu`) |
 //! |---|---|---|
 //! | capability 27, EFR exists | always | `registers::r12` |
-//! | capability 24, IOTLB; command 4 | `ats` | `commands::c14`, `ats` |
+//! | capability 24, IOTLB; command 4 | `ats` | `commands::c14`, `tables::ats` |
 //! | capability 26, NpCache | `np_cache` | `registers::r12` |
 //! | EFR 0, prefetch; command 6 | always | `commands::prefetch` |
 //! | EFR 1, PPR; command 7 | `pasid_bits` | `events::e10`, `e11`, `e12` |
@@ -12,7 +12,7 @@
 //! | EFR 6, IA; command 8 | always | `commands::c16` |
 //! | EFR 7, GA | always | `interrupts::x10`, `x11` |
 //! | EFR 11:10, HATS = six levels | always | `reference`, modes 1 to 6 |
-//! | EFR 13:12, GATS = five levels | `five_levels` | `reference` |
+//! | EFR 13:12, GATS = five levels | `five_levels` | `tables::guest_tables_of_five_levels` |
 //! | EFR 15:14, GLX = three levels | `guest_tables` | `tables::p14` |
 //! | EFR 36:32, PASmax | `pasid_bits` | `tables::p14` |
 //! | EFR 39:38, segments | `segments` | `device_table::segments` |

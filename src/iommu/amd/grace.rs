@@ -4,10 +4,7 @@
 //! until everybody who was inside then has left; who enters later sees the invalidation. Two counters take
 //! turns, so that a stream of new accesses does not hold up the wait.
 
-use super::sync::{AtomicUsize, Ordering, fence_after_exchange, full_fence, pause, thread_number};
-
-/// Counters are spread over this many cache lines, by thread.
-const SHARDS: usize = 16;
+use super::sync::{AtomicUsize, Ordering, SHARDS, fence_after_exchange, full_fence, pause, thread_number};
 
 #[derive(Default)]
 #[repr(align(128))]

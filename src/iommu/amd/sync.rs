@@ -6,6 +6,9 @@ pub use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::cell::Cell;
 use std::sync::atomic::fence;
 
+/// Counters that many threads change are spread over this many cache lines, by thread.
+pub const SHARDS: usize = 16;
+
 /// Order a read-modify-write of this thread before its later loads.
 ///
 /// On x86-64 every read-modify-write already does; only the compiler has to be told.

@@ -63,11 +63,16 @@ struct Bus<'a> {
 pub fn measure(spec: &TreeSpec) -> Result<Measured<'_>, AssignError> {
     spec.functions.iter().try_for_each(check_bars)?;
     let below = children(spec)?;
-    let buses = bus_ranges(spec)?;
+    let mut buses = bus_ranges(spec)?;
     let mut slots = vec![Slot::default(); spec.functions.len()];
     let mut order: Vec<Vec<usize>> = Vec::with_capacity(below.len());
     for (bus, functions) in below.iter().enumerate() {
         order.push(fill(spec, bus, functions, &mut slots)?);
+    }
+    for (root, range) in buses.iter_mut().enumerate() {
+        if spec.roots[root].buses.is_none() {
+            *range = trimmed(range, 1 + bridges(spec, &order, root));
+        }
     }
     let mut placed: Vec<Placed> = slots.into_iter().map(Placed::at).collect();
     let mut met = Vec::with_capacity(spec.functions.len());
@@ -356,6 +361,20 @@ fn bus_ranges(spec: &TreeSpec) -> Result<Vec<RangeInclusive<u8>>, AssignError> {
         return Err(AssignError::NoFirstRoot);
     }
     Ok(ranges)
+}
+
+/// As much of the share `range` as a root complex that needs `needed` buses keeps.
+///
+/// Linux reads every device number of every bus that a root complex might have and that it has not found
+/// (pcibios_fixup_peer_bridges): 32 exits a bus. The share's first bus stays, so no number changes; a few more
+/// than needed are kept for a guest that numbers less tightly.
+fn trimmed(range: &RangeInclusive<u8>, needed: usize) -> RangeInclusive<u8> {
+    const SPARE: usize = 3;
+    const UNIT: usize = 8;
+    let first = usize::from(*range.start());
+    let kept = (needed + SPARE).next_multiple_of(UNIT);
+    let last = (first + kept - 1).min(usize::from(*range.end()));
+    *range.start()..=u8::try_from(last).expect("within the share")
 }
 
 /// All ranges were said, or must have been because `named` was.

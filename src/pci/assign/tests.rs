@@ -247,6 +247,20 @@ fn a_switch_behind_itself_is_refused_with_the_circle() {
 }
 
 #[test]
+fn a_share_is_trimmed_to_what_is_needed_and_three_to_spare() {
+    let ports = |count: usize| {
+        let port = |n| function(&format!("rp{n}"), NodeKind::RootPort, Parent::Root(0));
+        let tree = placed(&one_root((0..count).map(port).collect()));
+        let range = tree.roots().next().map(|root| root.buses.clone());
+        range.expect("one root complex")
+    };
+    assert_eq!(
+        [ports(0), ports(4), ports(5), ports(13)],
+        [0..=7, 0..=7, 0..=15, 0..=23]
+    );
+}
+
+#[test]
 fn root_complexes_share_a_segment_evenly_when_nobody_asks() {
     let spec = TreeSpec {
         roots: ["a", "b", "c"].map(root).to_vec(),
@@ -254,7 +268,8 @@ fn root_complexes_share_a_segment_evenly_when_nobody_asks() {
     };
     let tree = placed(&spec);
     let ranges: Vec<_> = tree.roots().map(|root| root.buses.clone()).collect();
-    assert_eq!(ranges, [0..=63, 64..=127, 128..=191]);
+    // A quarter of 256 each; of it only what is needed is kept, and some to spare.
+    assert_eq!(ranges, [0..=7, 64..=71, 128..=135]);
     let uids: Vec<_> = tree.roots().map(|root| root.uid).collect();
     assert_eq!(uids, [0, 1, 2]);
 }

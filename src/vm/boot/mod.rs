@@ -15,5 +15,8 @@ mod multiboot;
 mod pvh;
 pub mod registers;
 
+#[cfg(test)]
+mod tests;
+
 pub use images::{BootError, Images};
 pub use registers::Entry;

@@ -40,15 +40,15 @@ impl File {
         }
     }
 
+    /// TOML refuses a key that is said twice, so that none of these is.
     fn table(&self, table: &DeTable<'_>) -> Result<Table, ConfigError> {
-        let mut said = Table::default();
-        for (key, value) in table {
+        let said = table.iter().map(|(key, value)| {
             let mut value = self.value(key.get_ref(), value)?;
             // What is said for a key is said where the key is, also when its value spans lines.
             value.place = self.place(key.span().start);
-            said.set(key.get_ref(), value);
-        }
-        Ok(said)
+            Ok((key.get_ref().to_string(), value))
+        });
+        said.collect()
     }
 
     fn value(&self, key: &str, value: &Spanned<DeValue<'_>>) -> Result<Value, ConfigError> {

@@ -97,6 +97,13 @@ impl Table {
     }
 }
 
+/// Of keys that are all different.
+impl FromIterator<(String, Value)> for Table {
+    fn from_iter<I: IntoIterator<Item = (String, Value)>>(said: I) -> Self {
+        Self(said.into_iter().collect())
+    }
+}
+
 /// A configuration that cannot be followed: where, which key, and what would be valid.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {

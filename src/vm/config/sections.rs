@@ -118,7 +118,7 @@ section! {
         tap = "tap": Option<Interface>,
         /// Open descriptors of a tap interface instead, one per queue pair.
         fd = "fd": Vec<Descriptor>,
-        /// none for a NIC whose link is down.
+        /// none for a NIC whose link is down; tap when tap or fd is given (which need not be said).
         backend = "backend": Option<NetBackendName>,
         /// What it is called (default net0, net1, ...).
         id = "id": Option<Name>,

@@ -286,21 +286,13 @@ impl Word for Descriptor {
     }
 }
 
-/// What a NIC is connected to when neither a tap nor a descriptor is named.
+/// What a NIC is connected to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NetBackendName {
     /// Nothing; the link is down.
     None,
-}
-
-impl Word for NetBackendName {
-    fn read(text: &str) -> Result<Self, String> {
-        match text {
-            "none" => Ok(Self::None),
-            "tap" => Err("say which tap: tap=NAME".to_owned()),
-            other => Err(near::instead(other, "values", &["none"]) + "; for a tap say tap=NAME or fd=NUMBER"),
-        }
-    }
+    /// A tap interface, which other keys name.
+    Tap,
 }
 
 /// A disk's serial number.
@@ -385,6 +377,11 @@ choice!(BootProtocol {
 choice!(OnReboot {
     "restart" => Self::Restart,
     "exit" => Self::Exit,
+});
+
+choice!(NetBackendName {
+    "none" => Self::None,
+    "tap" => Self::Tap,
 });
 
 /// How a vIOMMU works.

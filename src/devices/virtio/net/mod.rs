@@ -59,11 +59,24 @@ const GUEST_OFFLOADS: [(Features, Offloads); 7] = [
 ];
 
 /// What the tun driver is told when the driver takes over `features`.
+///
+/// A driver may choose what the tun driver has no word for; the host then does that work itself.
 fn offloads(features: Features) -> Offloads {
-    GUEST_OFFLOADS
+    let mut chosen = GUEST_OFFLOADS
         .into_iter()
         .filter(|(feature, _)| features.contains(*feature))
-        .fold(Offloads::empty(), |all, (_, offload)| all | offload)
+        .fold(Offloads::empty(), |all, (_, offload)| all | offload);
+    if !chosen.contains(Offloads::CSUM) {
+        return Offloads::empty();
+    }
+    if !chosen.intersects(Offloads::TSO4 | Offloads::TSO6) {
+        chosen.remove(Offloads::TSO_ECN);
+    }
+    let both = Offloads::USO4 | Offloads::USO6;
+    if !chosen.contains(both) {
+        chosen.remove(both);
+    }
+    chosen
 }
 
 /// Where frames go to and come from.

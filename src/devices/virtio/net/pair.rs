@@ -145,6 +145,7 @@ impl Pair {
             return Ok(Turn::Idle);
         };
         self.stalled = false;
+        queue.disarm(mem)?;
         let mut turn = Turn::Again;
         for _ in 0..queue.size() {
             let Some(first) = queue.pop(mem)? else {

@@ -369,6 +369,29 @@ fn features_without_what_they_need_are_not_accepted() {
     }
 }
 
+#[test]
+fn the_tun_driver_is_told_only_what_it_has_words_for() {
+    let bit = Features::bit;
+    for (features, expected) in [
+        (Features::empty(), Offloads::empty()),
+        (GUEST_CSUM, Offloads::CSUM),
+        (GUEST_CSUM | bit(7), Offloads::CSUM | Offloads::TSO4),
+        (bit(7) | bit(8), Offloads::empty()),
+        (GUEST_CSUM | bit(9), Offloads::CSUM),
+        (
+            GUEST_CSUM | bit(8) | bit(9),
+            Offloads::CSUM | Offloads::TSO6 | Offloads::TSO_ECN,
+        ),
+        (GUEST_CSUM | bit(54), Offloads::CSUM),
+        (
+            GUEST_CSUM | bit(54) | bit(55),
+            Offloads::CSUM | Offloads::USO4 | Offloads::USO6,
+        ),
+    ] {
+        assert_eq!(offloads(features), expected, "{features:?}");
+    }
+}
+
 fn units(card: &Net, features: Features) -> Vec<(String, Vec<u16>)> {
     let ram = crate::devices::virtio::driver::ram();
     let queues = (0..).zip(card.queue_sizes());

@@ -135,11 +135,15 @@ impl Blob {
     }
 }
 
-/// MCFG: the ECAM of each segment, all 256 buses of it (PCI Firmware Specification 3.3, section 4.1.2).
+/// MCFG: each root complex's part of its segment's ECAM, which begins with bus 0 whatever the part (PCI Firmware
+/// Specification 3.3, section 4.1.2). Guests look for devices on every bus that is listed.
 fn mcfg(pci: &PciTree) -> Vec<u8> {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     for segment in &pci.segments {
-        mcfg.add_ecam(segment.ecam.start().0, segment.number, 0, u8::MAX);
+        for root in &segment.roots {
+            let (first, last) = (*root.buses.start(), *root.buses.end());
+            mcfg.add_ecam(segment.ecam.start().0, segment.number, first, last);
+        }
     }
     bytes_of(&mcfg)
 }

@@ -11,7 +11,7 @@ use crate::vm::config::Config;
 use crate::vm::config::said::ConfigError;
 use crate::vm::config::section::{Section, Source};
 use crate::vm::config::sections::{Console, Disk, Net};
-use crate::vm::config::values::{Name, Switch};
+use crate::vm::config::values::{Name, NetBackendName, Switch};
 use crate::vm::plan::{
     BlockPlan, CharBackend, ConsolePlan, CpuPlan, DeviceKind, DevicePlan, MacAddress, NetBackend, NetPlan,
     RngPlan,
@@ -170,16 +170,22 @@ fn refuse_shared_images(config: &Config, names_of: &NamesOf) -> Result<(), Confi
 fn net(net: &Net, name: &str, macs: &mut Macs) -> Result<NetPlan, ConfigError> {
     let source = net.source();
     let backend = match (&net.tap, &net.fd[..], net.backend) {
-        (Some(tap), [], None) => NetBackend::Tap(tap.0.clone()),
-        (None, [_, ..], None) => NetBackend::Fds(net.fd.iter().map(|fd| fd.0).collect()),
-        (None, [], Some(_)) => NetBackend::None,
-        (None, [], None) => {
+        (Some(tap), [], None | Some(NetBackendName::Tap)) => NetBackend::Tap(tap.0.clone()),
+        (None, [_, ..], None | Some(NetBackendName::Tap)) => {
+            NetBackend::Fds(net.fd.iter().map(|fd| fd.0).collect())
+        }
+        (None, [], Some(NetBackendName::None)) => NetBackend::None,
+        (None, [], None | Some(NetBackendName::Tap)) => {
             let problem = "a NIC needs tap=NAME, fd=NUMBER or backend=none";
             return Err(source.wrong_altogether(problem));
         }
-        _ => {
-            let problem = "a NIC has one of tap, fd and backend";
-            return Err(source.wrong_altogether(problem));
+        (Some(_), [_, ..], _) => {
+            let problem = "a NIC has a tap or descriptors of one, not both";
+            return Err(source.wrong("fd", problem));
+        }
+        (_, _, Some(NetBackendName::None)) => {
+            let problem = "this NIC is connected to a tap; say backend=tap, or leave the tap out";
+            return Err(source.wrong("backend", problem));
         }
     };
     let inherited = u16::try_from(net.fd.len()).unwrap_or(u16::MAX);

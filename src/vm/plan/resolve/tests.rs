@@ -298,9 +298,11 @@ fn nics_have_one_backend() {
         "m.toml:1: net: a NIC needs tap=NAME, fd=NUMBER or backend=none"
     );
     assert_eq!(
-        refused("tap = \"t\"\nbackend = \"none\""),
-        "m.toml:1: net: a NIC has one of tap, fd and backend"
+        refused("backend = \"tap\""),
+        "m.toml:1: net: a NIC needs tap=NAME, fd=NUMBER or backend=none"
     );
+    assert!(refused("tap = \"t\"\nbackend = \"none\"").contains("say backend=tap, or leave the tap out"));
+    assert!(refused("tap = \"t\"\nfd = 3").ends_with("a NIC has a tap or descriptors of one, not both"));
     assert!(refused("fd = [3, 4]\nqueues = 3").contains("2 descriptors for 3 queue pairs"));
     assert!(refused("backend = \"none\"\nmtu = 60").ends_with("must be 68 to 65535"));
     assert!(refused("backend = \"none\"\nqueues = 65").ends_with("must be 1 to 64"));

@@ -1,0 +1,165 @@
+//! The files that tell about a host. What is absent or unreadable is left out of the report.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::platform::addr::Sbdf;
+
+use super::{HostFunction, HostIommu, IommuGroup, IommuKind};
+
+/// A host's file systems.
+pub(super) struct Host {
+    root: PathBuf,
+}
+
+impl Host {
+    pub(super) fn new(root: &Path) -> Self {
+        Self {
+            root: root.to_owned(),
+        }
+    }
+
+    fn path(&self, path: &str) -> PathBuf {
+        self.root.join(path)
+    }
+
+    pub(super) fn exists(&self, path: &str) -> bool {
+        self.path(path).exists()
+    }
+
+    pub(super) fn processor(&self) -> Option<String> {
+        let text = fs::read_to_string(self.path("proc/cpuinfo")).ok()?;
+        let line = text.lines().find(|line| line.starts_with("model name"))?;
+        line.split_once(':').map(|(_, name)| name.trim().to_owned())
+    }
+
+    /// The KVM module for this processor, and whether it nests.
+    pub(super) fn kvm_module(&self) -> (Option<String>, Option<bool>) {
+        let modules = names(&self.path("sys/module"));
+        let Some(module) = modules.into_iter().find(|name| name.starts_with("kvm_")) else {
+            return (None, None);
+        };
+        let nested = word(&self.path(&format!("sys/module/{module}/parameters/nested")));
+        let nested = nested.map(|value| matches!(value.as_str(), "1" | "Y"));
+        (Some(module), nested)
+    }
+
+    pub(super) fn iommus(&self) -> Vec<HostIommu> {
+        let class = self.path("sys/class/iommu");
+        let mut names = names(&class);
+        names.sort_by_key(|name| numbered(name));
+        names
+            .into_iter()
+            .map(|name| iommu(&class.join(&name), name))
+            .collect()
+    }
+
+    pub(super) fn groups(&self) -> Vec<IommuGroup> {
+        let mut groups: BTreeMap<u32, Vec<HostFunction>> = BTreeMap::new();
+        let devices = self.path("sys/bus/pci/devices");
+        for name in names(&devices) {
+            let path = devices.join(&name);
+            let group = link_name(&path.join("iommu_group")).and_then(|number| number.parse().ok());
+            if let (Ok(address), Some(group)) = (name.parse(), group) {
+                groups.entry(group).or_default().push(function(&path, address));
+            }
+        }
+        let with_domain = groups.into_iter().map(|(number, mut functions)| {
+            functions.sort_by_key(|function| function.address);
+            IommuGroup {
+                number,
+                domain: word(&self.path(&format!("sys/kernel/iommu_groups/{number}/type"))),
+                functions,
+            }
+        });
+        with_domain.collect()
+    }
+}
+
+fn iommu(path: &Path, name: String) -> HostIommu {
+    let mut devices: Vec<Sbdf> = names(&path.join("devices"))
+        .iter()
+        .filter_map(|name| name.parse().ok())
+        .collect();
+    devices.sort_unstable();
+    // The class folder links to .../FUNCTION/iommu/NAME; units that are no PCI function have none on the way.
+    let function = fs::read_link(path).ok().and_then(|target| {
+        let parts = target.iter().rev().filter_map(|part| part.to_str());
+        parts.filter_map(|part| part.parse().ok()).next()
+    });
+    HostIommu {
+        kind: kind(path),
+        name,
+        function,
+        devices,
+    }
+}
+
+fn kind(path: &Path) -> IommuKind {
+    let register = |path: PathBuf| word(&path).and_then(|text| hex(&text));
+    // One register on older kernels, EFR:EFR2 on newer ones.
+    if let Some(features) = word(&path.join("amd-iommu/features")) {
+        let (efr, efr2) = features.split_once(':').unwrap_or((&features, "0"));
+        if let (Some(efr), Some(efr2)) = (hex(efr), hex(efr2)) {
+            return IommuKind::Amd { efr, efr2 };
+        }
+    }
+    let (cap, ecap) = (
+        register(path.join("intel-iommu/cap")),
+        register(path.join("intel-iommu/ecap")),
+    );
+    match (cap, ecap) {
+        (Some(cap), Some(ecap)) => IommuKind::Intel { cap, ecap },
+        _ => IommuKind::Other,
+    }
+}
+
+fn function(path: &Path, address: Sbdf) -> HostFunction {
+    let register = |name: &str| word(&path.join(name)).and_then(|text| hex(&text));
+    let count = |name: &str| word(&path.join(name)).and_then(|text| text.parse().ok());
+    HostFunction {
+        address,
+        vendor: register("vendor").and_then(|value| u16::try_from(value).ok()),
+        device: register("device").and_then(|value| u16::try_from(value).ok()),
+        class: register("class").and_then(|value| u32::try_from(value).ok()),
+        driver: link_name(&path.join("driver")),
+        iommu: link_name(&path.join("iommu")),
+        // -1 says that no node is closer than another.
+        numa_node: count("numa_node"),
+        virtual_functions: count("sriov_numvfs").zip(count("sriov_totalvfs")),
+    }
+}
+
+/// What is in a folder, sorted; nothing when it cannot be read.
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    names.sort();
+    names
+}
+
+/// A name that ends in a number, in the order of numbers.
+fn numbered(name: &str) -> (String, u64) {
+    let prefix = name.trim_end_matches(|c: char| c.is_ascii_digit());
+    let number = name[prefix.len()..].parse().unwrap_or(0);
+    (prefix.to_owned(), number)
+}
+
+/// The content of a short file without the space around it.
+fn word(path: &Path) -> Option<String> {
+    fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
+}
+
+/// The last part of what a link points at.
+fn link_name(path: &Path) -> Option<String> {
+    let target = fs::read_link(path).ok()?;
+    target.file_name()?.to_str().map(str::to_owned)
+}
+
+fn hex(text: &str) -> Option<u64> {
+    let digits = text.trim().trim_start_matches("0x");
+    u64::from_str_radix(digits, 16).ok()
+}

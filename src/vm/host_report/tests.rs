@@ -1,0 +1,280 @@
+//! Recorded hosts: a server with two AMD IOMMUs, a machine with nothing.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use super::*;
+
+/// A tree that looks like a host's file systems.
+struct Recorded(tempfile::TempDir);
+
+impl Recorded {
+    fn new() -> Self {
+        Self(tempfile::tempdir().expect("a folder"))
+    }
+
+    fn root(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn file(&self, path: &str, text: &str) -> &Self {
+        let path = self.root().join(path);
+        fs::create_dir_all(path.parent().expect("below the root")).expect("made");
+        fs::write(path, text).expect("written");
+        self
+    }
+
+    fn link(&self, path: &str, target: &str) -> &Self {
+        let path = self.root().join(path);
+        fs::create_dir_all(path.parent().expect("below the root")).expect("made");
+        symlink(target, path).expect("linked");
+        self
+    }
+
+    /// An IOMMU of AMD's at `function`, for `devices`.
+    fn ivhd(&self, number: u32, function: &str, features: &str, devices: &[&str]) -> &Self {
+        let home = format!("sys/devices/pci0000:00/{function}/iommu/ivhd{number}");
+        self.file(&format!("{home}/amd-iommu/features"), features);
+        for device in devices {
+            self.link(&format!("{home}/devices/{device}"), &format!("../../../{device}"));
+        }
+        self.link(
+            &format!("sys/class/iommu/ivhd{number}"),
+            &format!("../../devices/pci0000:00/{function}/iommu/ivhd{number}"),
+        )
+    }
+
+    fn function(&self, address: &str, ids: (&str, &str), driver: &str, group: u32, iommu: &str) -> &Self {
+        let home = format!("sys/bus/pci/devices/{address}");
+        self.file(&format!("{home}/vendor"), &format!("{}\n", ids.0))
+            .file(&format!("{home}/device"), &format!("{}\n", ids.1))
+            .file(&format!("{home}/class"), "0x020000\n")
+            .file(&format!("{home}/numa_node"), "-1\n")
+            .link(
+                &format!("{home}/driver"),
+                &format!("../../../bus/pci/drivers/{driver}"),
+            )
+            .link(
+                &format!("{home}/iommu_group"),
+                &format!("../../../kernel/iommu_groups/{group}"),
+            )
+            .link(
+                &format!("{home}/iommu"),
+                &format!("../../0000:00:00.2/iommu/{iommu}"),
+            )
+            .file(&format!("sys/kernel/iommu_groups/{group}/type"), "DMA-FQ\n")
+    }
+
+    fn read(&self, probed: &Probed) -> HostReport {
+        HostReport::read(self.root(), probed)
+    }
+}
+
+/// A server with two IOMMUs, the second of which could do everything.
+fn server() -> Recorded {
+    let host = Recorded::new();
+    host.file(
+        "proc/cpuinfo",
+        "processor\t: 0\nmodel name\t: AMD EPYC 9575F 64-Core Processor\n",
+    )
+    .file("sys/module/kvm_amd/parameters/nested", "1\n")
+    .file("dev/iommu", "")
+    .file("sys/bus/pci/drivers/vfio-pci/new_id", "")
+    .ivhd(10, "0000:40:00.2", "80000000000\n", &[])
+    .ivhd(0, "0000:00:00.2", "29d7:0\n", &["0000:01:00.0", "0000:01:00.1"])
+    .ivhd(1, "0000:20:00.2", "81000000000010:8\n", &["0000:21:00.0"])
+    .function("0000:01:00.1", ("0x8086", "0x10d3"), "vfio-pci", 12, "ivhd0")
+    .function("0000:01:00.0", ("0x8086", "0x10d3"), "e1000e", 12, "ivhd0")
+    .function("0000:21:00.0", ("0x15b3", "0x101e"), "mlx5_core", 3, "ivhd1")
+    .file("sys/bus/pci/devices/0000:21:00.0/sriov_numvfs", "2\n")
+    .file("sys/bus/pci/devices/0000:21:00.0/sriov_totalvfs", "16\n");
+    host
+}
+
+fn usable() -> Probed {
+    Probed {
+        kvm: Ok(()),
+        memlock: None,
+    }
+}
+
+fn missing(report: &HostReport, name: &str) -> String {
+    let mode = report
+        .modes
+        .iter()
+        .find(|mode| mode.name == name)
+        .expect("a mode");
+    mode.missing.join("\n")
+}
+
+#[test]
+fn iommus_come_in_the_order_of_their_numbers_with_what_they_serve() {
+    let report = server().read(&usable());
+    let names: Vec<_> = report.iommus.iter().map(|iommu| iommu.name.as_str()).collect();
+    assert_eq!(names, ["ivhd0", "ivhd1", "ivhd10"]);
+    let first = &report.iommus[0];
+    assert_eq!(
+        first.function.map(|at| at.to_string()).as_deref(),
+        Some("0000:00:00.2")
+    );
+    let devices: Vec<_> = first.devices.iter().map(ToString::to_string).collect();
+    assert_eq!(devices, ["0000:01:00.0", "0000:01:00.1"]);
+}
+
+#[test]
+fn features_are_read_with_and_without_the_second_register() {
+    let report = server().read(&usable());
+    let kinds: Vec<_> = report.iommus.iter().map(|iommu| iommu.kind.clone()).collect();
+    assert_eq!(
+        kinds,
+        [
+            IommuKind::Amd { efr: 0x29d7, efr2: 0 },
+            IommuKind::Amd {
+                efr: 0x81_0000_0000_0010,
+                efr2: 8
+            },
+            IommuKind::Amd {
+                efr: 0x800_0000_0000,
+                efr2: 0
+            },
+        ]
+    );
+    let names = kinds[1].features();
+    assert_eq!(
+        names,
+        ["GT(4 levels)", "HATS(4 levels)", "GIO", "vIOMMU", "GCR3TRP"]
+    );
+}
+
+#[test]
+fn groups_hold_their_functions_with_drivers() {
+    let report = server().read(&usable());
+    let numbers: Vec<_> = report.groups.iter().map(|group| group.number).collect();
+    assert_eq!(numbers, [3, 12]);
+    let drivers: Vec<_> = report.groups[1]
+        .functions
+        .iter()
+        .map(|function| function.driver.as_deref())
+        .collect();
+    assert_eq!(drivers, [Some("e1000e"), Some("vfio-pci")]);
+    let nic = &report.groups[0].functions[0];
+    assert_eq!(
+        (nic.vendor, nic.class, nic.numa_node),
+        (Some(0x15b3), Some(0x02_0000), None)
+    );
+    assert_eq!(nic.virtual_functions, Some((2, 16)));
+    assert_eq!(nic.iommu.as_deref(), Some("ivhd1"));
+    assert_eq!(report.groups[0].domain.as_deref(), Some("DMA-FQ"));
+}
+
+#[test]
+fn the_machine_itself_is_known() {
+    let report = server().read(&usable());
+    assert_eq!(
+        report.processor.as_deref(),
+        Some("AMD EPYC 9575F 64-Core Processor")
+    );
+    assert_eq!(
+        (report.kvm.module.as_deref(), report.kvm.nested),
+        (Some("kvm_amd"), Some(true))
+    );
+    assert!(report.iommufd && report.vfio_pci && !report.vfio_groups);
+}
+
+#[test]
+fn a_host_that_has_everything_lacks_only_the_code() {
+    let report = server().read(&usable());
+    assert_eq!(missing(&report, "machine"), "");
+    for mode in ["emulated", "hw", "sim"] {
+        assert_eq!(
+            missing(&report, mode),
+            "a version of Ravelin that has it: this one does not",
+            "{mode}"
+        );
+    }
+}
+
+#[test]
+fn a_host_without_anything_is_told_everything_that_is_missing() {
+    let probed = Probed {
+        kvm: Err("cannot open /dev/kvm".to_owned()),
+        memlock: Some(8 << 20),
+    };
+    let report = Recorded::new().read(&probed);
+    assert_eq!(missing(&report, "machine"), "KVM: cannot open /dev/kvm");
+    let hardware = missing(&report, "hw");
+    for part in [
+        "KVM:",
+        "an IOMMU: none",
+        "/dev/iommu or",
+        "the driver vfio-pci",
+        "bound to vfio-pci",
+        "it is 8 MiB",
+        "an AMD IOMMU: there is none",
+    ] {
+        assert!(hardware.contains(part), "{part}: {hardware}");
+    }
+}
+
+#[test]
+fn the_nearest_unit_is_named_with_what_it_lacks() {
+    let host = Recorded::new();
+    host.ivhd(0, "0000:00:00.2", "29d7\n", &[])
+        .ivhd(1, "0000:20:00.2", "0\n", &[]);
+    let hardware = missing(&host.read(&usable()), "hw");
+    assert!(
+        hardware.contains("vIOMMU, GIO, GCR3TRP of the IOMMU: ivhd0 comes nearest"),
+        "{hardware}"
+    );
+}
+
+#[test]
+fn an_intel_unit_is_known_and_any_other_is_shown() {
+    let host = Recorded::new();
+    host.file(
+        "sys/devices/virtual/iommu/dmar0/intel-iommu/cap",
+        "d2008c40660462\n",
+    )
+    .file("sys/devices/virtual/iommu/dmar0/intel-iommu/ecap", "f050da\n")
+    .link("sys/class/iommu/dmar0", "../../devices/virtual/iommu/dmar0")
+    .file("sys/devices/virtual/iommu/smmu3.0x1/x", "")
+    .link(
+        "sys/class/iommu/smmu3.0x1",
+        "../../devices/virtual/iommu/smmu3.0x1",
+    );
+    let report = host.read(&usable());
+    let kinds: Vec<_> = report
+        .iommus
+        .iter()
+        .map(|iommu| (&iommu.kind, iommu.function))
+        .collect();
+    assert_eq!(
+        kinds,
+        [
+            (
+                &IommuKind::Intel {
+                    cap: 0xd2_008c_4066_0462,
+                    ecap: 0xf0_50da
+                },
+                None
+            ),
+            (&IommuKind::Other, None)
+        ]
+    );
+}
+
+#[test]
+fn files_that_make_no_sense_are_left_out() {
+    let host = Recorded::new();
+    host.ivhd(0, "0000:00:00.2", "features?\n", &["not-a-device"])
+        .function("0000:01:00.0", ("0xfffff", "x"), "d", 1, "ivhd0")
+        .file("sys/bus/pci/devices/nonsense/vendor", "0x1\n");
+    let report = host.read(&usable());
+    assert_eq!(
+        (&report.iommus[0].kind, report.iommus[0].devices.len()),
+        (&IommuKind::Other, 0)
+    );
+    let function = &report.groups[0].functions[0];
+    assert_eq!((function.vendor, function.device), (None, None));
+}

@@ -1,0 +1,243 @@
+//! I: what invalidations drop, and when.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use ravelin::iommu::amd::request::Request;
+use ravelin::iommu::amd::spec::registers::Control;
+
+use crate::driver::{
+    Driver, EVERYTHING, FLAG, GN, INVALIDATE_ALL, PDE, RING, S, device, guest_dte, host_dte,
+    invalidate_device, invalidate_pages, other_device, pasid, pde, pte, read, reg, wait, write,
+};
+
+fn with_pages(count: u64) -> (Driver, u64) {
+    let mut driver = Driver::running();
+    let root = driver.attach(device(), 1);
+    (0..count).for_each(|n| driver.map(root, 4, n << 12, 1, pte(0x10_0000 + (n << 12))));
+    (0..count).for_each(|n| {
+        assert_eq!(
+            driver.target(&read(device(), n << 12)),
+            Some(0x10_0000 + (n << 12))
+        );
+    });
+    (0..count).for_each(|n| driver.map(root, 4, n << 12, 1, pte(0x80_0000 + (n << 12))));
+    (driver, root)
+}
+
+/// Pages that are translated by the entries of now rather than by those of before.
+fn renewed(driver: &Driver, count: u64) -> Vec<u64> {
+    let target = |n: &u64| driver.target(&read(device(), n << 12));
+    (0..count)
+        .filter(|n| target(n) == Some(0x80_0000 + (n << 12)))
+        .collect()
+}
+
+#[test]
+fn i1_after_an_invalidation_the_new_entry_is_used() {
+    let (mut driver, _) = with_pages(1);
+    assert_eq!(renewed(&driver, 1).len(), 0);
+    driver.flush(&[invalidate_pages(1, 0, 0)]);
+    assert_eq!(renewed(&driver, 1), [0]);
+}
+
+#[test]
+fn i2_one_invalidation_reaches_every_device_of_the_domain() {
+    let (mut driver, root) = with_pages(1);
+    driver.set_dte(other_device(), host_dte(root, 4, 1));
+    assert_eq!(
+        driver.target(&read(other_device(), 0)),
+        Some(0x10_0000),
+        "shared with the first device"
+    );
+    driver.flush(&[invalidate_pages(1, 0, 0)]);
+    assert_eq!(driver.target(&read(other_device(), 0)), Some(0x80_0000));
+    assert_eq!(renewed(&driver, 1), [0]);
+}
+
+#[test]
+fn i3_the_size_code_says_how_many_pages() {
+    let (mut driver, _) = with_pages(8);
+    driver.flush(&[invalidate_pages(1, 0, 0x1000 | S)]);
+    assert_eq!(renewed(&driver, 8), [0, 1, 2, 3]);
+}
+
+#[test]
+fn i4_a_part_of_a_large_page_drops_all_of_it() {
+    let mut driver = Driver::running();
+    let root = driver.attach(device(), 1);
+    driver.map(root, 4, 0, 2, pte(0x40_0000));
+    assert_eq!(driver.target(&read(device(), 0x1f_f123)), Some(0x5f_f123));
+    driver.map(root, 4, 0, 2, pte(0x80_0000));
+    driver.flush(&[invalidate_pages(1, 0, 0x7000)]);
+    assert_eq!(driver.target(&read(device(), 0x1f_f123)), Some(0x9f_f123));
+}
+
+#[test]
+fn i5_the_code_for_everything_drops_the_domain() {
+    let (mut driver, _) = with_pages(16);
+    driver.flush(&[invalidate_pages(1, 0, EVERYTHING | S | PDE)]);
+    assert_eq!(renewed(&driver, 16).len(), 16);
+}
+
+#[test]
+fn i6_all_ones_mean_everything_too() {
+    let (mut driver, _) = with_pages(16);
+    driver.flush(&[invalidate_pages(1, 0, 0xffff_ffff_ffff_f000 | S)]);
+    assert_eq!(renewed(&driver, 16).len(), 16);
+}
+
+#[test]
+fn i7_a_replaced_table_is_used_after_an_invalidation_of_tables() {
+    let mut driver = Driver::running();
+    let root = driver.table();
+    let (old, new) = (driver.table(), driver.table());
+    driver.set_dte(device(), host_dte(root, 2, 1));
+    driver.put(root, pde(old, 1));
+    driver.put(old, pte(0x5000));
+    driver.put(new, pte(0x6000));
+    assert_eq!(driver.target(&read(device(), 0)), Some(0x5000));
+    driver.put(root, pde(new, 1));
+    driver.flush(&[invalidate_pages(1, 0, PDE)]);
+    assert_eq!(driver.target(&read(device(), 0)), Some(0x6000));
+}
+
+#[test]
+fn i8_a_changed_device_entry_is_used_after_its_invalidation() {
+    let (mut driver, _) = with_pages(1);
+    let other = driver.attach(device(), 2);
+    driver.map(other, 4, 0, 1, pte(0x7000));
+    driver.flush(&[invalidate_device(device())]);
+    assert_eq!(driver.target(&read(device(), 0)), Some(0x7000));
+}
+
+#[test]
+fn i9_without_invalidation_an_entry_is_old_or_new_as_a_whole() {
+    let (mut driver, _) = with_pages(1);
+    let other = driver.attach(device(), 2);
+    driver.map(other, 4, 0, 1, pte(0x7000));
+    assert_eq!(
+        driver.target(&read(device(), 0)),
+        Some(0x10_0000),
+        "the old entry with its own domain"
+    );
+}
+
+#[test]
+fn i10_a_page_that_appears_is_seen_without_any_command() {
+    let mut driver = Driver::running();
+    let root = driver.attach(device(), 1);
+    assert_eq!(driver.target(&read(device(), 0x1000)), None);
+    driver.map(root, 4, 0x1000, 1, pte(0x5000));
+    assert_eq!(driver.target(&read(device(), 0x1000)), Some(0x5000));
+}
+
+#[test]
+fn a_page_that_gains_a_permission_is_seen_without_any_command() {
+    let mut driver = Driver::running();
+    let root = driver.attach(device(), 1);
+    driver.map(root, 4, 0x1000, 1, pte(0x5000) & !(1 << 62));
+    assert_eq!(driver.target(&read(device(), 0x1000)), Some(0x5000));
+    assert_eq!(driver.target(&write(device(), 0x1000)), None);
+    driver.map(root, 4, 0x1000, 1, pte(0x5000));
+    assert_eq!(driver.target(&write(device(), 0x1000)), Some(0x5000));
+}
+
+#[test]
+fn i12_a_wait_is_answered_only_after_accesses_in_flight_have_ended() {
+    let (driver, _) = with_pages(1);
+    let commands = [invalidate_pages(1, 0, 0), wait(FLAG, 1)];
+    for (index, command) in (0..).zip(commands) {
+        let at = ravelin::platform::addr::Gpa(RING + index * 16);
+        driver.ram.write(at, &command.to_le_bytes()).expect("RAM");
+    }
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|threads| {
+        let in_flight = driver.unit.begin();
+        let found = in_flight.translate(&write(device(), 0)).expect("mapped");
+        let doorbell = threads.spawn(|| {
+            driver.write_dword(reg::COMMAND_TAIL, 0x20);
+            assert!(ended.load(Ordering::SeqCst), "the access had ended");
+            driver.get(FLAG)
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(driver.get(FLAG), 0);
+        driver.ram.write(found.target, &[1]).expect("RAM");
+        ended.store(true, Ordering::SeqCst);
+        drop(in_flight);
+        assert_eq!(doorbell.join().expect("no panic"), 1);
+    });
+}
+
+fn with_spaces() -> (Driver, [u64; 2]) {
+    let mut driver = Driver::running();
+    let gcr3 = driver.table();
+    let roots = [driver.table(), driver.table()];
+    driver.put(gcr3, roots[0] | 1);
+    driver.put(gcr3 + 5 * 8, roots[1] | 1);
+    let mut dte = guest_dte(gcr3, 1);
+    dte.host.set_giov(true);
+    driver.set_dte(device(), dte);
+    roots
+        .iter()
+        .for_each(|root| driver.map_guest(*root, 4, 0x1000, 1, 0x5007));
+    (driver, roots)
+}
+
+#[test]
+fn i13_an_invalidation_of_one_space_drops_that_space() {
+    let (mut driver, roots) = with_spaces();
+    let plain = read(device(), 0x1000);
+    let in_space: Request = plain.in_space(pasid(5));
+    assert_eq!(
+        (driver.target(&plain), driver.target(&in_space)),
+        (Some(0x5000), Some(0x5000))
+    );
+    roots
+        .iter()
+        .for_each(|root| driver.map_guest(*root, 4, 0x1000, 1, 0x6007));
+    driver.flush(&[invalidate_pages(1, 0, 0x1000 | GN)]);
+    assert_eq!(driver.target(&plain), Some(0x6000));
+    driver.flush(&[invalidate_pages(1, 5, 0x1000 | GN)]);
+    assert_eq!(driver.target(&in_space), Some(0x6000));
+}
+
+#[test]
+fn a_host_invalidation_of_everything_drops_guest_spaces_too() {
+    let (mut driver, roots) = with_spaces();
+    let in_space = read(device(), 0x1000).in_space(pasid(5));
+    assert_eq!(driver.target(&in_space), Some(0x5000));
+    driver.map_guest(roots[1], 4, 0x1000, 1, 0x6007);
+    driver.flush(&[invalidate_pages(1, 0, EVERYTHING | S | PDE)]);
+    assert_eq!(driver.target(&in_space), Some(0x6000));
+}
+
+#[test]
+fn switching_the_unit_off_and_on_forgets_everything() {
+    let (driver, _) = with_pages(1);
+    driver.disable(Control::new().with_iommu_en(true));
+    assert_eq!(driver.target(&read(device(), 0)), Some(0), "passes while off");
+    driver.enable(Control::new().with_iommu_en(true));
+    assert_eq!(renewed(&driver, 1), [0]);
+}
+
+#[test]
+fn a_page_may_become_large_and_small_again_with_and_without_invalidation() {
+    let mut driver = Driver::running();
+    let root = driver.attach(device(), 1);
+    let small = driver.table();
+    driver.put(small + 3 * 8, pte(0x5000));
+    let at = |driver: &Driver| driver.target(&read(device(), 0x3123));
+    driver.map(root, 4, 0, 2, pde(small, 1));
+    assert_eq!(at(&driver), Some(0x5123));
+    driver.map(root, 4, 0, 2, pte(0x40_0000));
+    driver.flush(&[invalidate_pages(1, 0, 0xf_f000 | S | PDE)]);
+    assert_eq!(at(&driver), Some(0x40_3123));
+    driver.map(root, 4, 0, 2, pde(small, 1));
+    assert_eq!(at(&driver), Some(0x40_3123), "not invalidated");
+    driver.flush(&[invalidate_pages(1, 0, 0x3000)]);
+    assert_eq!(at(&driver), Some(0x5123));
+    driver.map(root, 4, 0, 3, pte(0));
+    driver.flush(&[INVALIDATE_ALL]);
+    assert_eq!(at(&driver), Some(0x3123));
+}

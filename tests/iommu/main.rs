@@ -1,0 +1,17 @@
+//! The AMD IOMMU unit as a driver sees it: tables built in memory, doorbells rung, records read back.
+//!
+//! Cases are named after their number in the conformance list they come from (R registers, C commands,
+//! I invalidation, D device table, P page tables, E events, X interrupts) and the rule they check.
+
+mod commands;
+mod device_table;
+mod driver;
+mod events;
+mod hostile;
+mod interrupts;
+mod invalidation;
+mod model;
+mod reference;
+mod registers;
+mod scribble;
+mod tables;

@@ -1,0 +1,234 @@
+//! A byte string as a hostile guest: registers, memory and DMA together, every request compared with the
+//! model. The fuzz target runs the same.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ravelin::iommu::amd::features::{Features, Wanted};
+use ravelin::iommu::amd::memory::{SystemMemory, Unreachable};
+use ravelin::iommu::amd::ppr::PageRequest;
+use ravelin::iommu::amd::request::{Access, Pasid, Request};
+use ravelin::iommu::amd::{Effects, Unit};
+use ravelin::platform::addr::{Bdf, Gpa, Iova};
+use ravelin::platform::msi::MsiMessage;
+
+use crate::model::{Outcome, Question, Registers, Words, answer};
+
+/// Memory whose every quadword is the next of the input when it is first read, and keeps its value: nested
+/// pointers are explored without anybody building tables. Addresses from `END` on do not answer.
+#[derive(Default)]
+struct Dreamt {
+    input: Vec<u8>,
+    used: usize,
+    words: HashMap<u64, u64>,
+}
+
+/// Memory ends here, so that some pointers lead nowhere.
+const END: u64 = 1 << 50;
+/// Pointers are folded into this much, most of the time, so that they meet.
+const FOLD: u64 = 0xff_f000;
+
+impl Dreamt {
+    fn byte(&mut self) -> u8 {
+        let byte = self.input.get(self.used).copied().unwrap_or(0);
+        self.used += 1;
+        byte
+    }
+
+    fn quadword(&mut self) -> u64 {
+        u64::from_le_bytes(std::array::from_fn(|_| self.byte()))
+    }
+
+    fn at(&mut self, at: u64) -> Option<u64> {
+        if at >= END {
+            return None;
+        }
+        if let Some(word) = self.words.get(&at) {
+            return Some(*word);
+        }
+        let fold = self.byte();
+        let raw = self.quadword();
+        // Address bits 51:24 are cleared in most words, and bits that the formats reserve.
+        let word = match fold % 8 {
+            0 => raw,
+            1 => raw & !(0x7f << 52) & !(0x000f_ffff_ff00_0000) | 1,
+            _ => raw & (FOLD | 0xe63 | 7 << 61) | 1,
+        };
+        self.words.insert(at, word);
+        Some(word)
+    }
+}
+
+#[derive(Clone, Default)]
+struct Memory(Arc<Mutex<Dreamt>>);
+
+impl Memory {
+    fn with<T>(&self, f: impl FnOnce(&mut Dreamt) -> T) -> T {
+        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl SystemMemory for Memory {
+    fn read(&self, at: Gpa, data: &mut [u8]) -> Result<(), Unreachable> {
+        for (offset, part) in (0..).step_by(8).zip(data.chunks_mut(8)) {
+            let word = self.load(Gpa(at.0 + offset))?;
+            part.copy_from_slice(&word.to_le_bytes()[..part.len()]);
+        }
+        Ok(())
+    }
+
+    fn write(&self, at: Gpa, data: &[u8]) -> Result<(), Unreachable> {
+        for (offset, part) in (0..).step_by(8).zip(data.chunks(8)) {
+            let word = part.try_into().map(u64::from_le_bytes).expect("whole quadwords");
+            self.store(Gpa(at.0 + offset), word)?;
+        }
+        Ok(())
+    }
+
+    fn load(&self, at: Gpa) -> Result<u64, Unreachable> {
+        assert_eq!(at.0 % 8, 0, "quadwords are aligned");
+        self.with(|memory| memory.at(at.0)).ok_or(Unreachable)
+    }
+
+    fn store(&self, at: Gpa, value: u64) -> Result<(), Unreachable> {
+        assert_eq!(at.0 % 8, 0, "quadwords are aligned");
+        if at.0 >= END {
+            return Err(Unreachable);
+        }
+        self.with(|memory| memory.words.insert(at.0, value));
+        Ok(())
+    }
+
+    fn compare_exchange(&self, at: Gpa, old: u64, new: u64) -> Result<Result<(), u64>, Unreachable> {
+        let found = self.load(at)?;
+        if found != old {
+            return Ok(Err(found));
+        }
+        self.store(at, new).map(Ok)
+    }
+}
+
+impl Words for Memory {
+    fn load(&mut self, at: u64) -> Option<u64> {
+        SystemMemory::load(self, Gpa(at)).ok()
+    }
+
+    fn store(&mut self, at: u64, value: u64) {
+        SystemMemory::store(self, Gpa(at), value).expect("it was loaded from there");
+    }
+}
+
+/// Every register, and places where there is none.
+const OFFSETS: [u64; 32] = [
+    0x00, 0x08, 0x10, 0x18, 0x18, 0x20, 0x28, 0x30, 0x38, 0x40, 0x100, 0x108, 0x130, 0x150, 0x158, 0x160,
+    0x170, 0x178, 0x180, 0x1a0, 0x2000, 0x2008, 0x2008, 0x2010, 0x2018, 0x2020, 0x2030, 0x2038, 0x2040,
+    0x3000, 0x3ff8, 0x4000,
+];
+
+/// Calls that a doorbell may leave to somebody else before the test gives up on the unit.
+const MOST_CALLS: usize = 64;
+
+/// Carry out what a hostile guest in `input` does.
+pub(crate) fn run(input: &[u8]) {
+    let memory = Memory::default();
+    memory.with(|dreamt| dreamt.input = input.to_vec());
+    let unit = Unit::new(Features::offer(Wanted::EVERYTHING), memory.clone());
+    let settle = |effects: Effects| {
+        let mut more = effects.more_commands;
+        let mut calls = 0;
+        while more {
+            more = unit.run_commands().more_commands;
+            calls += 1;
+            assert!(calls < MOST_CALLS, "a ring ends after one lap");
+        }
+    };
+    while memory.with(|dreamt| dreamt.used < dreamt.input.len()) {
+        let (kind, which) = memory.with(|dreamt| (dreamt.byte(), dreamt.byte()));
+        match kind % 8 {
+            0..=2 => {
+                let value = memory.with(Dreamt::quadword).to_le_bytes();
+                let width = [8, 8, 4, 8, 2, 1, 4, 3][usize::from(kind >> 5)];
+                let offset = OFFSETS[usize::from(which % 32)] + u64::from(which >> 5 & 4);
+                settle(unit.mmio_write(offset, &value[..width]));
+                unit.mmio_read(offset, &mut [0; 8][..width]);
+            }
+            3 => settle(unit.mmio_write(0x18, &(0x1_1005_u64 | u64::from(which) << 48).to_le_bytes())),
+            4 => {
+                let (at, value) = memory.with(|dreamt| (dreamt.quadword(), dreamt.quadword()));
+                let _ = SystemMemory::store(&memory, Gpa(at & (FOLD | 0xff8)), value);
+            }
+            5 => {
+                let word = memory.with(Dreamt::quadword);
+                let message = MsiMessage {
+                    address: 0xfee0_0000 | word & 0xf_fffc,
+                    data: u32::from(which) << 8 | 3,
+                };
+                let _ = unit.begin().remap(Bdf::from_requester_id(3), message);
+            }
+            6 => {
+                let request = PageRequest {
+                    device: Bdf::from_requester_id(which.into()),
+                    pasid: Pasid::new(kind.into()),
+                    at: Iova(memory.with(Dreamt::quadword)),
+                    access: Access::READ,
+                    execute: false,
+                    privileged: false,
+                    group: which.into(),
+                    last: true,
+                };
+                let _ = unit.page_request(&request);
+            }
+            _ => compare(&unit, &memory, kind, which),
+        }
+    }
+}
+
+/// Ask the unit and the model for the same, on caches that know nothing of before.
+fn compare(unit: &Unit<Memory>, memory: &Memory, kind: u8, which: u8) {
+    let at = memory.with(Dreamt::quadword);
+    let at = if kind & 8 == 0 { at & 0xffff_ffff_ffff } else { at };
+    let q = Question {
+        device: u16::from(which & 15),
+        pasid: (kind & 16 != 0).then_some(u32::from(which)),
+        privileged: kind & 32 != 0,
+        at,
+        read: kind & 64 != 0,
+        write: kind & 128 != 0,
+    };
+    let quadword = |offset| {
+        let mut data = [0; 8];
+        unit.mmio_read(offset, &mut data);
+        u64::from_le_bytes(data)
+    };
+    let registers = Registers {
+        control: quadword(0x18),
+        exclusion_base: quadword(0x20),
+        exclusion_limit: quadword(0x28),
+        device_table: [0, 0x100, 0x108, 0x110, 0x118, 0x120, 0x128, 0x130].map(quadword),
+    };
+    // A write of the exclusion limit as it is: no change, and everything cached is dropped.
+    let _ = unit.mmio_write(0x28, &registers.exclusion_limit.to_le_bytes());
+    let mut before = memory.clone();
+    let expected = answer(&mut before, &registers, &q);
+    let request = Request {
+        requester: Bdf::from_requester_id(q.device),
+        pasid: q.pasid.and_then(Pasid::new),
+        privileged: q.privileged,
+        at: Iova(q.at),
+        access: Access::new(q.read, q.write),
+    };
+    let found = match unit.begin().translate(&request) {
+        Ok(found) => Outcome::Passes {
+            target: found.target.0,
+            read: found.allowed.read,
+            write: found.allowed.write,
+        },
+        Err(abort) => {
+            let record = abort.event.expect("memory requests say why").record();
+            let bytes = record.to_le_bytes();
+            let dword = |at: usize| u32::from_le_bytes(bytes[4 * at..4 * at + 4].try_into().expect("four"));
+            Outcome::Aborts([dword(0), dword(1), dword(2), dword(3)])
+        }
+    };
+    assert_eq!(found, expected, "{q:x?} with {registers:x?}");
+}

@@ -1,0 +1,200 @@
+//! Every interleaving of the IOMMU's lock-free parts, by a model checker: their sources are compiled here once
+//! more, on the checker's atomics instead of the processor's.
+
+#[expect(unreachable_pub, reason = "a module of the unit, compiled here once more")]
+#[path = "../src/iommu/amd/grace.rs"]
+mod grace;
+#[expect(
+    unreachable_pub,
+    dead_code,
+    reason = "a module of the unit; not all of it is tried here"
+)]
+#[path = "../src/iommu/amd/slot.rs"]
+mod slot;
+
+/// What `src/iommu/amd/sync.rs` is to the unit.
+mod sync {
+    pub(crate) use loom::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+    pub(crate) const SHARDS: usize = 1;
+
+    /// The checker's exchanges order less than x86-64's, so this one is real.
+    pub(crate) fn fence_after_exchange() {
+        full_fence();
+    }
+
+    pub(crate) fn full_fence() {
+        loom::sync::atomic::fence(Ordering::SeqCst);
+    }
+
+    pub(crate) fn pause() {
+        loom::thread::yield_now();
+    }
+
+    pub(crate) fn thread_number() -> usize {
+        0
+    }
+}
+
+use grace::Grace;
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use slot::{Announced, Slot};
+
+/// A cache of one entry over a page table of one entry, used as the unit uses its own.
+#[derive(Default)]
+struct Tiny {
+    /// The page table: which frame is mapped.
+    table: AtomicU64,
+    entry: Slot<3>,
+    announced: Announced,
+    /// Changes when the whole domain is invalidated.
+    stamp: AtomicU64,
+    grace: Grace,
+    /// The guest has the old frame back.
+    freed: AtomicBool,
+}
+
+const TAG: u64 = 1 << 63;
+const OLD: u64 = 1;
+const NEW: u64 = 2;
+
+impl Tiny {
+    fn with_old_mapping() -> Arc<Self> {
+        let tiny = Self::default();
+        tiny.table.store(OLD, Ordering::Relaxed);
+        Arc::new(tiny)
+    }
+
+    /// Translate, by the cache or by a walk that is then kept.
+    fn translate(&self) -> u64 {
+        let stamp = self.stamp.load(Ordering::Acquire);
+        if let Some([_, frame, filled]) = self.entry.find(TAG).filter(|words| words[2] == stamp) {
+            assert_eq!(filled, stamp);
+            return frame;
+        }
+        let announced = self.announced.count();
+        let stamp = self.stamp.load(Ordering::Acquire);
+        let frame = self.table.load(Ordering::Acquire);
+        self.entry
+            .fill([TAG, frame, stamp], || self.announced.count() == announced);
+        frame
+    }
+
+    /// A device's access: the frame it goes to is still the device's when the access ends.
+    fn access(&self) {
+        let _inside = self.grace.enter();
+        let frame = self.translate();
+        assert!(
+            frame == NEW || !self.freed.load(Ordering::Acquire),
+            "an access goes on in a frame that was given back"
+        );
+    }
+
+    /// The guest maps another frame, invalidates by `how`, waits, and takes the old frame back.
+    fn remap(&self, how: fn(&Self)) {
+        self.table.store(NEW, Ordering::Release);
+        how(self);
+        self.grace.wait();
+        self.freed.store(true, Ordering::Release);
+    }
+
+    fn drop_page(&self) {
+        self.announced.invalidation();
+        self.entry.clear_if(|words| words[0] == TAG);
+    }
+
+    fn drop_domain(&self) {
+        self.announced.invalidation();
+        self.stamp.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// Try every schedule that takes the processor from a thread at most `preemptions` times.
+fn check(preemptions: usize, f: impl Fn() + Sync + Send + 'static) {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(preemptions);
+    model.check(f);
+}
+
+#[test]
+fn no_access_outlives_the_wait_after_an_invalidated_page() {
+    check(2, || {
+        let tiny = Tiny::with_old_mapping();
+        let device = {
+            let tiny = tiny.clone();
+            loom::thread::spawn(move || tiny.access())
+        };
+        tiny.remap(Tiny::drop_page);
+        tiny.access();
+        device.join().expect("no panic");
+    });
+}
+
+#[test]
+fn no_access_outlives_the_wait_after_an_invalidated_domain() {
+    check(2, || {
+        let tiny = Tiny::with_old_mapping();
+        let device = {
+            let tiny = tiny.clone();
+            loom::thread::spawn(move || tiny.access())
+        };
+        tiny.remap(Tiny::drop_domain);
+        tiny.access();
+        device.join().expect("no panic");
+    });
+}
+
+#[test]
+fn no_walk_of_one_device_is_left_for_another_after_the_wait() {
+    check(1, || {
+        let tiny = Tiny::with_old_mapping();
+        let devices = [(); 2].map(|()| {
+            let tiny = tiny.clone();
+            loom::thread::spawn(move || tiny.access())
+        });
+        tiny.remap(Tiny::drop_page);
+        devices
+            .into_iter()
+            .for_each(|device| device.join().expect("no panic"));
+    });
+}
+
+#[test]
+fn the_words_of_a_slot_are_seen_together() {
+    check(2, || {
+        let slot = Arc::new(Slot::<3>::default());
+        let writers = [5_u64, 6].map(|word| {
+            let slot = slot.clone();
+            loom::thread::spawn(move || slot.fill([TAG, word, word], || true))
+        });
+        let seen = slot.find(TAG).unwrap_or([TAG, 0, 0]);
+        assert_eq!(seen[1], seen[2]);
+        writers
+            .into_iter()
+            .for_each(|writer| writer.join().expect("no panic"));
+    });
+}
+
+#[test]
+fn two_waits_in_a_row_wait_for_late_arrivals() {
+    check(2, || {
+        let grace = Arc::new(Grace::default());
+        let phase = Arc::new(AtomicU64::new(0));
+        let visitor = {
+            let (grace, phase) = (grace.clone(), phase.clone());
+            loom::thread::spawn(move || {
+                let _inside = grace.enter();
+                let entered = phase.load(Ordering::Acquire);
+                let later = phase.load(Ordering::Acquire);
+                assert!(later <= entered + 1, "a wait passed over somebody inside");
+            })
+        };
+        for step in [1, 2] {
+            phase.store(step, Ordering::Release);
+            grace.wait();
+        }
+        phase.store(3, Ordering::Release);
+        visitor.join().expect("no panic");
+    });
+}
