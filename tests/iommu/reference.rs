@@ -284,7 +284,7 @@ fn fill(driver: &mut Driver, root: u64, number: u64, window: Window, salt: u64) 
                 let at = page << 12;
                 let first = at >> shift << shift;
                 let (code, next) = coded(shift);
-                driver.map(root, 4, start + at, 1, rights(r) | target + first | code | next);
+                driver.map(root, 4, start + at, 1, rights(r) | (target + first) | code | next);
             }
         }
     }
