@@ -311,3 +311,23 @@ fn output_into_a_closed_pipe_is_no_error() {
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     assert!(output.status.success());
 }
+
+#[test]
+fn the_page_on_the_machine_file_has_every_key_as_help_says_it() {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/machine-file.md");
+    let page = fs::read_to_string(page).expect("the page");
+    for section in ravelin::vm::config::SECTIONS {
+        let (_, after) = page
+            .split_once(&format!("## `{}`\n\n{}\n", section.head(), section.doc.trim()))
+            .unwrap_or_else(|| panic!("{}", section.name));
+        let part = after
+            .split("\n## ")
+            .next()
+            .expect("a part before the next heading");
+        for key in section.keys {
+            let star = if section.main == Some(key.name) { "*" } else { "" };
+            let row = format!("| `{}`{star} | {} |\n", key.name, key.doc.trim());
+            assert!(part.contains(&row), "{}: {row}", section.name);
+        }
+    }
+}

@@ -402,6 +402,10 @@ impl Worker {
                 }
                 Exit::Eoi(vector) => around.eoi.end_of_interrupt(vector),
                 Exit::Interrupted | Exit::Halt => {
+                    // The kick that came with the present order may arrive after its thread took the order,
+                    // and would end every further run at once. Heard before the question, so that the next
+                    // order's is not lost.
+                    self.vcpu.heard_kick();
                     if self.orders.waits(seen) {
                         return Stopped::Ordered;
                     }
