@@ -273,7 +273,7 @@ fn the_console_carries_what_is_typed() {
 #[test]
 fn an_entropy_source_feeds_the_guest() {
     Machine::new("lab")
-        .arguments(["--rng"])
+        .arguments(["--rng", "rng0"])
         .script(
             r#"
 check driver_is_bound test -e /dev/hwrng

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
-use ravelin::pci::tree::{Bar, BarKind, Node, PciTree, Windows};
+use ravelin::pci::tree::{Bar, BarKind, ECAM_BYTES_PER_BUS, Node, PciTree, Windows};
 use ravelin::platform::addr::Sbdf;
 
 /// One function as `lspci -vvv -nn` tells of it, in a form that the plan gives as well.
@@ -199,9 +199,12 @@ fn bytes(size: &str) -> u64 {
 pub(crate) fn planned_resources(tree: &PciTree) -> BTreeSet<String> {
     let mut entries = BTreeSet::new();
     for segment in &tree.segments {
-        let ecam = segment.ecam;
-        entries.insert(format!("{ecam} : PCI ECAM {:04x} [bus 00-ff]", segment.number));
         for root in &segment.roots {
+            let (first, last) = (*root.buses.start(), *root.buses.end());
+            let at = |bus: u64| segment.ecam.start().0 + bus * ECAM_BYTES_PER_BUS;
+            let (start, end) = (at(first.into()), at(u64::from(last) + 1) - 1);
+            let name = format!("PCI ECAM {:04x} [bus {first:02x}-{last:02x}]", segment.number);
+            entries.insert(format!("{start:08x}-{end:08x} : {name}"));
             entries.extend(window_entries(&root.windows, segment.number, root.first_bus()));
         }
     }
