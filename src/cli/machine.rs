@@ -1,12 +1,12 @@
 //! The flags that describe a machine: one per section of the machine file, made from the sections themselves.
 
+use std::path::PathBuf;
+
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, value_parser};
 
 use ravelin::vm::config::said::ConfigError;
 use ravelin::vm::config::section::SectionInfo;
 use ravelin::vm::config::{Config, Flag, SECTIONS};
-
-use super::MachineFile;
 
 /// The identifier of the positional argument.
 const FILE: &str = "machine-file";
@@ -14,7 +14,7 @@ const FILE: &str = "machine-file";
 /// A machine file, and what flags say instead or as well.
 #[derive(Debug, Clone, Default)]
 pub(super) struct MachineArguments {
-    file: MachineFile,
+    file: Option<PathBuf>,
     /// Section and text of each flag.
     flags: Vec<(&'static str, String)>,
 }
@@ -39,7 +39,7 @@ impl FromArgMatches for MachineArguments {
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        self.file = matches.get_one::<std::path::PathBuf>(FILE).cloned();
+        self.file = matches.get_one::<PathBuf>(FILE).cloned();
         self.flags = SECTIONS
             .iter()
             .flat_map(|section| {
@@ -55,7 +55,7 @@ impl Args for MachineArguments {
     fn augment_args(command: Command) -> Command {
         let file = Arg::new(FILE)
             .value_name("FILE.toml")
-            .value_parser(value_parser!(std::path::PathBuf))
+            .value_parser(value_parser!(PathBuf))
             .help("The machine file; flags override what it says, or extend it");
         command.arg(file).args(SECTIONS.iter().map(flag))
     }

@@ -7,7 +7,6 @@ mod plan_text;
 mod topology;
 
 use std::io::{self, Write};
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -17,7 +16,7 @@ use ravelin::vm::config::images;
 use ravelin::vm::config::said::{ConfigError, Place};
 use ravelin::vm::host_report::{HostReport, Probed};
 use ravelin::vm::plan::Plan;
-use ravelin::vm::{self, RunOptions, logging};
+use ravelin::vm::{self, RunError, RunOptions, logging};
 
 use arguments::{Arguments, Command, RunArguments};
 use machine::MachineArguments;
@@ -112,7 +111,14 @@ fn run_machine(run: &RunArguments, started: Instant) -> Result<u8, Failure> {
         stats: run.stats.clone(),
         shutdown_timeout: Duration::from_secs(run.shutdown_timeout),
     };
-    let ended = vm::run(&plan, &options).map_err(anyhow::Error::from)?;
+    let ended = vm::run(&plan, &options).map_err(|error| Failure {
+        status: match error {
+            // A file or a command line that the operator named.
+            RunError::Boot(_) | RunError::NoKernel => USAGE_ERROR,
+            _ => HOST_ERROR,
+        },
+        cause: error.into(),
+    })?;
     Ok(ended.exit_status())
 }
 
@@ -133,6 +139,3 @@ fn print(text: &str) -> Result<u8, Failure> {
         Ok(()) => Ok(0),
     }
 }
-
-/// Where a machine file is.
-type MachineFile = Option<PathBuf>;

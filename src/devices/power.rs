@@ -291,7 +291,7 @@ mod tests {
     fn reserved_bits_do_not_stick_and_status_is_not_set_by_writing() {
         let board = Board::new();
         (0..3).for_each(|register| board.write(2 * register, !SLP_EN));
-        assert_eq!((board.read(0), board.read(2), board.read(4)), (0, 0x0120, 0x1c03));
+        assert_eq!((board.read(0), board.read(2), board.read(4)), (0, 0x0520, 0x1c03));
     }
 
     #[test]

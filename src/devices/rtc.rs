@@ -305,12 +305,15 @@ impl State {
             let nanos = u64::try_from(nanos.max(0)).unwrap_or(u64::MAX);
             now.monotonic.checked_add(Duration::from_nanos(nanos))
         };
-        let until_second = |second: i64| in_nanos(i128::from(second) * NANOS - self.time(now));
+        // Counted from the present second, so that the moment lies ahead whatever the time is.
+        let into_second = self.time(now).rem_euclid(NANOS);
+        let after_seconds = |ahead: i64| in_nanos(i128::from(ahead) * NANOS - into_second);
+        let second = self.second(now);
         let running = !self.stopped();
-        let update = (running && self.b.update_ended() && !self.flags.update_ended())
-            .then(|| until_second(self.second(now) + 1));
+        let update =
+            (running && self.b.update_ended() && !self.flags.update_ended()).then(|| after_seconds(1));
         let alarm = (running && self.b.alarm() && !self.flags.alarm())
-            .then(|| self.alarm().next(self.second(now)).and_then(until_second));
+            .then(|| after_seconds(self.alarm().next(second)? - second));
         let periodic = self
             .a
             .period()

@@ -293,6 +293,19 @@ fn a_host_clock_set_back_stops_no_interrupt_for_good() {
 }
 
 #[test]
+fn a_host_clock_beyond_all_dates_does_not_call_back_for_ever() {
+    let board = Board::new();
+    board.write(index::SECONDS_ALARM, 0xff);
+    board.write(index::MINUTES_ALARM, 0xff);
+    board.write(index::HOURS_ALARM, 0xff);
+    board.write(index::B, H24 | UIE | AIE);
+    board.clock.set_utc(Duration::from_secs(u64::MAX));
+    board.rtc.expired();
+    board.read(index::C);
+    assert_eq!(board.alarm.at(), Some(SECOND));
+}
+
+#[test]
 fn memory_keeps_every_byte_and_read_only_registers_keep_theirs() {
     let board = Board::new();
     let memory: Vec<u8> = (0x0e..0x80).filter(|index| *index != index::CENTURY).collect();

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{
     CpuId, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_debugregs, kvm_fpu, kvm_lapic_state,
@@ -84,8 +85,46 @@ pub struct Vcpu {
     fd: VcpuFd,
     area: Arc<RunArea>,
     apic_id: u32,
+    reentries: Reentries,
     /// Keeps the machine, and with it the guest's RAM, while this processor can run.
     _machine: Arc<Machine>,
+}
+
+/// KVM_INTERNAL_ERROR_DELIVERY_EV: an access that KVM must emulate, while the processor says that it delivers
+/// an event.
+const DELIVERY_EVENT: u32 = 3;
+
+/// Entries per second that [`DELIVERY_EVENT`] may cost.
+const MOST_REENTRIES: u32 = 100;
+
+/// Limits how often a processor is entered again after [`DELIVERY_EVENT`].
+///
+/// KVM keeps the event and delivers it at the next entry, after which the access is made again. A processor
+/// that is itself a software model reports events as not delivered that were; the guest takes one interrupt
+/// too many then. Only a guest whose interrupt table or stack is no memory comes back for ever.
+#[derive(Debug, Default)]
+struct Reentries {
+    since: Option<Instant>,
+    count: u32,
+}
+
+impl Reentries {
+    /// Whether one more at `now` is within the limit.
+    fn admit(&mut self, now: Instant) -> bool {
+        let second = Duration::from_secs(1);
+        match self.since {
+            Some(since) if now.saturating_duration_since(since) < second => {
+                self.count = self.count.saturating_add(1);
+            }
+            _ => {
+                *self = Self {
+                    since: Some(now),
+                    count: 1,
+                }
+            }
+        }
+        self.count <= MOST_REENTRIES
+    }
 }
 
 /// Makes a processor return from its run, from any thread.
@@ -126,6 +165,7 @@ impl Vcpu {
             fd,
             area,
             apic_id,
+            reentries: Reentries::default(),
             _machine: machine.clone(),
         })
     }
@@ -185,7 +225,14 @@ impl Vcpu {
             VcpuExit::FailEntry(reason, cpu) => {
                 format!("the processor refused to enter the guest, reason {reason:#x} on host CPU {cpu}")
             }
-            VcpuExit::InternalError => describe(area.internal_error()),
+            VcpuExit::InternalError => {
+                let error = area.internal_error();
+                if error.suberror == DELIVERY_EVENT && self.reentries.admit(Instant::now()) {
+                    tracing::debug!(apic_id, "an event waits for an access: entering again");
+                    return Ok(Exit::Interrupted);
+                }
+                describe(error)
+            }
             VcpuExit::MemoryFault { gpa, size, .. } => {
                 format!("{size} bytes of guest memory at {gpa:#x} cannot be reached")
             }
@@ -426,6 +473,15 @@ impl PowerOnState {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_event_that_never_arrives_is_given_up_and_rare_ones_are_not() {
+        let (mut reentries, start) = (Reentries::default(), Instant::now());
+        let at = |milliseconds| start + Duration::from_millis(milliseconds);
+        assert!((0..100).all(|_| reentries.admit(at(5))));
+        assert!(!reentries.admit(at(6)));
+        assert!((1..1000).all(|second| reentries.admit(at(second * 1000 + 5))));
+    }
 
     #[test]
     fn an_instruction_that_cannot_be_emulated_is_shown_in_bytes() {

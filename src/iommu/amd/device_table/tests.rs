@@ -1,3 +1,5 @@
+//! Entries of the device table and the decisions they make, rule by rule.
+
 use super::*;
 use crate::iommu::amd::features::{Features, Wanted};
 use crate::iommu::amd::registers::Registers;

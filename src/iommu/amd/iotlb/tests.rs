@@ -1,3 +1,5 @@
+//! The translation cache by itself: tags, invalidation, replacement.
+
 use super::*;
 
 const HOST: Key = Key {

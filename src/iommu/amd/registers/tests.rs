@@ -1,3 +1,5 @@
+//! Registers one by one: access classes, widths, locks and effects.
+
 use super::*;
 use crate::iommu::amd::features::Wanted;
 

@@ -1,3 +1,5 @@
+//! Walks of single tables, entry by entry; random tables are in `tests/iommu`.
+
 use super::*;
 use crate::platform::memory::GuestRam;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
