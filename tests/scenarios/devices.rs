@@ -195,10 +195,10 @@ for method in $(cat /sys/bus/pci/devices/$disk/reset_method); do
 done
 
 # What is read-only stays, in whatever width it is written.
-ids=$(setpci -s $disk VENDOR_ID.L) class=$(setpci -s $disk CLASS_REVISION.L) header=$(setpci -s $disk HEADER_TYPE.B)
+ids=$(setpci -s $disk VENDOR_ID.L) class=$(setpci -s $disk REVISION.L) header=$(setpci -s $disk HEADER_TYPE.B)
 setpci -s $disk VENDOR_ID.B=ff DEVICE_ID.B=ff VENDOR_ID.W=ffff DEVICE_ID.W=ffff VENDOR_ID.L=ffffffff
 setpci -s $disk REVISION.B=ff CLASS_DEVICE.W=ffff REVISION.L=ffffffff HEADER_TYPE.B=ff
-check identity_is_read_only test "$(setpci -s $disk VENDOR_ID.L) $(setpci -s $disk CLASS_REVISION.L) $(setpci -s $disk HEADER_TYPE.B)" = "$ids $class $header"
+check identity_is_read_only test "$(setpci -s $disk VENDOR_ID.L) $(setpci -s $disk REVISION.L) $(setpci -s $disk HEADER_TYPE.B)" = "$ids $class $header"
 for at in $(seq 0 4 252); do setpci -s $disk $(printf %x $at).L >/dev/null || echo $at; done >/tmp/unread
 check every_dword_reads test ! -s /tmp/unread
 check config_space_is_4_kib test "$(wc -c </sys/bus/pci/devices/$disk/config)" = 4096
