@@ -6,7 +6,7 @@
 use std::hint::black_box;
 use std::sync::Arc;
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{Criterion, Throughput};
 use ravelin::iommu::amd::Unit;
 use ravelin::iommu::amd::features::{Features, Wanted};
 use ravelin::iommu::amd::request::{Access, Request};
@@ -102,10 +102,10 @@ fn translate(criterion: &mut Criterion) {
         });
     });
     group.bench_function("miss, four levels", |bencher| {
-        let bus = unit.begin();
         bencher.iter(|| {
             // Far more pages than the cache holds would leave the processor's caches too: drop them instead.
             let _ = unit.mmio_write(0x28, &[0; 8]);
+            let bus = unit.begin();
             for page in 0..PAGES {
                 black_box(bus.translate(black_box(&at(page)))).expect("mapped");
             }
@@ -171,5 +171,10 @@ fn obey(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, translate, hits_by_two_threads, obey);
-criterion_main!(benches);
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    translate(&mut criterion);
+    hits_by_two_threads(&mut criterion);
+    obey(&mut criterion);
+    criterion.final_summary();
+}

@@ -1,7 +1,11 @@
 //! Every interleaving of the IOMMU's lock-free parts, by a model checker: their sources are compiled here once
 //! more, on the checker's atomics instead of the processor's.
 
-#[expect(unreachable_pub, reason = "a module of the unit, compiled here once more")]
+#[expect(
+    unreachable_pub,
+    clippy::modulo_one,
+    reason = "a module of the unit, compiled here once more with a single shard"
+)]
 #[path = "../src/iommu/amd/grace.rs"]
 mod grace;
 #[expect(

@@ -108,12 +108,9 @@ fn under_load_no_access_goes_on_in_a_page_that_was_given_back() {
             let place = |turn: u64| usize::try_from(turn % FRAMES).expect("small");
             freed[place(turn)].store(false, Ordering::SeqCst);
             driver.put(leaf, pte(0x100_0000 + ((turn % FRAMES) << 12)));
+            let page = invalidate_pages(1, 0, 0x1000);
             let everything = invalidate_pages(1, 0, 0x7fff_ffff_ffff_f001);
-            driver.flush(&[if turn % 3 == 0 {
-                everything
-            } else {
-                invalidate_pages(1, 0, 0x1000)
-            }]);
+            driver.flush(&[[page, page, everything][place(turn) % 3]]);
             freed[place(turn - 1)].store(true, Ordering::SeqCst);
         }
         stop.store(true, Ordering::Relaxed);

@@ -1,6 +1,11 @@
 //! A second translator, slow and obvious, to compare the unit with: no cache, no types, one step after the
 //! other as the manual's tables list them. It shares no code with the unit.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "bit fields of a few bits, and halves that are meant"
+)]
+
 /// Memory as quadwords.
 pub(crate) trait Words {
     /// The quadword at `at`; `None` where there is no memory.
@@ -220,7 +225,7 @@ impl Host {
         let mut table = self.root;
         let (mut may_read, mut may_write) = (true, true);
         let mut used = Vec::new();
-        let (target, _) = loop {
+        let target = loop {
             let slot = table + (at >> below(level)) % 512 * 8;
             let entry = memory.load(slot).ok_or(Failure::Memory(slot))?;
             if !bit(entry, 0) {
@@ -242,7 +247,7 @@ impl Host {
                     return Err(Failure::Level);
                 }
                 for skipped in next + 1..level {
-                    if (at >> below(skipped)) % 512 != 0 {
+                    if at >> below(skipped) & 511 != 0 {
                         return Err(Failure::Level);
                     }
                 }
@@ -262,7 +267,7 @@ impl Host {
                 }
             }
             let size = 1_u64 << size_bits;
-            break ((entry & FRAME) / size * size + at % size, level);
+            break (entry & FRAME) / size * size + at % size;
         };
         for (slot, entry, is_page) in used {
             let accessed = if self.accessed { 1 << 5 } else { 0 };

@@ -5,7 +5,7 @@ use ravelin::iommu::amd::request::{Access, Pasid, Request};
 use ravelin::platform::addr::{Bdf, Gpa, Iova};
 use ravelin::platform::memory::GuestRam;
 
-use crate::driver::{DEVICE_TABLE, Driver, INVALIDATE_ALL, RAM, S, host_dte, invalidate_pages, pte, reg};
+use crate::driver::{DEVICE_TABLE, Driver, INVALIDATE_ALL, S, host_dte, invalidate_pages, pte, reg};
 use crate::model::{Outcome, Question, Registers, Words, answer};
 
 struct Ram(GuestRam);
@@ -119,7 +119,7 @@ fn address() -> impl Strategy<Value = u64> {
 }
 
 fn question() -> impl Strategy<Value = Question> {
-    let pasid = prop_oneof![3 => Just(None), 2 => index().prop_map(|p| Some(p as u32)), 1 => (0..0x10_0000_u32).prop_map(Some)];
+    let pasid = prop_oneof![3 => Just(None), 2 => index().prop_map(|p| u32::try_from(p).ok()), 1 => (0..0x10_0000_u32).prop_map(Some)];
     let device = prop_oneof![9 => Just(5_u16), 1 => any::<u16>()];
     (device, pasid, any::<bool>(), address(), 0..4_u8).prop_map(|(device, pasid, privileged, at, access)| {
         Question {
@@ -284,7 +284,7 @@ fn fill(driver: &mut Driver, root: u64, number: u64, window: Window, salt: u64) 
                 let at = page << 12;
                 let first = at >> shift << shift;
                 let (code, next) = coded(shift);
-                driver.map(root, 4, start + at, 1, rights(r) | target + first | code | next);
+                driver.map(root, 4, start + at, 1, rights(r) | (target + first) | code | next);
             }
         }
     }
@@ -339,5 +339,4 @@ fn the_model_finds_a_planted_mistake() {
     driver.map(root, 4, 0x1000, 1, pte(0x6000));
     let expected = answer(&mut Ram(driver.ram.clone()), &registers(&driver), &q);
     assert_ne!(before, expected, "a stale translation differs from the model");
-    assert!(RAM > 0x6000);
 }

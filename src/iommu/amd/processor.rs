@@ -25,7 +25,7 @@ const BATCH: usize = 32;
 /// Whatever keeps copies of what the unit said: interrupt routes, devices' own IOTLBs, shadow tables.
 pub trait Follower: Send + Sync {
     /// Obey `batch`, in order. Once this returns nothing older than it is used. It is called before the
-    /// COMPLETION_WAIT that follows is answered, never holds one, and must not access the unit's registers.
+    /// COMPLETION_WAIT that follows is answered, and must not write the unit's registers.
     fn follow(&self, batch: &[Command]) -> Result<(), NoAnswer>;
 }
 
