@@ -193,7 +193,6 @@ pub(crate) struct Running {
     console: Arc<Stream>,
     log: Arc<Stream>,
     readers: Vec<JoinHandle<()>>,
-    started: Instant,
     until: Instant,
     folder: Option<tempfile::TempDir>,
 }
@@ -218,14 +217,12 @@ impl Running {
             .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
         let (console, console_reader) = Stream::of(child.stdout.take().expect("piped"));
         let (log, log_reader) = Stream::of(child.stderr.take().expect("piped"));
-        let started = Instant::now();
         Self {
             child,
             console,
             log,
             readers: vec![console_reader, log_reader],
-            started,
-            until: started + deadline * patience(),
+            until: Instant::now() + deadline * patience(),
             folder: Some(folder),
         }
     }
@@ -290,7 +287,6 @@ impl Running {
             status,
             console: self.console.text(),
             log: self.log.text().text().to_owned(),
-            elapsed: self.started.elapsed(),
             _folder: self.folder.take(),
         }
     }
@@ -342,7 +338,6 @@ pub(crate) struct Ended {
     pub(crate) console: Console,
     /// What the binary wrote to standard error.
     pub(crate) log: String,
-    pub(crate) elapsed: Duration,
     /// Kept until the scenario has read what it wants of it.
     _folder: Option<tempfile::TempDir>,
 }
