@@ -88,7 +88,7 @@ const COMPLAINTS: &[&str] = &[
     "blk_update_request",
     "device error",
     "is not a head",
-    "id %u out of range",
+    "out of range",
     "tx timeout",
     "transmit queue",
 ];
