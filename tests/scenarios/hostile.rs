@@ -21,26 +21,26 @@ echo $victim >/sys/bus/pci/drivers/virtio-pci/unbind
 setpci -s $victim COMMAND=6:6
 while read -r first last flags; do
     [ $((first)) != 0 ] && [ $((flags & 0x200)) != 0 ] || continue
-    awk -v first=$((first)) -v size=$((last - first + 1)) 'BEGIN {
+    awk -v size=$((last - first + 1)) 'BEGIN {
         srand(48882)
         for (n = 0; n < 120; n++) {
             width = 2 ^ int(rand() * 4)
-            at = first + int(rand() * size / width) * width
-            value = int(rand() * 4294967296)
-            printf "%d %d %s\n", at, width * 8, n % 3 ? "0x" sprintf("%x", value % 2 ^ (width * 8 > 32 ? 32 : width * 8)) : ""
+            at = int(rand() * size / width) * width
+            printf "%d %d %s\n", at, width * 8, n % 3 ? int(rand() * (width == 1 ? 256 : 65536)) : ""
         }
-    }' | while read -r at width value; do devmem $at $width $value; done >/dev/null
+    }' | while read -r at width value; do devmem $((first + at)) $width $value; done >/dev/null
 done </sys/bus/pci/devices/$victim/resource
 check lives_after_bar_accesses round_trip bars
 
 # Its configuration space, all 4 KiB, with decoding on and off as the bits fall.
 for _ in 1 2 3 4 5; do
     head -c 4096 /dev/urandom >/sys/bus/pci/devices/$victim/config
-    for width in B W L; do
-        for at in 0 3 4 6 e 10 14 18 1c 20 24 30 34 3c 3d 40 44 48 50 60 62 70 80 98 ff; do
-            setpci -s $victim $at.$width=ffffffff $at.$width 
-        done
-    done >/dev/null 2>&1
+    for at in 0 4 6 e 10 14 18 1c 20 24 30 34 3c 40 44 48 50 60 62 70 80 98 fe; do
+        setpci -s $victim $at.B=ff $at.W=ffff
+    done
+    for at in 0 4 8 c 10 14 18 1c 20 24 28 2c 30 34 38 3c 40 44 48 4c 50 60 70 80 90 a0 b0 c0 fc; do
+        setpci -s $victim $at.L=ffffffff
+    done
 done
 setpci -s $victim COMMAND=0:7
 check lives_after_configuration_accesses round_trip config
@@ -66,8 +66,9 @@ done
 check southbridge_is_not_there test "$(devmem 0xfed803c0 32)" = 0xFFFFFFFF
 check southbridge_takes_writes devmem 0xfed803c0 32 0
 check nothing_below_the_ioapic test "$(devmem 0xfeb00000 8)" = 0xFF
-# Functions that do not exist, by both mechanisms.
-check no_such_function test "$(setpci -A intel-conf1 -H1 -s 00:1e.7 VENDOR_ID.L 2>/dev/null || echo ffffffff)" = ffffffff
+# A function that does not exist, by the configuration ports.
+ids=$(setpci -A intel-conf1 -H1 -s 00:1e.7 VENDOR_ID.L 2>/dev/null)
+check no_such_function test "${ids:-ffffffff}" = ffffffff
 "#,
         )
         .run()

@@ -10,6 +10,8 @@ const KILLED: i32 = 4;
 const GUEST_PANIC: i32 = 3;
 /// How often the power button was pressed, as the guest's kernel counts.
 const PRESSES: &str = r"presses() { awk '{ print $1 }' /sys/firmware/acpi/interrupts/ff_pwr_btn; }";
+/// Nothing but the guest or a signal ends the machine.
+const PATIENT: [&str; 2] = ["--shutdown-timeout", "3600"];
 /// How often the machine below reboots.
 const REBOOTS: usize = 20;
 
@@ -24,7 +26,9 @@ fn twenty_reboots_leak_no_memory_descriptor_or_thread() {
             r#"
 count=$(dd if=/dev/vda bs=512 count=1 2>/dev/null | tr -d '\0')
 count=$((${{count:-0}} + 1))
-{{ printf %s "$count"; head -c 512 /dev/zero; }} | head -c 512 | dd of=/dev/vda bs=512 oflag=direct 2>/dev/null
+printf %s "$count" >/tmp/count
+truncate -s 512 /tmp/count
+dd if=/tmp/count of=/dev/vda bs=512 conv=fsync 2>/dev/null
 say boot "$count"
 [ "$count" -gt {REBOOTS} ] || exit {REBOOT}
 "#
@@ -62,6 +66,7 @@ say boot "$count"
 #[test]
 fn sigterm_presses_the_power_button_and_the_guest_obeys() {
     let mut running = Machine::new("debian-7.3")
+        .arguments(PATIENT)
         .script(&format!(
             r#"
 {PRESSES}
@@ -83,6 +88,7 @@ check sci_came grep -q '^ *9:.*acpi' /proc/interrupts
 #[test]
 fn a_second_sigterm_ends_a_guest_that_does_not_obey() {
     let mut running = Machine::new("lab")
+        .arguments(PATIENT)
         .script(&format!("{PRESSES}\necho @@ready; until [ $(presses) -gt 0 ]; do sleep 1; done; echo @@ignored; sleep 1000"))
         .start();
     running.wait_for("@@ready", 1);

@@ -17,7 +17,8 @@ impl Bridge {
         };
         // Left over by a run that was killed.
         let _ = Command::new("ip").args(["link", "delete", name]).output();
-        ip(&["link", "add", name, "type", "bridge"]);
+        // A port forwards at once, not after the time in which loops would show.
+        ip(&["link", "add", name, "type", "bridge", "forward_delay", "0"]);
         ip(&["link", "set", name, "up"]);
         for at in 0..taps {
             let tap = format!("{name}t{at}");

@@ -7,7 +7,10 @@ use crate::prerequisites::{binary, guest, kvm};
 
 fn run(arguments: &[&str]) -> Output {
     kvm();
-    Command::new(binary())
+    // What is wrongly taken would run, and its guest hang.
+    Command::new("timeout")
+        .arg("120")
+        .arg(binary())
         .arg("run")
         .args(arguments)
         .output()

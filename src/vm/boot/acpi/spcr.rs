@@ -1,7 +1,7 @@
 //! SPCR: which serial port is the console.
 //!
-//! Serial Port Console Redirection Table, revision 2 (later ones add nothing that COM1 has). The crate's
-//! table knows only the firmware console of another architecture.
+//! Serial Port Console Redirection Table, revision 4. The crate's table knows only the firmware console of
+//! another architecture.
 
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::sdt::Sdt;
@@ -9,7 +9,13 @@ use zerocopy::{Immutable, IntoBytes};
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, TABLE_HEADER, board, bytes_of};
 
-const REVISION: u8 = 2;
+const REVISION: u8 = 4;
+/// The port's device in the DSDT.
+const NAMESPACE: [u8; 10] = *b"\\_SB.COM1\0";
+/// Its length with the zero byte.
+const NAMESPACE_LEN: u16 = 10;
+/// Where that name begins in the table.
+const NAMESPACE_AT: u16 = 88;
 
 /// The table from byte 36 on.
 #[derive(IntoBytes, Immutable)]
@@ -41,10 +47,16 @@ struct Console {
     pci_function: u8,
     pci_flags: [u8; 4],
     pci_segment: u8,
-    reserved_end: [u8; 4],
+    /// 0: not known.
+    clock_frequency: [u8; 4],
+    /// Takes the place of `baud_rate`.
+    precise_baud_rate: [u8; 4],
+    namespace_len: [u8; 2],
+    namespace_at: [u8; 2],
+    namespace: [u8; 10],
 }
 
-const _: () = assert!(size_of::<Console>() == 80 - 36);
+const _: () = assert!(std::mem::offset_of!(Console, namespace) == NAMESPACE_AT as usize - 36);
 
 /// The table for COM1.
 pub(super) fn spcr() -> Vec<u8> {
@@ -82,7 +94,11 @@ pub(super) fn spcr() -> Vec<u8> {
         pci_function: 0,
         pci_flags: [0; 4],
         pci_segment: 0,
-        reserved_end: [0; 4],
+        clock_frequency: [0; 4],
+        precise_baud_rate: 115_200_u32.to_le_bytes(),
+        namespace_len: NAMESPACE_LEN.to_le_bytes(),
+        namespace_at: NAMESPACE_AT.to_le_bytes(),
+        namespace: NAMESPACE,
     };
     let mut table = Sdt::new(
         *b"SPCR",
