@@ -1,6 +1,6 @@
 //! What a machine file and the flags may say, as types; one definition of each key for both.
 //!
-//! Text becomes a tree of [`said::Value`]s that know where they were said ([`file`] reads TOML, [`flag`] reads
+//! Text becomes a tree of `said::Value`s that know where they were said (`file` reads TOML, `flag` reads
 //! `key=value,...`), flags are laid over the file, and the tree is read into the sections of [`sections`].
 //! Every section keeps its source, so that whoever finds later that a value cannot be meant (a port that does
 //! not exist, a slot that is taken) still names the key, the line and the value.
