@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::devices::request::Request;
+use crate::guest_warn;
 use crate::pci::topology::AttachError;
 use crate::platform::bus::ClaimError;
 use crate::platform::host::HostError;
@@ -201,7 +202,7 @@ impl Machine<'_> {
                 Ok(Some(Ended::Crashed(format!("vCPU {vcpu}: {what}"))))
             }
             Notice::TripleFault { vcpu } => {
-                tracing::warn!(vcpu, "triple fault");
+                guest_warn!(vcpu, "triple fault");
                 match plan.board.on_reboot {
                     OnReboot::Restart => self.reset_or_end(plan),
                     OnReboot::Exit => Ok(Some(Ended::Crashed(format!("triple fault on vCPU {vcpu}")))),
