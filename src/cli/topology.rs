@@ -119,6 +119,7 @@ fn what(plan: &Plan, kind: NodeKind) -> &'static str {
         NodeKind::RootPort => return "root port",
         NodeKind::UpstreamPort => return "upstream port",
         NodeKind::DownstreamPort => return "downstream port",
+        NodeKind::HostBridge => return "host bridge",
         NodeKind::IsaBridge => return "ISA bridge",
         NodeKind::Endpoint(index) => plan.devices.get(index).map(|device| &device.kind),
     };

@@ -5,12 +5,12 @@
 //! ([`crate::platform::irq::IrqLine`]), and asks the machine's owner for what is not its own to do
 //! ([`request::Request`]). It never ends, pauses or resets the machine itself.
 
+pub mod board_bridge;
 pub mod character;
 pub mod clock;
 pub mod exit_port;
 pub mod hpet;
 pub mod ioapic;
-pub mod isa_bridge;
 pub mod milestone;
 pub mod power;
 pub mod pvpanic;

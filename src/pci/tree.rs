@@ -154,6 +154,8 @@ pub enum NodeKind {
     UpstreamPort,
     /// A port of a switch that faces a device.
     DownstreamPort,
+    /// Device 0 of a root bus: the root complex itself, as configuration space shows it.
+    HostBridge,
     /// The ISA bridge at 00:14.0, whose requester ID stands for the IOAPIC.
     IsaBridge,
     /// A device: the index into the plan's list. Integrated into the root complex when on a root bus.
@@ -184,6 +186,11 @@ impl Identity {
     pub const UPSTREAM_PORT: Self = Self::port(0x104c, 0x8232);
     /// A downstream port of the same switch.
     pub const DOWNSTREAM_PORT: Self = Self::port(0x104c, 0x8233);
+    /// A host bridge: the generic one of virtual machines. An AMD one would have registers that Linux reads.
+    pub const HOST_BRIDGE: Self = Self {
+        class: 0x06_0000,
+        ..Self::port(0x1b36, 0x0008)
+    };
     /// The ISA bridge of an AMD southbridge: Linux matches the class, other guests the ID.
     pub const ISA_BRIDGE: Self = Self {
         class: 0x06_0100,

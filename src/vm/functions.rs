@@ -9,7 +9,7 @@ use super::RunError;
 use super::board::Board;
 use super::events::EventLoop;
 use super::plan::{DeviceKind, DevicePlan, NetBackend, NetPlan, Plan};
-use crate::devices::isa_bridge::IsaBridge;
+use crate::devices::board_bridge::BoardBridge;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::block::{Block, BlockConfig};
 use crate::devices::virtio::console::Console;
@@ -68,9 +68,9 @@ fn attach(
     };
     match node.kind {
         NodeKind::RootPort | NodeKind::UpstreamPort | NodeKind::DownstreamPort => {}
-        NodeKind::IsaBridge => {
+        NodeKind::HostBridge | NodeKind::IsaBridge => {
             let requester = Arc::new(Requester::new(at));
-            builder.attach(at, IsaBridge::new(&node.identity, requester))?;
+            builder.attach(at, BoardBridge::new(&node.name, &node.identity, requester))?;
         }
         NodeKind::Endpoint(index) => {
             let planned = plan

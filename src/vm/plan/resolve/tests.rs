@@ -39,8 +39,9 @@ fn nothing_said_is_a_small_machine() {
         (None, CharBackend::Stdio)
     );
     let names: Vec<_> = plan.pci.nodes().map(|(_, node)| node.name.as_str()).collect();
-    assert_eq!(names, ["isa-bridge"]);
-    assert_eq!(address(&plan, "isa-bridge"), "00:14.0");
+    assert_eq!(names, ["rc0.host-bridge", "isa-bridge"]);
+    let addresses = ["rc0.host-bridge", "isa-bridge"].map(|name| address(&plan, name));
+    assert_eq!(addresses, ["00:00.0", "00:14.0"]);
 }
 
 #[test]
@@ -140,6 +141,7 @@ fn impossible_places_are_refused_with_the_line_of_their_key() {
         )
     );
     assert!(refused("[[rng]]\nslot = \"20.0\"\n").contains("isa-bridge is there"));
+    assert!(refused("[[rng]]\nslot = \"0.0\"\n").contains("rc0.host-bridge is there"));
     assert!(refused("[[rng]]\nslot = \"4.1\"\n").starts_with("m.toml:2: rng.slot = 4.1: rng0 is function 1"));
     assert!(
         refused("[[root-port]]\n[[rng]]\nport = \"rp0\"\nslot = \"1.0\"\n").starts_with("m.toml:4: rng.slot")

@@ -21,6 +21,8 @@ use super::names::{Names, What};
 pub(super) const ISA_BRIDGE: &str = "isa-bridge";
 /// Where it is: device 14 hexadecimal.
 const ISA_SLOT: Slot = Slot::new(0x14, 0).expect("constant");
+/// Where the host bridge of each root complex is.
+const HOST_SLOT: Slot = Slot::new(0, 0).expect("constant");
 /// The most downstream ports of one switch: the devices of its bus.
 const MAX_DOWNSTREAM: u16 = 32;
 /// The most ports of a machine: every bus of every segment that fits below 4 GiB, and more than any of them.
@@ -58,6 +60,9 @@ pub(super) fn name_all<'a>(config: &'a Config, names: &mut Names<'a>) -> Result<
         names.reserve("rc0", What::RootComplex);
         root_complexes.push("rc0".to_owned());
     }
+    for root in &root_complexes {
+        names.reserve(&host_bridge_name(root), What::BoardBridge);
+    }
     let root_ports = named!(root_ports, RootPort, "rp");
     let switches = named!(switches, Switch, "sw");
     let ports: usize = config
@@ -94,6 +99,10 @@ pub(super) fn name_all<'a>(config: &'a Config, names: &mut Names<'a>) -> Result<
     })
 }
 
+fn host_bridge_name(root: &str) -> String {
+    format!("{root}.host-bridge")
+}
+
 fn downstream_name(switch: &str, port: u16) -> String {
     format!("{switch}.{port}")
 }
@@ -126,7 +135,9 @@ pub(super) fn specify(
         ports: BTreeMap::new(),
     };
     // Ports may be named before they are said: first every index, then every parent.
-    let mut next = usize::from(isa.is_some());
+    let board = host_bridges(&roots).chain(isa.map(isa_bridge));
+    let mut functions: Vec<FunctionSpec> = board.collect();
+    let mut next = functions.len();
     for name in &names_of.root_ports {
         places.ports.insert(name.clone(), next);
         next += 1;
@@ -140,8 +151,6 @@ pub(super) fn specify(
             next += 1;
         }
     }
-    let mut functions = Vec::with_capacity(next + endpoints.len());
-    functions.extend(isa.map(isa_bridge));
     for (port, name) in config.root_ports.iter().zip(&names_of.root_ports) {
         let root = match &port.on {
             Some(on) => places.root(on, port.source())?,
@@ -190,6 +199,16 @@ fn isa_root(roots: &[RootSpec]) -> Option<usize> {
     roots
         .iter()
         .position(|root| root.segment == 0 && has_bus_zero(root))
+}
+
+fn host_bridges(roots: &[RootSpec]) -> impl Iterator<Item = FunctionSpec> {
+    roots.iter().enumerate().map(|(root, spec)| FunctionSpec {
+        name: host_bridge_name(&spec.name),
+        kind: NodeKind::HostBridge,
+        identity: Identity::HOST_BRIDGE,
+        slot: Some(HOST_SLOT),
+        ..isa_bridge(root)
+    })
 }
 
 fn isa_bridge(root: usize) -> FunctionSpec {

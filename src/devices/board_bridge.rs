@@ -1,9 +1,11 @@
-//! The ISA bridge at 00:14.0: a function without registers of its own.
+//! Functions of the board that have no registers of their own: host bridges and the ISA bridge.
 //!
-//! The board's legacy devices decode their ports whether or not this bridge is there. It exists for its
-//! address: the IVRS of a machine with IOMMUs names 00:14.0 as the requester of the IOAPIC's messages, and
-//! Linux believes that only if it finds an ISA bridge or an SMBus controller there (checked in its AMD IOMMU
-//! driver before interrupt remapping is turned on).
+//! Nothing behind them depends on them; each exists for its place and its class. A host bridge at device 0 of
+//! a root bus tells Linux at its first look that configuration space works (it reads all of bus 0 by ports
+//! until it meets one), and makes device 0 a place for other functions of the root complex. The ISA bridge is
+//! at 00:14.0 because the IVRS of a machine with IOMMUs names that as the requester of the IOAPIC's messages,
+//! which Linux's AMD IOMMU driver believes only if it finds an ISA bridge or an SMBus controller there
+//! (checked before interrupt remapping is turned on).
 
 use std::sync::Arc;
 
@@ -16,27 +18,26 @@ use crate::pci::tree::Identity;
 use crate::pci::{Command, ConfigEffect, Function};
 use crate::platform::dma::Requester;
 
-/// Class, sub-class and programming interface of an ISA bridge.
-pub const CLASS: u32 = 0x06_01_00;
-
-/// The bridge.
-pub struct IsaBridge {
+/// A bridge of the board.
+pub struct BoardBridge {
+    name: String,
     endpoint: Endpoint,
 }
 
-impl IsaBridge {
-    /// A bridge that identifies itself as `identity`. It never issues requests as `requester`.
+impl BoardBridge {
+    /// A bridge called `name` that identifies itself as `identity`. It never issues requests as `requester`.
     #[must_use]
-    pub fn new(identity: &Identity, requester: Arc<Requester>) -> Arc<Self> {
+    pub fn new(name: &str, identity: &Identity, requester: Arc<Requester>) -> Arc<Self> {
         Arc::new(Self {
+            name: name.to_owned(),
             endpoint: Endpoint::new(ConfigSpace::endpoint(identity), requester),
         })
     }
 }
 
-impl Function for IsaBridge {
-    fn name(&self) -> &'static str {
-        "isa-bridge"
+impl Function for BoardBridge {
+    fn name(&self) -> &str {
+        &self.name
     }
 
     fn config_read(&self, dword: u16) -> u32 {
@@ -64,9 +65,9 @@ impl Function for IsaBridge {
     }
 }
 
-impl Device for IsaBridge {
-    fn name(&self) -> &'static str {
-        "isa-bridge"
+impl Device for BoardBridge {
+    fn name(&self) -> &str {
+        &self.name
     }
 
     fn reset(&self) {
@@ -78,23 +79,15 @@ impl Device for IsaBridge {
 mod tests {
     use super::*;
 
-    fn bridge() -> Arc<IsaBridge> {
-        let identity = Identity {
-            vendor: 0x1b36,
-            device: 0x1234,
-            class: CLASS,
-            revision: 1,
-            subsystem_vendor: 0,
-            subsystem: 0,
-        };
-        IsaBridge::new(&identity, Arc::default())
+    fn bridge() -> Arc<BoardBridge> {
+        BoardBridge::new("isa-bridge", &Identity::ISA_BRIDGE, Arc::default())
     }
 
     #[test]
-    fn it_is_an_isa_bridge_of_one_function_without_bars_and_capabilities() {
+    fn it_is_what_its_identity_says_of_one_function_without_bars_and_capabilities() {
         let bridge = bridge();
-        assert_eq!(bridge.config_read(0), 0x1234_1b36);
-        assert_eq!(bridge.config_read(2), 0x0601_0001);
+        assert_eq!(bridge.config_read(0), 0x790e_1022);
+        assert_eq!(bridge.config_read(2), 0x0601_0051);
         assert_eq!(bridge.config_read(3), 0);
         assert_eq!(bridge.config_read(1) >> 16 & 1 << 4, 0);
         assert!(bridge.bars().is_empty());
