@@ -155,8 +155,9 @@ fn nic(net: &NetPlan) -> String {
         NetBackend::Fds(fds) => format!("descriptors {fds:?}"),
     };
     let mtu = net.mtu.map_or(String::new(), |mtu| format!(", MTU {mtu}"));
+    let pairs = if net.queue_pairs == 1 { "pair" } else { "pairs" };
     format!(
-        "NIC on {backend}, {}{mtu}, {} queue pairs of {}{}",
+        "NIC on {backend}, {}{mtu}, {} queue {pairs} of {}{}",
         net.mac,
         net.queue_pairs,
         net.queue_size,

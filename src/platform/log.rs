@@ -1,6 +1,6 @@
 //! Log lines that a guest can cause, limited so that it cannot flood the operator.
 //!
-//! What a guest can trigger once it can trigger a million times. Each `guest_warn!` has a limiter of its
+//! What a guest can trigger once it can trigger a million times. Each `guest_warn!` or `guest_info!` has a limiter of its
 //! own: a burst, then a line every so often, with the count of what was swallowed.
 
 use std::sync::Mutex;
@@ -23,7 +23,7 @@ struct Bucket {
 impl Limiter {
     /// A full one.
     #[must_use]
-    #[expect(clippy::new_without_default, reason = "made by `guest_warn!` in statics only")]
+    #[expect(clippy::new_without_default, reason = "made by macros in statics only")]
     pub const fn new() -> Self {
         Self(Mutex::new(Bucket {
             tokens: BURST,
@@ -57,13 +57,26 @@ impl Limiter {
 /// Warn about something the guest did. Takes what `format!` takes; limited per call site.
 #[macro_export]
 macro_rules! guest_warn {
-    ($($arg:tt)+) => {{
+    ($($arg:tt)+) => { $crate::guest_line!(warn, $($arg)+) };
+}
+
+/// Tell what the guest did that it may do. Takes what `format!` takes; limited per call site.
+#[macro_export]
+macro_rules! guest_info {
+    ($($arg:tt)+) => { $crate::guest_line!(info, $($arg)+) };
+}
+
+/// What [`guest_warn!`] and [`guest_info!`] share: a line of `tracing`'s macro `$level`, limited per call site.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! guest_line {
+    ($level:ident, $($arg:tt)+) => {{
         static LIMITER: $crate::platform::log::Limiter = $crate::platform::log::Limiter::new();
         if let Some(swallowed) = LIMITER.admit(std::time::Instant::now()) {
             if swallowed > 0 {
-                tracing::warn!(swallowed, $($arg)+);
+                tracing::$level!(swallowed, $($arg)+);
             } else {
-                tracing::warn!($($arg)+);
+                tracing::$level!($($arg)+);
             }
         }
     }};

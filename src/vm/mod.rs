@@ -18,11 +18,11 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::devices::request::Request;
-use crate::guest_warn;
 use crate::pci::topology::AttachError;
 use crate::platform::bus::ClaimError;
 use crate::platform::host::HostError;
 use crate::platform::kvm::KvmError;
+use crate::{guest_info, guest_warn};
 
 use boot::BootError;
 use build::Machine;
@@ -236,7 +236,7 @@ impl Machine<'_> {
 
     /// Start the machine again: processors, devices and what is loaded as they were at power-on.
     fn reset(&mut self) -> Result<(), RunError> {
-        tracing::info!("reset");
+        guest_info!("reset");
         self.pause()?;
         self.life.step(Step::Reset)?;
         self.reset_devices();
