@@ -264,11 +264,11 @@ host_kernel_version() {
 }
 
 wait_qemu() {
-    local first= status=
+    local first= status= qemu_status=0
     if ((timeout)); then
-        wait -n -p first "$run_qemu" "$run_timer" || true
+        wait -n -p first "$run_qemu" "$run_timer" || qemu_status=$?
     else
-        wait "$run_qemu" || true
+        wait "$run_qemu" || qemu_status=$?
         first=$run_qemu
     fi
     if [[ $first != "$run_qemu" ]]; then
@@ -283,7 +283,8 @@ wait_qemu() {
         read -r status <"$run_folder/run/status"
         exit "$status"
     fi
-    say "error: the lab host ended without the command's status; its last words, and QEMU's:"
+    # 0: the host reset itself, as by a triple fault; above 128: a signal ended QEMU.
+    say "error: the lab host ended without the command's status, QEMU with $qemu_status; their last words:"
     { tail -n 30 "$run_folder/console" && grep -v "TCG doesn't support" "$run_folder/qemu"; } |
         tr -d '\r' | sed 's/^/    /' >&2
     exit 125

@@ -37,7 +37,7 @@ say read "$(dd if=/dev/vda bs=1M skip=1 2>/dev/null | sha256sum | cut -c 1-64)"
 
 #[test]
 fn two_guests_exchange_100_mib_over_a_bridge() {
-    // 50 MiB each way.
+    // There and back.
     let bridge = Bridge::new("rvtest0", 2);
     let side = |at: usize, script: &str| {
         Machine::new("lab")
@@ -68,7 +68,7 @@ nc -w 60 10.9.0.2 5001 </tmp/data
     let sender = side(
         1,
         r#"
-dd if=/dev/urandom of=/tmp/data bs=1M count=50 2>/dev/null
+dd if=/dev/urandom of=/tmp/data bs=1M count=100 2>/dev/null
 say sent "$(sha256sum </tmp/data)"
 nc -l -p 5001 >/tmp/back &
 nc 10.9.0.1 5000 </tmp/data
@@ -78,7 +78,7 @@ say back "$(sha256sum </tmp/back)"
     )
     .start();
     let (sender, receiver) = (sender.end().well().console, receiver.end().well().console);
-    assert_eq!(receiver.said("size"), (50 << 20).to_string());
+    assert_eq!(receiver.said("size"), (100 << 20).to_string());
     assert_eq!(receiver.said("received"), sender.said("sent"));
     assert_eq!(sender.said("back"), sender.said("sent"));
 }

@@ -34,12 +34,19 @@ fn plan(toml: &str) -> Plan {
 }
 
 /// Lays the guest's whole view on the console.
+///
+/// Of lspci only its standard output: it also says that there is no list of modules to name drivers from.
 const LOOK: &str = r#"
-lspci -D -nn -vvv | section functions
-lspci -t | section picture
+lspci -D -nn -vvv 2>/dev/null | section functions
+lspci -t 2>/dev/null | section picture
 cat /proc/iomem /proc/ioports | section resources
-# All but the ISA bridge's, which is a conventional function.
-check config_spaces_are_4_kib test -z "$(find /sys/bus/pci/devices/*/ -name config ! -path '*:00:14.0/*' ! -size 4096c)"
+# All but the board's bridges, which are conventional functions.
+conventional() {
+    for function in /sys/bus/pci/devices/*; do
+        [ "$(stat -L -c %s $function/config)" = 4096 ] || cat $function/class
+    done
+}
+check config_spaces_are_4_kib test -z "$(conventional | grep -v -e 0x060000 -e 0x060100)"
 "#;
 
 /// The guest's view of `toml` equals the plan.
@@ -89,7 +96,7 @@ fn works_after_reassignment(toml: &str, words: &str) {
         .cmdline(words)
         .script(
             r#"
-lspci -D -nn -vvv | section functions
+lspci -D -nn -vvv 2>/dev/null | section functions
 say nics $(ls -d /sys/bus/virtio/drivers/virtio_net/virtio* 2>/dev/null | wc -l)
 # Reading it takes an interrupt, so its MSI-X table is where the guest wrote it.
 if [ -e /dev/hwrng ]; then
