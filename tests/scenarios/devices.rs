@@ -60,7 +60,7 @@ echo @@listening
 nc -l -p 5000 >/tmp/data
 say size "$(wc -c </tmp/data)"
 say received "$(sha256sum </tmp/data)"
-nc -w 60 10.9.0.2 5001 </tmp/data
+nc 10.9.0.2 5001 </tmp/data
 "#,
     )
     .start();
@@ -73,6 +73,7 @@ say sent "$(sha256sum </tmp/data)"
 nc -l -p 5001 >/tmp/back &
 nc 10.9.0.1 5000 </tmp/data
 wait
+say back_size "$(wc -c </tmp/back)"
 say back "$(sha256sum </tmp/back)"
 "#,
     )
@@ -80,6 +81,7 @@ say back "$(sha256sum </tmp/back)"
     let (sender, receiver) = (sender.end().well().console, receiver.end().well().console);
     assert_eq!(receiver.said("size"), (100 << 20).to_string());
     assert_eq!(receiver.said("received"), sender.said("sent"));
+    assert_eq!(sender.said("back_size"), (100 << 20).to_string());
     assert_eq!(sender.said("back"), sender.said("sent"));
 }
 

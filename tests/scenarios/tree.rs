@@ -293,13 +293,13 @@ fn draw_node(node: &Node, line: &str, picture: &mut String) {
         Some(bridge) if bridge.secondary == bridge.subordinate => {
             draw_bus(
                 &bridge.children,
-                &format!("{name}-[{:02x}]-", bridge.secondary),
+                &format!("{name}-[{:02x}]--", bridge.secondary),
                 picture,
             );
         }
         Some(bridge) => {
             let buses = format!("[{:02x}-{:02x}]", bridge.secondary, bridge.subordinate);
-            draw_bus(&bridge.children, &format!("{name}-{buses}-"), picture);
+            draw_bus(&bridge.children, &format!("{name}-{buses}--"), picture);
         }
     }
 }
