@@ -60,7 +60,8 @@ echo @@listening
 nc -l -p 5000 >/tmp/data
 say size "$(wc -c </tmp/data)"
 say received "$(sha256sum </tmp/data)"
-nc 10.9.0.2 5001 </tmp/data
+# Refused until the other side listens.
+until nc 10.9.0.2 5001 </tmp/data; do sleep 1; done
 "#,
     )
     .start();
@@ -70,9 +71,8 @@ nc 10.9.0.2 5001 </tmp/data
         r#"
 dd if=/dev/urandom of=/tmp/data bs=1M count=100 2>/dev/null
 say sent "$(sha256sum </tmp/data)"
-nc -l -p 5001 >/tmp/back &
 nc 10.9.0.1 5000 </tmp/data
-wait
+nc -l -p 5001 >/tmp/back
 say back_size "$(wc -c </tmp/back)"
 say back "$(sha256sum </tmp/back)"
 "#,
