@@ -250,23 +250,22 @@ pub(crate) fn listed_resources(files: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// What `lspci -t` prints for the tree.
-///
-/// pciutils draws root buses from the last to the first; a bus with one device on the same line.
+/// What `lspci -t` prints for the tree: segments and root buses in ascending order, a bus with one device on
+/// the same line.
 pub(crate) fn planned_picture(tree: &PciTree) -> String {
-    let mut roots: Vec<_> = tree.roots().collect();
-    roots.reverse();
     let mut picture = String::new();
-    let last = roots.len() - 1;
-    for (at, root) in roots.iter().enumerate() {
-        let label = format!("[{:04x}:{:02x}]-", root.segment, root.first_bus());
-        let line = match (last, at) {
-            (0, _) => format!("-{label}"),
-            (_, 0) => format!("-+-{label}"),
-            (_, at) if at < last => format!(" +-{label}"),
-            _ => format!(" \\-{label}"),
-        };
-        draw_bus(&root.functions, &line, &mut picture);
+    for segment in &tree.segments {
+        let last = segment.roots.len() - 1;
+        for (at, root) in segment.roots.iter().enumerate() {
+            let label = format!("[{:04x}:{:02x}]-", segment.number, root.first_bus());
+            let line = match (last, at) {
+                (0, _) => format!("-{label}"),
+                (_, 0) => format!("-+-{label}"),
+                (_, at) if at < last => format!(" +-{label}"),
+                _ => format!(" \\-{label}"),
+            };
+            draw_bus(&root.functions, &line, &mut picture);
+        }
     }
     picture
 }
