@@ -16,7 +16,10 @@ fuzz_target!(|text: &str| {
         Ok(plan) => assert!(serde_json::to_string(&plan).is_ok()),
         Err(error) => {
             let text = error.to_string();
-            assert!(text.starts_with("m.toml:") || text.starts_with("the default machine:"), "{text}");
+            assert!(
+                text.starts_with("m.toml:") || text.starts_with("the default machine:"),
+                "{text}"
+            );
         }
     }
 });
