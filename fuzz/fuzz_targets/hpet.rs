@@ -5,6 +5,7 @@
 #![no_main]
 
 mod access;
+mod steps;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +19,7 @@ use ravelin::devices::clock::{Clock, Expire};
 use ravelin::devices::hpet::{Hpet, WINDOW_LEN};
 use ravelin::platform::bus::BusDevice;
 use ravelin::platform::irq::InterruptController;
+use steps::steps;
 
 #[derive(Arbitrary, Debug)]
 enum Step {
@@ -40,10 +42,10 @@ impl InterruptController for Nobody {
     }
 }
 
-fuzz_target!(|steps: Vec<Step>| {
+fuzz_target!(|input: &[u8]| {
     let (clock, alarm) = (ManualClock::at(Duration::ZERO), Arc::new(ManualAlarm::default()));
     let hpet = Hpet::new(Arc::new(Nobody), clock.clone(), alarm.clone());
-    for step in steps {
+    for step in steps::<Step>(input) {
         match step {
             Step::Access(access) => access.run(&*hpet, WINDOW_LEN),
             Step::Timer {

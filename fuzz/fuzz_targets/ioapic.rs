@@ -6,6 +6,7 @@
 #![no_main]
 
 mod access;
+mod steps;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -21,6 +22,7 @@ use ravelin::platform::bus::BusDevice;
 use ravelin::platform::host::HostError;
 use ravelin::platform::irq::{EoiListener, IOAPIC_INPUTS, InterruptController, IoApicHost, IrqLine};
 use ravelin::platform::msi::MsiMessage;
+use steps::steps;
 
 const PINS: usize = IOAPIC_INPUTS as usize;
 
@@ -58,7 +60,7 @@ impl IoApicHost for Kernel {
     }
 }
 
-fuzz_target!(|steps: Vec<Step>| {
+fuzz_target!(|input: &[u8]| {
     let kernel = Arc::new(Kernel::default());
     let clock = ManualClock::at(Duration::ZERO);
     let ioapic = IoApic::new(0, kernel.clone(), clock, Arc::new(ManualAlarm::default()));
@@ -66,7 +68,7 @@ fuzz_target!(|steps: Vec<Step>| {
     let wires: Vec<IrqLine> = (0..u32::from(IOAPIC_INPUTS))
         .map(|gsi| IrqLine::new(ioapic.clone(), gsi))
         .collect();
-    for step in steps {
+    for step in steps::<Step>(input) {
         match step {
             Step::Access(access) => access.run(&*ioapic, spec::WINDOW_LEN),
             Step::Entry { pin, high, value } => {

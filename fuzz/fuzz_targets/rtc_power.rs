@@ -6,6 +6,7 @@
 #![no_main]
 
 mod access;
+mod steps;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,6 +23,7 @@ use ravelin::devices::reset::{CONFIG_PORTS_LEN, ConfigPortsWithReset, ResetRegis
 use ravelin::devices::rtc::{RTC_GSI, RTC_PORTS, Rtc};
 use ravelin::platform::bus::BusDevice;
 use ravelin::platform::irq::{InterruptController, IrqLine};
+use steps::steps;
 
 #[derive(Arbitrary, Debug)]
 enum Step {
@@ -50,7 +52,7 @@ impl BusDevice for NoConfig {
     fn write(&self, _offset: u64, _data: &[u8]) {}
 }
 
-fuzz_target!(|steps: Vec<Step>| {
+fuzz_target!(|input: &[u8]| {
     let requests = RequestQueue::new().expect("a descriptor");
     let (clock, alarm) = (
         ManualClock::at(Duration::from_secs(1_800_000_000)),
@@ -67,7 +69,7 @@ fuzz_target!(|steps: Vec<Step>| {
         config: Arc::new(NoConfig),
         reset: reset.clone(),
     };
-    for step in steps {
+    for step in steps::<Step>(input) {
         match step {
             Step::Clock(access) => access.run(&*rtc, RTC_PORTS),
             Step::Register { index, value } => BusDevice::write(&*rtc, 0, &[index, value]),

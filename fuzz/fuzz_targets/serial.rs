@@ -5,6 +5,7 @@
 #![no_main]
 
 mod access;
+mod steps;
 
 use std::sync::Arc;
 
@@ -16,6 +17,7 @@ use ravelin::devices::character::{Backend, GuestEnd};
 use ravelin::devices::request::RequestQueue;
 use ravelin::devices::serial::{COM1_GSI, PORTS, Serial};
 use ravelin::platform::irq::{InterruptController, IrqLine};
+use steps::steps;
 
 #[derive(Arbitrary, Debug)]
 enum Step {
@@ -34,11 +36,11 @@ impl InterruptController for Nobody {
     }
 }
 
-fuzz_target!(|steps: Vec<Step>| {
+fuzz_target!(|input: &[u8]| {
     let requests = RequestQueue::new().expect("a descriptor");
     let host = Backend::Null.open(&requests).expect("nothing to open");
     let serial = Serial::new(host, IrqLine::new(Arc::new(Nobody), COM1_GSI));
-    for step in steps {
+    for step in steps::<Step>(input) {
         match step {
             Step::Access(access) => access.run(&*serial, PORTS),
             Step::Input(bytes) => {

@@ -12,9 +12,9 @@ use std::sync::OnceLock;
 
 use fed::FedMemory;
 use libfuzzer_sys::fuzz_target;
+use ravelin::devices::virtio::Features;
 use ravelin::devices::virtio::VirtioDevice;
 use ravelin::devices::virtio::block::{Block, BlockConfig};
-use ravelin::devices::virtio::Features;
 use ravelin::devices::virtio::worker::Turn;
 
 const SIZE: u64 = 128 << 10;
@@ -32,11 +32,17 @@ fn disk() -> &'static (PathBuf, Block) {
 }
 
 fuzz_target!(|input: &[u8]| {
-    let Some((choice, input)) = input.split_first() else { return };
+    let Some((choice, input)) = input.split_first() else {
+        return;
+    };
     let (path, disk) = disk();
-    let memory = FedMemory::new(input);
+    let memory = FedMemory::new(input, *choice);
     let mut queue = fed::queue(0, *choice);
-    let features = if choice & 16 != 0 { disk.features() } else { Features::empty() };
+    let features = if choice & 16 != 0 {
+        disk.features()
+    } else {
+        Features::empty()
+    };
     let server = disk.queue(features);
     for _ in 0..16 {
         match server.serve(&memory, &mut queue) {

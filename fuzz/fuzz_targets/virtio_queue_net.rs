@@ -16,16 +16,21 @@ use ravelin::devices::virtio::net::Pair;
 const HEADER: usize = 12;
 
 fuzz_target!(|input: &[u8]| {
-    let Some((choice, input)) = input.split_first() else { return };
+    let Some((choice, input)) = input.split_first() else {
+        return;
+    };
     let (ours, host) = UnixDatagram::pair().expect("a pair of sockets");
     for socket in [&ours, &host] {
         socket.set_nonblocking(true).expect("possible");
     }
-    let memory = FedMemory::new(input);
+    let memory = FedMemory::new(input, *choice);
     let (mut receive, mut transmit) = (fed::queue(0, *choice), fed::queue(1, *choice));
     let mut pair = Pair::new("net0".to_owned(), Some(Arc::new(ours)), choice & 16 != 0);
     for _ in 0..16 {
-        let len = memory.next(2).iter().fold(0, |len, byte| len << 8 | usize::from(*byte));
+        let len = memory
+            .next(2)
+            .iter()
+            .fold(0, |len, byte| len << 8 | usize::from(*byte));
         let mut frame = memory.next(HEADER);
         frame.resize(HEADER + len, 0x5a);
         // A full socket takes no more, as a tap would.

@@ -1,6 +1,7 @@
-//! What tests of PCI functions share: a sink of messages that records, devices that do, and a machine of
-//! both.
+//! What tests of PCI functions share: a sink of messages that records, devices that do, a machine of both,
+//! and plans for it.
 
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -255,27 +256,31 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// `tree` with every device attached.
+    /// `tree` with a [`Probe`] for every device.
     pub fn new(tree: PciTree) -> Self {
+        let mut probes = Vec::new();
+        let machine = Self::with_devices(tree, |node| {
+            let probe = Probe::new(node);
+            probes.push(probe.clone());
+            probe
+        });
+        Self { probes, ..machine }
+    }
+
+    /// `tree` with what `device` makes of every planned device.
+    pub fn with_devices(tree: PciTree, mut device: impl FnMut(&Node) -> Arc<dyn Function>) -> Self {
         let messages = Messages::new();
         let interrupts = PortInterrupts {
             messages: messages.clone(),
             wires: messages,
         };
         let mut builder = TopologyBuilder::new(&tree, interrupts);
-        let mut probes = Vec::new();
         for (segment, node) in tree.nodes().filter(|(_, node)| node.bridge.is_none()) {
-            let probe = Probe::new(node);
-            builder
-                .attach(
-                    Sbdf {
-                        segment,
-                        bdf: node.bdf,
-                    },
-                    probe.clone(),
-                )
-                .expect("as planned");
-            probes.push(probe);
+            let at = Sbdf {
+                segment,
+                bdf: node.bdf,
+            };
+            builder.attach(at, device(node)).expect("as planned");
         }
         let (mmio, ports) = (Bus::mmio(), Bus::ports());
         let topology = builder.finish(mmio.clone(), ports.clone());
@@ -284,7 +289,7 @@ impl Machine {
             mmio,
             ports,
             topology,
-            probes,
+            probes: Vec::new(),
         }
     }
 
@@ -401,46 +406,52 @@ impl Machine {
     }
 }
 
-/// Two root ports with a device each: `left` and `right`, each with a 4 KiB BAR 0.
-pub fn two_ports() -> PciTree {
-    let function = |name: &str, kind, parent| FunctionSpec {
+/// A function without a chosen slot; a bridge by its class unless it is an endpoint.
+pub fn function(name: &str, kind: NodeKind, parent: Parent, bars: &[BarSpec]) -> FunctionSpec {
+    let class = if matches!(kind, NodeKind::Endpoint(_)) {
+        0x02_0000
+    } else {
+        0x06_0400
+    };
+    FunctionSpec {
         name: name.to_owned(),
         kind,
         identity: Identity {
             vendor: 0x1234,
             device: 0x5678,
-            class: 0x02_0000,
+            class,
             revision: 0,
             subsystem_vendor: 0,
             subsystem: 0,
         },
         parent,
         slot: None,
-        bars: Vec::new(),
-        intx: false,
-    };
-    let bar = BarSpec {
-        index: 0,
-        kind: BarKind::Mem32 { prefetchable: false },
-        size: 0x1000,
-    };
-    let endpoint = |name, port| FunctionSpec {
-        bars: vec![bar],
-        ..function(name, NodeKind::Endpoint(0), Parent::Port(port))
-    };
-    let spec = TreeSpec {
-        roots: vec![RootSpec {
-            name: "rc0".to_owned(),
-            segment: 0,
-            buses: None,
-        }],
-        functions: vec![
-            function("rp0", NodeKind::RootPort, Parent::Root(0)),
-            function("rp1", NodeKind::RootPort, Parent::Root(0)),
-            endpoint("left", 0),
-            endpoint("right", 1),
-        ],
-    };
+        bars: bars.to_vec(),
+        intx: true,
+    }
+}
+
+/// One BAR of each kind: 64-bit prefetchable, 32-bit, I/O.
+pub fn bars() -> [BarSpec; 3] {
+    let bar = |index, kind, size| BarSpec { index, kind, size };
+    [
+        bar(0, BarKind::Mem64 { prefetchable: true }, 0x4000),
+        bar(2, BarKind::Mem32 { prefetchable: false }, 0x1000),
+        bar(3, BarKind::Io, 0x20),
+    ]
+}
+
+/// `functions` below root complexes of these names and buses, in segment 0.
+///
+/// # Panics
+///
+/// When there is no such tree.
+pub fn plan(roots: &[(&str, RangeInclusive<u8>)], functions: Vec<FunctionSpec>) -> PciTree {
+    let roots = roots.iter().map(|(name, buses)| RootSpec {
+        name: (*name).to_owned(),
+        segment: 0,
+        buses: Some(buses.clone()),
+    });
     let range = |start, len| GpaRange::new(Gpa(start), len).expect("a valid range");
     let pools = Pools {
         io: PortRange::new(0x1000, 0xffff).expect("not empty"),
@@ -448,5 +459,52 @@ pub fn two_ports() -> PciTree {
         mem64: range(0x40_0000_0000, 0x40_0000_0000),
         ecam: vec![range(0x1_0000_0000, ECAM_BYTES)],
     };
+    let spec = TreeSpec {
+        roots: roots.collect(),
+        functions,
+    };
     assign(&spec, &pools).expect("a possible tree")
+}
+
+/// Two root ports with a device each: `left` and `right`, each with a 4 KiB BAR 0. Nothing has a wire.
+pub fn two_ports() -> PciTree {
+    let bar = BarSpec {
+        index: 0,
+        kind: BarKind::Mem32 { prefetchable: false },
+        size: 0x1000,
+    };
+    let unwired = |spec| FunctionSpec { intx: false, ..spec };
+    let port = |name| unwired(function(name, NodeKind::RootPort, Parent::Root(0), &[]));
+    let endpoint = |name, port| unwired(function(name, NodeKind::Endpoint(0), Parent::Port(port), &[bar]));
+    plan(
+        &[("rc0", 0..=255)],
+        vec![
+            port("rp0"),
+            port("rp1"),
+            endpoint("left", 0),
+            endpoint("right", 1),
+        ],
+    )
+}
+
+/// Two root complexes with all that may hang there: `flat` on the first root bus, `near` behind `rp0`, `far0`
+/// and `far1` behind a switch behind `rp1`; `other` and an empty port on the second.
+pub fn two_roots() -> PciTree {
+    let endpoint = |name, parent| function(name, NodeKind::Endpoint(0), parent, &bars());
+    plan(
+        &[("rc0", 0..=0x3f), ("rc1", 0x40..=0x7f)],
+        vec![
+            endpoint("flat", Parent::Root(0)),
+            function("rp0", NodeKind::RootPort, Parent::Root(0), &[]),
+            endpoint("near", Parent::Port(1)),
+            function("rp1", NodeKind::RootPort, Parent::Root(0), &[]),
+            function("up", NodeKind::UpstreamPort, Parent::Port(3), &[]),
+            function("down0", NodeKind::DownstreamPort, Parent::Port(4), &[]),
+            function("down1", NodeKind::DownstreamPort, Parent::Port(4), &[]),
+            endpoint("far0", Parent::Port(5)),
+            endpoint("far1", Parent::Port(6)),
+            endpoint("other", Parent::Root(1)),
+            function("empty", NodeKind::RootPort, Parent::Root(1), &[]),
+        ],
+    )
 }

@@ -3,15 +3,13 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::pci::assign::{BarSpec, FunctionSpec, Parent, Pools, RootSpec, Slot, TreeSpec, assign};
+use crate::pci::assign::{Parent, Slot};
 use crate::pci::port::PortInterrupts;
-use crate::pci::testing::{Event, Machine, Messages, Probe};
-use crate::pci::tree::{BarKind, ECAM_BYTES, Identity, NodeKind, PciTree, PortRange};
-use crate::platform::addr::{Gpa, GpaRange};
+use crate::pci::testing::{Event, Machine, Messages, Probe, bars, function, plan, two_roots};
+use crate::pci::tree::{NodeKind, PciTree};
+use crate::platform::addr::Gpa;
 use crate::platform::bus::BusDevice;
 
-const WIDE: BarKind = BarKind::Mem64 { prefetchable: true };
-const NARROW: BarKind = BarKind::Mem32 { prefetchable: false };
 const COMMAND: u16 = 1;
 const BUSES: u16 = 6;
 const CONTROL: u16 = 15;
@@ -21,96 +19,12 @@ const DEVICE_CONTROL: u16 = 0x10 + 2;
 const LINK_CONTROL: u16 = 0x10 + 4;
 const DEVICE_CONTROL_2: u16 = 0x10 + 10;
 
-fn range(start: u64, len: u64) -> GpaRange {
-    GpaRange::new(Gpa(start), len).expect("a valid range")
-}
-
 fn bdf(bus: u8, device: u8, function: u8) -> Bdf {
     Bdf::new(bus, device, function).expect("in range")
 }
 
-fn function(name: &str, kind: NodeKind, parent: Parent, bars: &[BarSpec]) -> FunctionSpec {
-    let class = if matches!(kind, NodeKind::Endpoint(_)) {
-        0x02_0000
-    } else {
-        0x06_0400
-    };
-    FunctionSpec {
-        name: name.to_owned(),
-        kind,
-        identity: Identity {
-            vendor: 0x1234,
-            device: 0x5678,
-            class,
-            revision: 0,
-            subsystem_vendor: 0,
-            subsystem: 0,
-        },
-        parent,
-        slot: None,
-        bars: bars.to_vec(),
-        intx: true,
-    }
-}
-
-fn bars() -> [BarSpec; 3] {
-    [
-        BarSpec {
-            index: 0,
-            kind: WIDE,
-            size: 0x4000,
-        },
-        BarSpec {
-            index: 2,
-            kind: NARROW,
-            size: 0x1000,
-        },
-        BarSpec {
-            index: 3,
-            kind: BarKind::Io,
-            size: 0x20,
-        },
-    ]
-}
-
-fn plan(roots: &[(&str, RangeInclusive<u8>)], functions: Vec<FunctionSpec>) -> PciTree {
-    let roots = roots.iter().map(|(name, buses)| RootSpec {
-        name: (*name).to_owned(),
-        segment: 0,
-        buses: Some(buses.clone()),
-    });
-    let pools = Pools {
-        io: PortRange::new(0x1000, 0xffff).expect("not empty"),
-        mem32: range(0xd000_0000, 0x2000_0000),
-        mem64: range(0x40_0000_0000, 0x40_0000_0000),
-        ecam: vec![range(0x1_0000_0000, ECAM_BYTES)],
-    };
-    let spec = TreeSpec {
-        roots: roots.collect(),
-        functions,
-    };
-    assign(&spec, &pools).expect("a possible tree")
-}
-
-/// `flat` on the root bus; `near` behind `rp0`; `far0` and `far1` behind a switch behind `rp1`.
 fn machine() -> Machine {
-    let endpoint = |name, parent| function(name, NodeKind::Endpoint(0), parent, &bars());
-    Machine::new(plan(
-        &[("rc0", 0..=0x3f), ("rc1", 0x40..=0x7f)],
-        vec![
-            endpoint("flat", Parent::Root(0)),
-            function("rp0", NodeKind::RootPort, Parent::Root(0), &[]),
-            endpoint("near", Parent::Port(1)),
-            function("rp1", NodeKind::RootPort, Parent::Root(0), &[]),
-            function("up", NodeKind::UpstreamPort, Parent::Port(3), &[]),
-            function("down0", NodeKind::DownstreamPort, Parent::Port(4), &[]),
-            function("down1", NodeKind::DownstreamPort, Parent::Port(4), &[]),
-            endpoint("far0", Parent::Port(5)),
-            endpoint("far1", Parent::Port(6)),
-            endpoint("other", Parent::Root(1)),
-            function("empty", NodeKind::RootPort, Parent::Root(1), &[]),
-        ],
-    ))
+    Machine::new(two_roots())
 }
 
 fn address(machine: &Machine, name: &str, index: u8) -> u64 {
