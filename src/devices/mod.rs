@@ -19,6 +19,7 @@ pub mod request;
 pub mod reset;
 pub mod rtc;
 pub mod serial;
+pub mod test_device;
 pub mod virtio;
 
 /// What the machine asks of every device, whatever else it is.
