@@ -4,13 +4,15 @@
 use std::sync::Arc;
 
 use ravelin::devices::test_device::{Flags, Reg, Rights, Space, Status, TestDevice, TestDeviceParts};
-use ravelin::iommu::amd::agent::UnitAgent;
+use ravelin::iommu::amd::agent::UnitOwner;
 use ravelin::iommu::amd::spec::registers::Control;
+use ravelin::iommu::amd::{Effects, Unit};
 use ravelin::pci::Function;
 use ravelin::pci::access::DwordWrite;
 use ravelin::platform::addr::{Gpa, Sbdf};
 use ravelin::platform::dma::{Dma, Requester};
 use ravelin::platform::host::HostError;
+use ravelin::platform::memory::GuestRam;
 use ravelin::platform::msi::{MsiMessage, MsiPort, MsiRoute, MsiSink};
 
 use crate::driver::{
@@ -27,6 +29,21 @@ impl MsiSink for Nowhere {
             "route an interrupt to nobody",
             std::io::Error::other("nobody"),
         ))
+    }
+}
+
+/// Has the unit, and lets its interrupts go by.
+struct Owner(Arc<Unit<GuestRam>>);
+
+impl UnitOwner for Owner {
+    type Memory = GuestRam;
+
+    fn unit(&self) -> &Unit<GuestRam> {
+        &self.0
+    }
+
+    fn perform(&self, effects: Effects) {
+        assert!(!effects.more_commands, "requests leave no commands behind");
     }
 }
 
@@ -60,7 +77,7 @@ fn bench(driver: Driver) -> Bench {
         msi: MsiPort::new(requester, Arc::new(Nowhere)),
         intx: None,
         on_root_bus: false,
-        agent: Some(Arc::new(UnitAgent::new(driver.unit.clone(), |_effects| {}))),
+        agent: Some(Arc::new(Owner(driver.unit.clone()))),
     })
     .expect("a thread");
     driver.unit.add_follower(function.follower());
