@@ -64,8 +64,12 @@ impl PageRequests {
         true
     }
 
-    /// A response to `group` came; `failure` when it says that the function shall not ask again.
+    /// A response to `group` came; `failure` when it says that the function shall not ask again: then it is off,
+    /// and ignores all further responses (10.4.2.1).
     pub fn answered(&mut self, group: u16, failure: bool) {
+        if self.control.get() & RESPONSE_FAILURE != 0 {
+            return;
+        }
         let before = self.outstanding.len();
         self.outstanding.retain(|(index, _)| *index != group);
         if self.outstanding.len() == before {
@@ -74,6 +78,7 @@ impl PageRequests {
         if failure {
             self.control.update(RESPONSE_FAILURE, u32::MAX);
             self.control.update(ENABLE, 0);
+            self.outstanding.clear();
         }
     }
 
@@ -177,14 +182,16 @@ mod tests {
     #[test]
     fn a_failure_switches_off_and_a_strange_group_is_said() {
         let mut pri = enabled(4);
-        assert!(pri.issue(3));
+        assert!(pri.issue(3) && pri.issue(7));
         pri.answered(4, false);
-        assert_eq!((status(&pri), pri.outstanding()), (ENABLE | UNEXPECTED_GROUP, 1));
+        assert_eq!((status(&pri), pri.outstanding()), (ENABLE | UNEXPECTED_GROUP, 2));
+        let _ = pri.write(1, DwordWrite::whole(ENABLE | UNEXPECTED_GROUP));
         pri.answered(3, true);
-        let stopped = STOPPED | RESPONSE_FAILURE | UNEXPECTED_GROUP;
+        pri.answered(7, false);
+        let stopped = STOPPED | RESPONSE_FAILURE;
         assert_eq!((status(&pri), pri.outstanding()), (stopped, 0));
         let _ = pri.write(1, DwordWrite::new(2, &[0x01]).expect("inside"));
-        assert_eq!(status(&pri), STOPPED | UNEXPECTED_GROUP);
+        assert_eq!(status(&pri), STOPPED);
     }
 
     #[test]
