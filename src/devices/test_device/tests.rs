@@ -2,6 +2,7 @@
 
 use std::sync::Mutex;
 
+use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
@@ -484,4 +485,49 @@ fn resets_and_commands_on_two_processors_end_in_a_device_that_works() {
     machine.aim(0, 0x1000, 16);
     machine.run(WRITE);
     assert_eq!(machine.status(), Status::WRITE_SUCCESS | Status::IRQ_RAISED);
+}
+
+/// What a guest can do with the device.
+#[derive(Debug, Clone)]
+enum Step {
+    Write(u8, u64, u64),
+    Read(u8, u64),
+    Command(u32),
+    Configure(u16, u32),
+    Reset,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let bar = prop::sample::select(vec![0_u8, 1, 2, 4, 5]);
+    prop_oneof![
+        (0..0x120_u64, any::<u64>()).prop_map(|(at, value)| Step::Write(0, at & !3, value)),
+        (bar.clone(), 0..0x1_0000_u64, any::<u64>()).prop_map(|(bar, at, value)| Step::Write(bar, at, value)),
+        (bar, 0..0x1_0000_u64).prop_map(|(bar, at)| Step::Read(bar, at)),
+        (0..26_u32).prop_map(|bit| Step::Command(1 << bit)),
+        (0..64_u16, any::<u32>()).prop_map(|(dword, value)| Step::Configure(dword, value)),
+        Just(Step::Reset),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn whatever_a_guest_does_a_reset_leaves_a_device_that_works(steps in prop::collection::vec(step(), 1..60)) {
+        let machine = machine_of(3, true);
+        for step in steps {
+            match step {
+                Step::Write(bar, at, value) => machine.device.bar_write(bar, at, &value.to_le_bytes()),
+                Step::Read(bar, at) => machine.device.bar_read(bar, at, &mut [0; 8]),
+                Step::Command(command) => machine.set(Reg::Command, command),
+                Step::Configure(dword, value) => machine.configure(dword, value),
+                Step::Reset => machine.device.reset(),
+            }
+        }
+        machine.device.reset();
+        prop_assert_eq!(machine.wire.take().last().copied().unwrap_or(false), false);
+        machine.aim(0, 0x1000, 16);
+        machine.run(WRITE);
+        prop_assert_eq!(machine.status(), Status::WRITE_SUCCESS | Status::IRQ_RAISED);
+    }
 }
