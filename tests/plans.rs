@@ -76,6 +76,7 @@ golden! {
     multi_function_is_as_recorded: "multi-function",
     segments_is_as_recorded: "segments",
     big_is_as_recorded: "big",
+    test_device_is_as_recorded: "test-device",
 }
 
 #[test]

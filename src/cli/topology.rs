@@ -128,6 +128,7 @@ fn what(plan: &Plan, kind: NodeKind) -> &'static str {
         DeviceKind::Net(_) => "virtio NIC",
         DeviceKind::Console(_) => "virtio console",
         DeviceKind::Rng(_) => "virtio entropy source",
+        DeviceKind::Test(_) => "test device",
     }
 }
 

@@ -1,5 +1,5 @@
-//! The board's own devices: the interrupt controller, the console, the clocks, power, and the small ports by
-//! which a guest tells the machine something.
+//! The devices: the board's own (the interrupt controller, the console, the clocks, power, and the small ports by
+//! which a guest tells the machine something), virtio's, and one for testing.
 //!
 //! A device answers accesses ([`crate::platform::bus::BusDevice`]), drives wires
 //! ([`crate::platform::irq::IrqLine`]), and asks the machine's owner for what is not its own to do
@@ -19,6 +19,7 @@ pub mod request;
 pub mod reset;
 pub mod rtc;
 pub mod serial;
+pub mod test_device;
 pub mod virtio;
 
 /// What the machine asks of every device, whatever else it is.

@@ -173,6 +173,23 @@ impl Endpoint {
         }
     }
 
+    /// Whether it has a wire.
+    #[must_use]
+    pub fn has_intx(&self) -> bool {
+        self.intx.is_some()
+    }
+
+    /// How many messages the guest tells apart at present: the MSI-X table's entries where it uses that, the MSI
+    /// vectors it allocated where it uses that, else none.
+    #[must_use]
+    pub fn messages(&self) -> u16 {
+        match (self.interrupt_mode(), &self.msi, &self.msix) {
+            (InterruptMode::Msix, _, Some(msix)) => msix.layout().vectors(),
+            (InterruptMode::Msi, Some(msi), _) => msi.allocated_vectors().into(),
+            _ => 0,
+        }
+    }
+
     /// Interrupt by message `vector`: MSI-X where the guest uses it, else MSI where it does. INTx is a level
     /// and has a call of its own.
     pub fn signal(&self, vector: u16) {

@@ -10,12 +10,14 @@ use super::board::Board;
 use super::events::EventLoop;
 use super::plan::{DeviceKind, DevicePlan, NetBackend, NetPlan, Plan};
 use crate::devices::board_bridge::BoardBridge;
+use crate::devices::test_device::{TestDevice, TestDeviceParts};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::block::{Block, BlockConfig};
 use crate::devices::virtio::console::Console;
 use crate::devices::virtio::net::{self, Net, NetConfig};
 use crate::devices::virtio::pci::{VirtioPci, VirtioPciParts};
 use crate::devices::virtio::rng::Rng;
+use crate::pci::Function;
 use crate::pci::port::PortInterrupts;
 use crate::pci::topology::{Topology, TopologyBuilder};
 use crate::pci::tree::{Node, NodeKind};
@@ -77,17 +79,7 @@ fn attach(
                 .devices
                 .get(index)
                 .expect("a plan's endpoints name its devices");
-            let device = open(planned, connections)?;
-            let requester = Arc::new(Requester::new(at));
-            let parts = VirtioPciParts {
-                dma: Dma::new(requester.clone(), connections.ram.clone()),
-                msi: MsiPort::new(requester, connections.messages.clone()),
-                doorbells: connections.doorbells.clone(),
-                intx: node.intx.map(|intx| (intx.pin, connections.board.wire(intx.gsi))),
-                on_root_bus,
-                access_platform: false,
-            };
-            builder.attach(at, VirtioPci::new(device, parts)?)?;
+            builder.attach(at, endpoint(planned, connections, node, at, on_root_bus)?)?;
         }
     }
     let behind = node.bridge.iter().flat_map(|bridge| &bridge.children);
@@ -97,10 +89,20 @@ fn attach(
     Ok(())
 }
 
-/// Open what a device needs of the host.
-fn open(planned: &DevicePlan, connections: &mut Connections<'_>) -> Result<Arc<dyn VirtioDevice>, RunError> {
+/// The function of the device `planned`, with what it needs of the host opened.
+fn endpoint(
+    planned: &DevicePlan,
+    connections: &mut Connections<'_>,
+    node: &Node,
+    at: Sbdf,
+    on_root_bus: bool,
+) -> Result<Arc<dyn Function>, RunError> {
     let name = planned.name.clone();
-    Ok(match &planned.kind {
+    let requester = Arc::new(Requester::new(at));
+    let dma = Dma::new(requester.clone(), connections.ram.clone());
+    let msi = MsiPort::new(requester, connections.messages.clone());
+    let intx = node.intx.map(|intx| (intx.pin, connections.board.wire(intx.gsi)));
+    let device: Arc<dyn VirtioDevice> = match &planned.kind {
         DeviceKind::Block(block) => Arc::new(Block::open(&BlockConfig {
             name,
             path: block.path.clone(),
@@ -126,7 +128,27 @@ fn open(planned: &DevicePlan, connections: &mut Connections<'_>) -> Result<Arc<d
             Arc::new(Console::new(name, host, None)?)
         }
         DeviceKind::Rng(_) => Arc::new(Rng::new(name)),
-    })
+        DeviceKind::Test(test) => {
+            return Ok(TestDevice::new(TestDeviceParts {
+                name,
+                msix_vectors: test.msix_vectors,
+                dma,
+                msi,
+                intx,
+                on_root_bus,
+                agent: None,
+            })?);
+        }
+    };
+    let parts = VirtioPciParts {
+        dma,
+        msi,
+        doorbells: connections.doorbells.clone(),
+        intx,
+        on_root_bus,
+        access_platform: false,
+    };
+    Ok(VirtioPci::new(device, parts)?)
 }
 
 fn net_backend(name: &str, plan: &NetPlan) -> Result<net::NetBackend, HostError> {

@@ -15,3 +15,4 @@ mod reference;
 mod registers;
 mod scribble;
 mod tables;
+mod test_device;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crate::complaints::complaints;
 use crate::console::{Console, PRELUDE};
 use crate::cpio::{ALIGNMENT, Archive};
-use crate::prerequisites::{binary, guest, kvm};
+use crate::prerequisites::{binary, guest, kvm, program_files};
 
 /// How long a guest may take in all unless its scenario says otherwise: only a guest that hangs takes that
 /// long. The lab's software CPU needs ten seconds or so for the fastest, natively one.
@@ -40,6 +40,8 @@ pub(crate) struct Machine {
     arguments: Vec<OsString>,
     cmdline: String,
     script: Option<String>,
+    /// Further files of the guest, by path.
+    files: Vec<(String, Vec<u8>)>,
     deadline: Duration,
     folder: tempfile::TempDir,
 }
@@ -52,6 +54,7 @@ impl Machine {
             arguments: Vec::new(),
             cmdline: CMDLINE.to_owned(),
             script: None,
+            files: Vec::new(),
             deadline: DEADLINE,
             folder: tempfile::tempdir().expect("a folder for temporary files"),
         }
@@ -82,6 +85,18 @@ impl Machine {
     /// What the guest's init runs; its functions are those of the console's prelude.
     pub(crate) fn script(mut self, script: &str) -> Self {
         self.script = Some(format!("{PRELUDE}\n{script}"));
+        self
+    }
+
+    /// An executable file of the guest, at `path` without a leading slash, in a folder that is there.
+    pub(crate) fn guest_file(mut self, path: &str, content: &[u8]) -> Self {
+        self.files.push((path.to_owned(), content.to_vec()));
+        self
+    }
+
+    /// A program of this host in the guest's `/bin`, with the libraries it loads.
+    pub(crate) fn guest_program(mut self, program: &str) -> Self {
+        self.files.extend(program_files(Path::new(program)));
         self
     }
 
@@ -129,11 +144,16 @@ impl Machine {
     fn initramfs(&self, base: &Path) -> PathBuf {
         let mut bytes = fs::read(base).expect("the guest's initramfs is readable");
         bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
-        if let Some(script) = &self.script {
-            let mut archive = Archive::default();
-            archive.file("scenario", script.as_bytes());
-            bytes.extend(archive.finish());
+        let script = self.script.as_ref().map(|script| ("scenario", script.as_bytes()));
+        let files = self
+            .files
+            .iter()
+            .map(|(path, content)| (path.as_str(), content.as_slice()));
+        let mut archive = Archive::default();
+        for (path, content) in script.into_iter().chain(files) {
+            archive.file(path, content);
         }
+        bytes.extend(archive.finish());
         let path = self.path("initramfs");
         fs::write(&path, bytes).expect("the folder takes an initramfs");
         path

@@ -23,4 +23,5 @@ mod hostile;
 mod life;
 mod multiboot;
 mod refused;
+mod test_device;
 mod topologies;

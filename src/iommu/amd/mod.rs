@@ -26,6 +26,7 @@
 //! The processor's lock comes before the registers'; nobody holding the registers' waits for anything.
 //! Translations take none unless they have an event to report.
 
+pub mod agent;
 pub mod commands;
 pub mod counters;
 pub mod device_table;

@@ -57,6 +57,8 @@ const PME_STATUS: u32 = 1 << 16;
 
 const COMPLETION_TIMEOUT_DISABLE: u32 = 1 << 4;
 const ARI_FORWARDING: u32 = 1 << 5;
+/// End-to-end TLP prefixes are understood, one per request.
+const END_END_PREFIX: u32 = 1 << 21 | 1 << 22;
 
 /// Device/Port Type (7.5.3.2).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -159,6 +161,14 @@ impl Express {
             registers,
             occupied: false,
         }
+    }
+
+    /// Of a device whose requests can have a prefix, as PASID needs it.
+    #[must_use]
+    pub fn with_end_end_prefix(mut self) -> Self {
+        let capabilities = self.registers[DEVICE_CAPABILITIES_2].get() | END_END_PREFIX;
+        self.registers[DEVICE_CAPABILITIES_2] = Register::read_only(capabilities);
+        self
     }
 
     fn with_slot(mut self, slot: Option<u16>, number: u8) -> Self {
@@ -329,6 +339,16 @@ mod tests {
             let _ = express.write(dword(index), DwordWrite::whole(u32::MAX));
             assert_eq!(express.read(dword(index)), 0, "{index}");
         }
+    }
+
+    #[test]
+    fn prefixes_are_understood_only_where_that_was_said() {
+        let shown = |express: Express| express.read(dword(DEVICE_CAPABILITIES_2)) & END_END_PREFIX;
+        assert_eq!(shown(Express::endpoint(true)), 0);
+        let mut express = Express::endpoint(true).with_end_end_prefix();
+        express.reset();
+        let _ = express.write(dword(DEVICE_CAPABILITIES_2), DwordWrite::whole(0));
+        assert_eq!(shown(express), END_END_PREFIX);
     }
 
     #[test]

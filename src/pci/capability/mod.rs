@@ -10,9 +10,12 @@ mod error_reporting;
 mod express;
 mod msi;
 mod msix;
+mod page_requests;
 mod power;
+mod process_address_space;
 mod serial_number;
 mod subsystem;
+mod translation_services;
 mod vendor;
 
 pub use access_control::AccessControl;
@@ -21,9 +24,12 @@ pub use error_reporting::ErrorReporting;
 pub use express::{Express, PortType};
 pub use msi::Msi;
 pub use msix::{Msix, MsixLayout, MsixTable, Raised, VectorChanged};
+pub use page_requests::PageRequests;
 pub use power::PowerManagement;
+pub use process_address_space::ProcessAddressSpace;
 pub use serial_number::SerialNumber;
 pub use subsystem::Subsystem;
+pub use translation_services::TranslationServices;
 pub use vendor::VendorSpecific;
 
 use std::any::Any;

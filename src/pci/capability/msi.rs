@@ -92,6 +92,12 @@ impl Msi {
         self.state().enabled()
     }
 
+    /// How many vectors the guest allocated, at most what there is: 1 to 32.
+    #[must_use]
+    pub fn allocated_vectors(&self) -> u8 {
+        u8::try_from(self.allocated(&self.state())).expect("at most what there is")
+    }
+
     /// Interrupt by `vector`: at once, or once it is unmasked. Where the guest allocated fewer vectors than
     /// there are, several share one. Nothing happens while MSI is off or without Bus Master Enable.
     pub fn signal(&self, vector: u8) {
@@ -122,7 +128,6 @@ impl Msi {
         }
     }
 
-    /// How many vectors the guest allocated, at most what there is: 1 to 32.
     fn allocated(&self, state: &State) -> u32 {
         let exponent = (state.registers[0].get() & ENABLED_VECTORS) >> 20;
         (1 << exponent).min(u32::from(self.vectors))

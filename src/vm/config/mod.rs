@@ -23,14 +23,14 @@ use said::{ConfigError, Kind, Place, Table, Value};
 use section::{Section, SectionInfo};
 use sections::{
     Board, Cmdline, Console, Cpus, Disk, Initramfs, Kernel, Memory, Module, Net, Rng, RootComplex, RootPort,
-    SerialPort, SwitchPorts, VfioDevice, Viommu,
+    SerialPort, SwitchPorts, TestDevice, VfioDevice, Viommu,
 };
 
 /// The largest machine file that is read: far beyond any machine, so that a wrong path is noticed early.
 const MAX_FILE: u64 = 16 << 20;
 
 /// Every section, in the order help lists them.
-pub const SECTIONS: [SectionInfo; 17] = [
+pub const SECTIONS: [SectionInfo; 18] = [
     Cpus::INFO,
     Memory::INFO,
     Kernel::INFO,
@@ -42,6 +42,7 @@ pub const SECTIONS: [SectionInfo; 17] = [
     Console::INFO,
     SerialPort::INFO,
     Rng::INFO,
+    TestDevice::INFO,
     RootComplex::INFO,
     RootPort::INFO,
     SwitchPorts::INFO,
@@ -75,6 +76,8 @@ pub struct Config {
     pub serial: Option<SerialPort>,
     /// `rng`.
     pub rngs: Vec<Rng>,
+    /// `test-device`.
+    pub test_devices: Vec<TestDevice>,
     /// `root-complex`.
     pub root_complexes: Vec<RootComplex>,
     /// `root-port`.
@@ -136,6 +139,7 @@ impl Config {
             consoles: several(said)?,
             serial: one(said)?,
             rngs: several(said)?,
+            test_devices: several(said)?,
             root_complexes: several(said)?,
             root_ports: several(said)?,
             switches: several(said)?,

@@ -172,6 +172,22 @@ section! {
 }
 
 section! {
+    /// A PCI function for testing, which Linux's pci_endpoint_test driver knows.
+    pub struct TestDevice is several "test-device", main "id" {
+        /// What it is called (default test0, test1, ...).
+        id = "id": Option<Name>,
+        /// MSI-X vectors, 1 to 2048 (default 32).
+        msix_vectors = "msix-vectors": Option<NonZeroU16>,
+        /// The port it is behind; without port and on, the first root complex.
+        port = "port": Option<Name>,
+        /// The root complex it is integrated into.
+        on = "on": Option<Name>,
+        /// DEVICE.FUNCTION on its bus (default: the next free device).
+        slot = "slot": Option<Slot>,
+    }
+}
+
+section! {
     /// What the first serial port is connected to.
     pub struct SerialPort is one "serial", main "backend" {
         /// null, stdio, pty, file:PATH or socket:PATH (default stdio).

@@ -184,6 +184,8 @@ pub enum DeviceKind {
     Console(ConsolePlan),
     /// A virtio entropy source.
     Rng(RngPlan),
+    /// A function for testing.
+    Test(TestPlan),
 }
 
 /// A virtio disk on a raw image or a block device.
@@ -259,6 +261,13 @@ pub struct ConsolePlan {
 /// A virtio entropy source; the host's random number generator feeds it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct RngPlan {}
+
+/// A function for testing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct TestPlan {
+    /// MSI-X vectors, 1 to 2048.
+    pub msix_vectors: u16,
+}
 
 /// What a stream of characters is connected to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

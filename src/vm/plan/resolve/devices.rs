@@ -3,18 +3,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU16;
 
+use crate::devices::test_device;
 use crate::devices::virtio;
 use crate::devices::virtio::queue::LARGEST_QUEUE;
 use crate::pci::assign::{FunctionSpec, Parent, Slot};
-use crate::pci::tree::NodeKind;
+use crate::pci::bar::BarSpec;
+use crate::pci::tree::{Identity, NodeKind};
 use crate::vm::config::Config;
 use crate::vm::config::said::ConfigError;
 use crate::vm::config::section::{Section, Source};
-use crate::vm::config::sections::{Console, Disk, Net};
+use crate::vm::config::sections::{Console, Disk, Net, TestDevice};
 use crate::vm::config::values::{Name, NetBackendName, Switch};
 use crate::vm::plan::{
     BlockPlan, CharBackend, ConsolePlan, CpuPlan, DeviceKind, DevicePlan, MacAddress, NetBackend, NetPlan,
-    RngPlan,
+    RngPlan, TestPlan,
 };
 
 use super::resolved;
@@ -32,6 +34,9 @@ const MAX_DEFAULT_QUEUES: u32 = 8;
 const MIN_MTU: u16 = 68;
 /// The longest serial number of a disk.
 const SERIAL_LENGTH: usize = 20;
+/// MSI-X vectors of a test device when nobody says: as many as MSI has.
+const MSIX_VECTORS: u16 = 32;
+
 /// A device's function and where it wants to be.
 #[derive(Debug)]
 pub(super) struct Endpoint<'a> {
@@ -79,6 +84,9 @@ pub(super) fn resolve<'a>(
     for (rng, name) in config.rngs.iter().zip(&names_of.rngs) {
         add!(rng, name, DeviceKind::Rng(RngPlan {}));
     }
+    for (test, name) in config.test_devices.iter().zip(&names_of.test_devices) {
+        add!(test, name, DeviceKind::Test(self::test(test)?));
+    }
     Ok((devices, endpoints))
 }
 
@@ -89,14 +97,15 @@ fn endpoint<'a>(
     (port, on, slot): (&'a Option<Name>, &'a Option<Name>, Option<Slot>),
     source: &'a Source,
 ) -> Endpoint<'a> {
+    let (identity, bars) = face(kind);
     Endpoint {
         function: FunctionSpec {
             name: name.to_owned(),
             kind: NodeKind::Endpoint(index),
-            identity: virtio::pci::identity(virtio(kind)),
+            identity,
             parent: Parent::Root(0),
             slot,
-            bars: vec![virtio::pci::BAR],
+            bars,
             intx: true,
         },
         port: port.as_ref(),
@@ -105,13 +114,15 @@ fn endpoint<'a>(
     }
 }
 
-/// What kind of virtio device it is.
-fn virtio(kind: &DeviceKind) -> virtio::Kind {
+/// How a guest knows it, and what it decodes.
+fn face(kind: &DeviceKind) -> (Identity, Vec<BarSpec>) {
+    let virtio = |kind| (virtio::pci::identity(kind), vec![virtio::pci::BAR]);
     match kind {
-        DeviceKind::Block(_) => virtio::Kind::Block,
-        DeviceKind::Net(_) => virtio::Kind::Net,
-        DeviceKind::Console(_) => virtio::Kind::Console,
-        DeviceKind::Rng(_) => virtio::Kind::Rng,
+        DeviceKind::Block(_) => virtio(virtio::Kind::Block),
+        DeviceKind::Net(_) => virtio(virtio::Kind::Net),
+        DeviceKind::Console(_) => virtio(virtio::Kind::Console),
+        DeviceKind::Rng(_) => virtio(virtio::Kind::Rng),
+        DeviceKind::Test(_) => (test_device::IDENTITY, test_device::bars()),
     }
 }
 
@@ -271,4 +282,15 @@ fn console(console: &Console, name: &str, terminal: &mut Option<String>) -> Resu
         *terminal = Some(name.to_owned());
     }
     Ok(ConsolePlan { backend })
+}
+
+fn test(test: &TestDevice) -> Result<TestPlan, ConfigError> {
+    let most = test_device::MOST_MSIX_VECTORS;
+    let msix_vectors = test.msix_vectors.map_or(MSIX_VECTORS, NonZeroU16::get);
+    if msix_vectors > most {
+        return Err(test
+            .source()
+            .wrong("msix-vectors", format!("must be 1 to {most}")));
+    }
+    Ok(TestPlan { msix_vectors })
 }

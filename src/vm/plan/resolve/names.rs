@@ -19,6 +19,7 @@ pub(super) enum What {
     Nic,
     Console,
     EntropySource,
+    TestDevice,
 }
 
 /// With its article, as messages need it.
@@ -34,6 +35,7 @@ impl fmt::Display for What {
             Self::Nic => "a NIC",
             Self::Console => "a console",
             Self::EntropySource => "an entropy source",
+            Self::TestDevice => "a test device",
         })
     }
 }

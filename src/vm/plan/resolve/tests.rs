@@ -63,6 +63,38 @@ fn endpoints_point_at_their_devices() {
 }
 
 #[test]
+fn test_devices_are_those_that_were_said_and_no_more() {
+    let plan = plan(
+        "[[root-port]]\n[[test-device]]\n[[test-device]]\nid = \"t\"\nport = \"rp0\"\nmsix-vectors = 2048\n",
+    );
+    let vectors: Vec<_> = plan
+        .devices
+        .iter()
+        .map(|device| match &device.kind {
+            DeviceKind::Test(test) => (device.name.as_str(), test.msix_vectors),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(vectors, [("test0", 32), ("t", 2048)]);
+    assert_eq!(address(&plan, "t"), "01:00.0");
+    let bars: Vec<_> = node(&plan, "t").bars.iter().map(|bar| bar.index).collect();
+    assert_eq!(bars, [0, 1, 2, 4, 5]);
+}
+
+#[test]
+fn test_devices_have_as_many_vectors_as_msix_allows() {
+    assert_eq!(
+        refused("[[test-device]]\nmsix-vectors = 2049\n"),
+        "m.toml:2: test-device.msix-vectors = 2049: must be 1 to 2048"
+    );
+    assert!(refused("[[test-device]]\nid = \"isa-bridge\"\n").ends_with("names are unique"));
+    assert!(
+        refused("[[root-port]]\n[[test-device]]\n[[rng]]\nport = \"test0\"\n")
+            .ends_with("`test0` is a test device; ports are rp0")
+    );
+}
+
+#[test]
 fn names_that_are_said_are_not_given_away() {
     let plan = plan("[[rng]]\n[[rng]]\nid = \"rng0\"\n[[rng]]\n");
     let names: Vec<_> = plan.devices.iter().map(|device| device.name.as_str()).collect();

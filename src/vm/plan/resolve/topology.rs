@@ -38,6 +38,7 @@ pub(super) struct NamesOf {
     pub(super) nets: Vec<String>,
     pub(super) consoles: Vec<String>,
     pub(super) rngs: Vec<String>,
+    pub(super) test_devices: Vec<String>,
 }
 
 /// Give everything its name.
@@ -96,6 +97,7 @@ pub(super) fn name_all<'a>(config: &'a Config, names: &mut Names<'a>) -> Result<
         nets: named!(nets, Nic, "net"),
         consoles: named!(consoles, Console, "console"),
         rngs: named!(rngs, EntropySource, "rng"),
+        test_devices: named!(test_devices, TestDevice, "test"),
     })
 }
 

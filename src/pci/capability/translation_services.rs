@@ -1,0 +1,96 @@
+//! Address translation services of a function: ATS (PCI Express Base Specification 10.2 and 10.5.1). The function
+//! may ask for translations, and has to forget them when it is told to.
+
+use super::{Capability, CapabilityId};
+use crate::pci::access::{DwordWrite, Register};
+use crate::pci::function::ConfigEffect;
+
+/// Invalidations may come one behind the other without end (a depth of 32 is written 0), translation requests
+/// are for whole pages, and an invalidation may be for every process address space.
+const CAPABILITY: u32 = 1 << 5 | 1 << 6;
+/// Smallest translation unit, as a power of two of 4 KiB.
+const UNIT: u32 = 0x1f << 16;
+const ENABLE: u32 = 1 << 31;
+
+/// ATS of one function.
+pub struct TranslationServices {
+    /// Capability in the lower half, control in the upper.
+    register: Register,
+}
+
+impl TranslationServices {
+    /// Off.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            register: Register::writable(CAPABILITY, UNIT | ENABLE),
+        }
+    }
+
+    /// Whether the function may ask for translations and use them.
+    #[must_use]
+    pub const fn enabled(&self) -> bool {
+        self.register.get() & ENABLE != 0
+    }
+
+    /// Logarithm of the smallest translation in bytes, at least 12.
+    #[must_use]
+    pub const fn smallest_shift(&self) -> u32 {
+        12 + ((self.register.get() & UNIT) >> 16)
+    }
+}
+
+impl Default for TranslationServices {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Capability for TranslationServices {
+    fn id(&self) -> CapabilityId {
+        CapabilityId::Extended {
+            id: 0x000f,
+            version: 1,
+        }
+    }
+
+    fn len(&self) -> u16 {
+        8
+    }
+
+    fn read(&self, dword: u16) -> u32 {
+        if dword == 1 { self.register.get() } else { 0 }
+    }
+
+    fn write(&mut self, dword: u16, write: DwordWrite) -> ConfigEffect {
+        if dword == 1 {
+            self.register.write(write);
+        }
+        ConfigEffect::empty()
+    }
+
+    fn reset(&mut self) {
+        self.register.reset();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_unit_and_the_switch_can_be_written() {
+        let mut ats = TranslationServices::new();
+        assert_eq!((ats.enabled(), ats.smallest_shift()), (false, 12));
+        let _ = ats.write(1, DwordWrite::whole(u32::MAX));
+        assert_eq!(ats.read(1), 0x801f_0060);
+        assert_eq!((ats.enabled(), ats.smallest_shift()), (true, 43));
+        let _ = ats.write(1, DwordWrite::new(3, &[0]).expect("inside"));
+        assert_eq!((ats.enabled(), ats.smallest_shift()), (false, 43));
+        let _ = ats.write(0, DwordWrite::whole(u32::MAX));
+        let _ = ats.write(2, DwordWrite::whole(u32::MAX));
+        assert_eq!((ats.read(0), ats.read(2)), (0, 0));
+        ats.reset();
+        assert_eq!(ats.read(1), 0x60);
+    }
+}
