@@ -225,6 +225,23 @@ fn a_kept_translation_is_used_until_the_device_is_told_to_forget_it() {
 }
 
 #[test]
+fn of_many_translations_the_oldest_is_forgotten() {
+    let mut driver = Driver::running();
+    let root = driver.table();
+    let mut dte = host_dte(root, 4, 1);
+    dte.guest.set_iotlb(true);
+    driver.set_dte(device(), dte);
+    for page in 0..100 {
+        driver.map(root, 4, page << 12, 1, pte(0x20_0000 + (page << 12)));
+    }
+    let bench = bench(driver);
+    bench.enable();
+    let length = 100 << 12;
+    assert_eq!(bench.run(WRITE, TRANSLATED, 0, 0, length), Status::WRITE_SUCCESS);
+    assert_eq!(bench.get(Reg::Kept), 64);
+}
+
+#[test]
 fn an_entry_that_no_longer_trusts_the_device_stops_translated_requests() {
     let mut bench = translating();
     assert_eq!(bench.run(WRITE, TRANSLATED, 0, 0x1000, 8), Status::WRITE_SUCCESS);
