@@ -1,3 +1,4 @@
 //! IOMMUs between functions and guest memory.
 
 pub mod amd;
+pub mod emulated;
