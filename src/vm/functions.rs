@@ -9,6 +9,7 @@ use super::RunError;
 use super::board::Board;
 use super::events::EventLoop;
 use super::plan::{DeviceKind, DevicePlan, NetBackend, NetPlan, Plan};
+use super::viommus::{Upstream, Viommus};
 use crate::devices::board_bridge::BoardBridge;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::block::{Block, BlockConfig};
@@ -18,9 +19,9 @@ use crate::devices::virtio::pci::{VirtioPci, VirtioPciParts};
 use crate::devices::virtio::rng::Rng;
 use crate::pci::port::PortInterrupts;
 use crate::pci::topology::{Topology, TopologyBuilder};
-use crate::pci::tree::{Node, NodeKind};
+use crate::pci::tree::{Node, NodeKind, RootComplex};
 use crate::platform::addr::Sbdf;
-use crate::platform::dma::{Dma, Requester};
+use crate::platform::dma::Requester;
 use crate::platform::doorbell::DoorbellHost;
 use crate::platform::host::HostError;
 use crate::platform::memory::GuestRam;
@@ -29,6 +30,7 @@ use crate::platform::msi::{MsiPort, MsiSink};
 /// What functions are connected to.
 pub(super) struct Connections<'a> {
     pub(super) board: &'a Board,
+    pub(super) viommus: &'a Viommus<'a>,
     pub(super) events: &'a mut EventLoop,
     pub(super) ram: &'a GuestRam,
     pub(super) messages: Arc<dyn MsiSink>,
@@ -37,20 +39,36 @@ pub(super) struct Connections<'a> {
 
 /// Build the whole hierarchy of `plan`, its devices opened and attached.
 pub(super) fn build(plan: &Plan, connections: &mut Connections<'_>) -> Result<Arc<Topology>, RunError> {
-    let interrupts = PortInterrupts {
-        messages: connections.messages.clone(),
+    let upstream = |root: &RootComplex| {
+        let unit = connections.viommus.covering(root);
+        Upstream::new(unit, &connections.messages)
+    };
+    let upstreams: Vec<Upstream> = plan.pci.roots().map(upstream).collect();
+    let interrupts = |root: &RootComplex| PortInterrupts {
+        messages: upstream(root).messages,
         wires: connections.board.ioapic.clone(),
     };
     let mut builder = TopologyBuilder::new(&plan.pci, interrupts);
-    for segment in &plan.pci.segments {
-        for root in &segment.roots {
-            for node in &root.functions {
-                attach(&mut builder, plan, connections, segment.number, node, true)?;
-            }
+    for (root, upstream) in plan.pci.roots().zip(&upstreams) {
+        let place = Place {
+            segment: root.segment,
+            upstream,
+            on_root_bus: true,
+        };
+        for node in &root.functions {
+            attach(&mut builder, plan, connections, place, node)?;
         }
     }
     let board = connections.board;
     Ok(builder.finish(board.mmio.clone(), board.ports.clone()))
+}
+
+/// What a function's place says about it.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    segment: u16,
+    upstream: &'a Upstream,
+    on_root_bus: bool,
 }
 
 /// Attach `node` and all behind it.
@@ -58,20 +76,21 @@ fn attach(
     builder: &mut TopologyBuilder,
     plan: &Plan,
     connections: &mut Connections<'_>,
-    segment: u16,
+    place: Place<'_>,
     node: &Node,
-    on_root_bus: bool,
 ) -> Result<(), RunError> {
     let at = Sbdf {
-        segment,
+        segment: place.segment,
         bdf: node.bdf,
     };
+    let upstream = place.upstream;
     match node.kind {
         NodeKind::RootPort | NodeKind::UpstreamPort | NodeKind::DownstreamPort => {}
         NodeKind::HostBridge | NodeKind::IsaBridge => {
             let requester = Arc::new(Requester::new(at));
             builder.attach(at, BoardBridge::new(&node.name, &node.identity, requester))?;
         }
+        NodeKind::Iommu(index) => builder.attach(at, connections.viommus.unit(index))?,
         NodeKind::Endpoint(index) => {
             let planned = plan
                 .devices
@@ -80,19 +99,23 @@ fn attach(
             let device = open(planned, connections)?;
             let requester = Arc::new(Requester::new(at));
             let parts = VirtioPciParts {
-                dma: Dma::new(requester.clone(), connections.ram.clone()),
-                msi: MsiPort::new(requester, connections.messages.clone()),
+                dma: upstream.dma(requester.clone(), connections.ram.clone()),
+                msi: MsiPort::new(requester, upstream.messages.clone()),
                 doorbells: connections.doorbells.clone(),
                 intx: node.intx.map(|intx| (intx.pin, connections.board.wire(intx.gsi))),
-                on_root_bus,
-                access_platform: false,
+                on_root_bus: place.on_root_bus,
+                access_platform: upstream.translates(),
             };
             builder.attach(at, VirtioPci::new(device, parts)?)?;
         }
     }
     let behind = node.bridge.iter().flat_map(|bridge| &bridge.children);
     for child in behind {
-        attach(builder, plan, connections, segment, child, false)?;
+        let place = Place {
+            on_root_bus: false,
+            ..place
+        };
+        attach(builder, plan, connections, place, child)?;
     }
     Ok(())
 }
