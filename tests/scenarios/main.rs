@@ -24,3 +24,4 @@ mod life;
 mod multiboot;
 mod refused;
 mod topologies;
+mod viommu;
