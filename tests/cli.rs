@@ -170,7 +170,7 @@ fn impossible_topologies_are_refused_with_what_would_fit() {
 #[test]
 fn bad_values_are_refused_with_what_would_be_right() {
     let folder = folder();
-    let commands: [&[&str]; 22] = [
+    let commands: [&[&str]; 29] = [
         &["topology", "--cpus", "0"],
         &["topology", "--cpus", "1025"],
         &["topology", "--cpus", "count=8,sockets=3"],
@@ -197,7 +197,14 @@ fn bad_values_are_refused_with_what_would_be_right() {
         &["topology", "--disk", "readonly=on"],
         &["topology", "--disk", "a,readonly"],
         &["topology", "--serial", "tcp:1"],
-        &["topology", "--viommu", "auto"],
+        &["topology", "--viommu", "hw"],
+        &["topology", "--viommu", "emulated,page-table=v3"],
+        &["topology", "--viommu", "emulated,pasid-bits=17"],
+        &["topology", "--viommu", "emulated,pasid-bits=8,page-table=v1"],
+        &["topology", "--viommu", "emulated,on=rc1"],
+        &["topology", "--viommu", "emulated", "--viommu", "emulated"],
+        &["topology", "--viommu", "emulated", "--rng", "slot=0.2"],
+        &["topology", "--viommu", "emulated,xt=off", "--cpus", "256"],
         &["topology", "--vfio-device", "0000:41:00.0"],
     ];
     compare("bad-values", &refusals(folder.path(), &commands));

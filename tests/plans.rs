@@ -75,6 +75,7 @@ golden! {
     deep_switches_is_as_recorded: "deep-switches",
     multi_function_is_as_recorded: "multi-function",
     segments_is_as_recorded: "segments",
+    viommu_is_as_recorded: "viommu",
     big_is_as_recorded: "big",
     test_device_is_as_recorded: "test-device",
 }

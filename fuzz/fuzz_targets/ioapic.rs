@@ -58,6 +58,14 @@ impl IoApicHost for Kernel {
         self.routes.lock().expect("not poisoned")[usize::from(pin)] = message;
         Ok(())
     }
+
+    fn pins_of(&self, vector: u8) -> u32 {
+        let routes = self.routes.lock().expect("not poisoned");
+        let sends = |route: &Option<MsiMessage>| route.is_some_and(|m| m.data.to_le_bytes()[0] == vector);
+        (0..PINS)
+            .filter(|pin| sends(&routes[*pin]))
+            .fold(0, |found, pin| found | 1 << pin)
+    }
 }
 
 fuzz_target!(|input: &[u8]| {

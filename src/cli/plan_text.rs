@@ -5,7 +5,7 @@ use std::path::Path;
 use ravelin::vm::config::values::size_text;
 use ravelin::vm::plan::{
     BlockPlan, BootPlan, BootProtocol, CharBackend, DeviceKind, MemoryBacking, MemoryPlan, NetBackend,
-    NetPlan, OnReboot, Plan,
+    NetPlan, OnReboot, PageTable, Plan, ViommuMode, ViommuOffer, ViommuPlan,
 };
 
 use super::topology;
@@ -30,6 +30,10 @@ pub(super) fn text(plan: &Plan) -> String {
     lines.push(row("board", &board(plan)));
     for device in &plan.devices {
         lines.push(row(&device.name, &self::device(&device.kind)));
+    }
+    for viommu in &plan.viommus {
+        lines.push(row(&viommu.name, &self::viommu(viommu)));
+        lines.push(row("", &format!("covers {}", viommu.covers.join(", "))));
     }
     lines.push(String::new());
     lines.join("\n") + "\n" + &topology::tree(plan)
@@ -135,6 +139,44 @@ fn device(kind: &DeviceKind) -> String {
         DeviceKind::Rng(_) => "entropy source".to_owned(),
         DeviceKind::Test(test) => format!("test device, {} MSI-X vectors", test.msix_vectors),
     }
+}
+
+fn viommu(viommu: &ViommuPlan) -> String {
+    let ViommuOffer {
+        xt,
+        page_table,
+        intremap,
+        pasid_bits,
+        ats,
+        np_cache,
+    } = viommu.offer;
+    let mode = match (viommu.mode, viommu.because) {
+        (ViommuMode::Emulated, None) => "emulated".to_owned(),
+        (ViommuMode::Emulated, Some(because)) => format!("emulated ({because})"),
+    };
+    let tables = match page_table {
+        PageTable::V1 => "v1 tables",
+        PageTable::V2 => "v2 tables",
+        PageTable::Any => "v1 or v2 tables",
+    };
+    let mut parts = vec![tables.to_owned()];
+    parts.push(match (intremap, viommu.remaps_ioapic) {
+        (false, _) => "no remapping told".to_owned(),
+        (true, true) => "remaps interrupts, the IOAPIC's too".to_owned(),
+        (true, false) => "remaps interrupts".to_owned(),
+    });
+    parts.extend(xt.then(|| "x2APIC".to_owned()));
+    parts.extend((pasid_bits > 0).then(|| format!("{pasid_bits} PASID bits")));
+    parts.extend(ats.then(|| "ATS".to_owned()));
+    parts.extend(np_cache.then(|| "NpCache".to_owned()));
+    format!(
+        "AMD IOMMU, {mode}, on {} at {:04x}:{}, registers {}: {}",
+        viommu.root_complex,
+        viommu.segment,
+        viommu.bdf,
+        viommu.mmio,
+        parts.join(", ")
+    )
 }
 
 fn disk(block: &BlockPlan) -> String {

@@ -15,7 +15,8 @@ pub(super) fn tree(plan: &Plan) -> String {
         );
         for (at, root) in segment.roots.iter().enumerate() {
             let last = at + 1 == segment.roots.len();
-            line(&mut text, &format!("{}{}", branch("", last), root_text(root)));
+            let root_text = root_text(plan, root);
+            line(&mut text, &format!("{}{root_text}", branch("", last)));
             branches(&mut text, plan, &root.functions, deeper(last));
         }
     }
@@ -51,9 +52,12 @@ fn branches(text: &mut String, plan: &Plan, functions: &[Node], indent: &str) {
     }
 }
 
-fn root_text(root: &RootComplex) -> String {
+fn root_text(plan: &Plan, root: &RootComplex) -> String {
+    let viommu = plan
+        .viommu_of(root)
+        .map_or(String::new(), |viommu| format!(", behind {}", viommu.name));
     format!(
-        "{}: root complex, buses {:02x}-{:02x}{}",
+        "{}: root complex, buses {:02x}-{:02x}{}{viommu}",
         root.name,
         root.buses.start(),
         root.buses.end(),
@@ -121,6 +125,7 @@ fn what(plan: &Plan, kind: NodeKind) -> &'static str {
         NodeKind::DownstreamPort => return "downstream port",
         NodeKind::HostBridge => return "host bridge",
         NodeKind::IsaBridge => return "ISA bridge",
+        NodeKind::Iommu(_) => return "IOMMU",
         NodeKind::Endpoint(index) => plan.devices.get(index).map(|device| &device.kind),
     };
     match device.expect("a planned endpoint points at a planned device") {
@@ -138,8 +143,11 @@ pub(super) fn dot(plan: &Plan) -> String {
         "digraph pci {\n  rankdir = LR;\n  node [shape = box, fontname = monospace];\n  edge [dir = none];\n",
     );
     for root in plan.pci.roots() {
+        let viommu = plan
+            .viommu_of(root)
+            .map_or(String::new(), |viommu| format!("\\nbehind {}", viommu.name));
         let about = format!(
-            "{}\\n{:04x}:[{:02x}-{:02x}]",
+            "{}\\n{:04x}:[{:02x}-{:02x}]{viommu}",
             root.name,
             root.segment,
             root.buses.start(),

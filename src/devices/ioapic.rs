@@ -163,6 +163,16 @@ impl IoApic {
         self.send(message);
     }
 
+    /// The guest wrote `vector` to the EOI register: it ends the interrupts of entries that have it.
+    fn directed_end(&self, vector: u8) {
+        for pin in 0..self.inputs.len() {
+            let ended = lock(&self.inputs[pin]).end_of_entry(vector);
+            if ended == Ended::Ours {
+                self.ended(pin);
+            }
+        }
+    }
+
     fn send(&self, message: Option<MsiMessage>) {
         if let Some(message) = message {
             self.host.signal(message);
@@ -201,10 +211,12 @@ impl InterruptController for IoApic {
     }
 }
 
+/// Processors end what they were sent, which remapping may have changed: the host knows whose it was.
 impl EoiListener for IoApic {
     fn end_of_interrupt(&self, vector: u8) {
-        for pin in 0..self.inputs.len() {
-            let ended = lock(&self.inputs[pin]).end(vector);
+        let pins = self.host.pins_of(vector);
+        for pin in (0..self.inputs.len()).filter(|pin| pins >> pin & 1 != 0) {
+            let ended = lock(&self.inputs[pin]).end();
             if ended == Ended::Ours {
                 self.ended(pin);
             }
@@ -251,7 +263,7 @@ impl BusDevice for IoApic {
                     ),
                 }
             }
-            Some(Direct::EndOfInterrupt) => self.end_of_interrupt(*lowest),
+            Some(Direct::EndOfInterrupt) => self.directed_end(*lowest),
             None => guest_warn!("guest wrote to IOAPIC offset {offset:#x}, where no register begins"),
         }
     }

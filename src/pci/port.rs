@@ -119,7 +119,7 @@ fn express(node: &Node) -> Option<Express> {
         NodeKind::RootPort => Some(Express::root_port(slot, number)),
         NodeKind::UpstreamPort => Some(Express::upstream_port()),
         NodeKind::DownstreamPort => Some(Express::downstream_port(slot, number)),
-        NodeKind::HostBridge | NodeKind::IsaBridge | NodeKind::Endpoint(_) => None,
+        NodeKind::HostBridge | NodeKind::IsaBridge | NodeKind::Iommu(_) | NodeKind::Endpoint(_) => None,
     }
 }
 

@@ -274,7 +274,7 @@ impl Machine {
             messages: messages.clone(),
             wires: messages,
         };
-        let mut builder = TopologyBuilder::new(&tree, interrupts);
+        let mut builder = TopologyBuilder::new(&tree, |_| interrupts.clone());
         for (segment, node) in tree.nodes().filter(|(_, node)| node.bridge.is_none()) {
             let at = Sbdf {
                 segment,

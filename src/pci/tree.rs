@@ -158,6 +158,8 @@ pub enum NodeKind {
     HostBridge,
     /// The ISA bridge at 00:14.0, whose requester ID stands for the IOAPIC.
     IsaBridge,
+    /// An IOMMU, by its index in the plan's list: function 2 of device 0 of the root bus it covers.
+    Iommu(usize),
     /// A device: the index into the plan's list. Integrated into the root complex when on a root bus.
     Endpoint(usize),
 }

@@ -36,6 +36,10 @@ pub trait IoApicHost: Send + Sync {
     /// # Panics
     /// When `pin` is not below [`IOAPIC_INPUTS`]; it is the controller's own number, never the guest's.
     fn set_route(&self, pin: u8, message: Option<MsiMessage>) -> Result<(), HostError>;
+
+    /// The inputs, a bit each, whose messages processors see as `vector`: whose interrupt it may be that a
+    /// processor ended. It is the message's own vector unless something remaps messages on their way.
+    fn pins_of(&self, vector: u8) -> u32;
 }
 
 /// Who hears that a processor ended a level-triggered interrupt: the IOAPIC.

@@ -23,6 +23,21 @@ pub struct MsiMessage {
     pub data: u32,
 }
 
+impl MsiMessage {
+    /// A message to a processor by its 32-bit APIC ID, or to several by a logical destination, as an IOMMU
+    /// sends it once it has remapped one. No device can: bits 31:8 of the destination are in address bits
+    /// 63:40, where [`MsiSink`]s look for them.
+    #[must_use]
+    pub const fn remapped(destination: u32, logical: bool, data: u32) -> Self {
+        let high = (destination as u64 >> 8) << 40;
+        let low = (destination as u64 & 0xff) << 12;
+        Self {
+            address: high | 0xfee0_0000 | low | (logical as u64) << 2,
+            data,
+        }
+    }
+}
+
 /// What carries messages to the processors.
 pub trait MsiSink: Send + Sync {
     /// Deliver `message` from `requester` now. A message that names no processor vanishes, as on hardware.
@@ -43,6 +58,13 @@ pub trait MsiRoute: Send + Sync {
 
     /// Send `message` from now on, or nothing (`None`). On failure the previous message stays in force.
     fn set(&self, message: Option<MsiMessage>) -> Result<(), HostError>;
+
+    /// Whether a signal of the eventfd arrives as the message set last would, were it sent now by
+    /// [`MsiPort::signal`]. Where it does not, because something on the way blocks the message or the function
+    /// has another number by now, it is to be sent so: then whoever blocks it can say so.
+    fn carries(&self) -> bool {
+        true
+    }
 }
 
 /// A function's way out for messages.

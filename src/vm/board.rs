@@ -24,6 +24,7 @@ use crate::devices::serial::{self, COM1_GSI, COM1_PORT, Serial};
 use crate::pci::config_ports::ConfigPorts;
 use crate::pci::ecam::Ecam;
 use crate::pci::topology::Topology;
+use crate::platform::addr::GpaRange;
 use crate::platform::bus::{Bus, BusDevice, Claim, ClaimError};
 use crate::platform::host::HostError;
 use crate::platform::irq::{InterruptController, IoApicHost, IrqLine};
@@ -181,6 +182,18 @@ impl Board {
     pub(super) fn since_init(&self) -> Option<Duration> {
         let reached = self.milestone.as_ref()?.init_reached()?;
         Some(self.clock.monotonic().saturating_sub(reached))
+    }
+
+    /// Give `range` to `device`, which is reset by whoever owns it.
+    pub(super) fn claim_mmio(
+        &mut self,
+        name: &str,
+        range: GpaRange,
+        device: Arc<dyn BusDevice>,
+    ) -> Result<(), ClaimError> {
+        let claim = self.mmio.claim(name, range.start().0, range.len(), device)?;
+        self.claims.push(claim);
+        Ok(())
     }
 
     fn place<D: BusDevice + Device + 'static>(

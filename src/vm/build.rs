@@ -9,17 +9,19 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use super::RunError;
 use super::board::Board;
 use super::boot::{Entry, Images, acpi, cpuid};
-use super::events::{EventLoop, StopSignals};
+use super::events::{EventLoop, Signals};
 use super::functions::{self, Connections};
 use super::lifecycle::Life;
 use super::plan::{CharBackend, DeviceKind, MemoryBacking, MemoryPlan, Plan};
 use super::stats::Milestones;
 use super::vcpu_loop::{Crew, Notices, Station, Surroundings};
+use super::viommus::Viommus;
 use crate::devices::request::RequestQueue;
 use crate::pci::topology::Topology;
 use crate::platform::host::HostError;
 use crate::platform::kvm::{self, Kvm, KvmVm};
 use crate::platform::memory::GuestRam;
+use crate::platform::msi::MsiSink;
 use crate::platform::ram::{self, Backing, HugePage, RamOptions};
 
 /// A machine: everything between the plan and the guest.
@@ -29,7 +31,8 @@ pub struct Machine<'a> {
     pub(super) crew: Crew,
     pub(super) life: Life,
     pub(super) events: EventLoop,
-    pub(super) signals: StopSignals,
+    pub(super) signals: Signals,
+    pub(super) reports: Signals,
     pub(super) requests: Arc<RequestQueue>,
     pub(super) notices: Arc<Notices>,
     pub(super) surroundings: Arc<Surroundings>,
@@ -37,6 +40,7 @@ pub struct Machine<'a> {
     pub(super) host_ram: Vec<RangeInclusive<u64>>,
     images: Images,
     topology: Arc<Topology>,
+    pub(super) viommus: Viommus<'a>,
     pub(super) board: Board,
     ram: GuestRam,
     plan: &'a Plan,
@@ -62,25 +66,32 @@ impl<'a> Machine<'a> {
         kvm::allow_kicks()?;
 
         // The operator's way in, before devices that may make their terminal raw.
-        let signals = StopSignals::take()?;
+        let signals = Signals::stop()?;
+        let reports = Signals::report()?;
         let mut events = EventLoop::new()?;
         let requests = RequestQueue::new()?;
         let notices = Notices::new()?;
         events.wake_for(&signals);
+        events.wake_for(&reports);
         events.wake_for(&*requests);
         events.wake_for(&*notices);
 
         // Interrupts before those who interrupt, buses before those on them; configuration space opens when
         // everything in it is in its place.
-        let mut board = Board::new(Arc::new(vm.delivery().clone()), requests.clone(), &mut events)?;
+        let delivery = Arc::new(vm.delivery().clone());
+        let messages: Arc<dyn MsiSink> = delivery.clone();
+        let viommus = Viommus::new(plan, &ram, &messages, &mut events)?;
+        let mut board = Board::new(viommus.ioapic_host(delivery), requests.clone(), &mut events)?;
         board.populate(plan, &mut events)?;
+        viommus.place(&mut board)?;
         let topology = functions::build(
             plan,
             &mut Connections {
                 board: &board,
+                viommus: &viommus,
                 events: &mut events,
                 ram: &ram,
-                messages: Arc::new(vm.delivery().clone()),
+                messages,
                 doorbells: vm.doorbells(),
             },
         )?;
@@ -100,12 +111,14 @@ impl<'a> Machine<'a> {
             life: Life::default(),
             events,
             signals,
+            reports,
             requests,
             notices,
             surroundings,
             host_ram: host_ranges(&ram),
             images,
             topology,
+            viommus,
             board,
             ram,
             plan,
@@ -120,8 +133,10 @@ impl<'a> Machine<'a> {
 
     /// All devices as after power-on. No processor runs.
     pub(super) fn reset_devices(&self) {
-        // Functions first: they let go of their wires before the controller forgets what was asserted.
+        // Functions first: they let go of their wires before the controller forgets what was asserted, and
+        // send no request that an IOMMU would no longer translate.
         self.topology.reset();
+        self.viommus.reset();
         self.board.reset();
     }
 }
@@ -152,8 +167,9 @@ fn processors(
         })
         .collect::<Result<Vec<_>, HostError>>()?;
     let first = stations.first().expect("a plan has at least one processor");
-    // Nothing remaps messages here, so devices may name any of the processors directly.
-    let model = cpuid::Model::new(supported, &plan.cpus, first.vcpu.tsc_khz()?, true);
+    // Where nothing remaps messages, devices may name any of the processors directly.
+    let direct = !plan.viommus.iter().any(|viommu| viommu.offer.intremap);
+    let model = cpuid::Model::new(supported, &plan.cpus, first.vcpu.tsc_khz()?, direct);
     let msrs = kvm.msr_indices()?;
     Ok(Crew::start(
         stations,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSubscriber, Events, SubscriberOps};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::platform::host::HostError;
@@ -71,18 +71,28 @@ fn refused(action: &str, error: event_manager::Error) -> HostError {
     HostError::new(action, source)
 }
 
-/// SIGTERM, SIGINT and SIGHUP: the operator wants the machine to end.
-pub struct StopSignals {
+/// Signals by which the operator wants something.
+pub struct Signals {
     received: UnixStream,
 }
 
-impl StopSignals {
-    /// Take them from now on; they end the process no more by themselves.
-    pub fn take() -> Result<Self, HostError> {
-        let failed = |source| HostError::new("handle SIGTERM, SIGINT and SIGHUP", source);
+impl Signals {
+    /// SIGTERM, SIGINT and SIGHUP: the machine is to end.
+    pub fn stop() -> Result<Self, HostError> {
+        Self::take(&[SIGTERM, SIGINT, SIGHUP], "handle SIGTERM, SIGINT and SIGHUP")
+    }
+
+    /// SIGUSR1: the machine is to tell its state.
+    pub fn report() -> Result<Self, HostError> {
+        Self::take(&[SIGUSR1], "handle SIGUSR1")
+    }
+
+    /// Take `signals` from now on; they end the process no more by themselves.
+    fn take(signals: &[i32], action: &str) -> Result<Self, HostError> {
+        let failed = |source| HostError::new(action, source);
         let (received, sent) = UnixStream::pair().map_err(failed)?;
         received.set_nonblocking(true).map_err(failed)?;
-        for signal in [SIGTERM, SIGINT, SIGHUP] {
+        for &signal in signals {
             let sent = sent.try_clone().map_err(failed)?;
             signal_hook::low_level::pipe::register(signal, sent).map_err(failed)?;
         }
@@ -95,7 +105,7 @@ impl StopSignals {
     }
 }
 
-impl AsRawFd for StopSignals {
+impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> RawFd {
         self.received.as_raw_fd()
     }
@@ -133,8 +143,18 @@ mod tests {
     }
 
     #[test]
+    fn a_signal_for_a_report_is_no_stop_signal() {
+        let (mut stop, mut report) = (
+            Signals::stop().expect("handlers"),
+            Signals::report().expect("a handler"),
+        );
+        signal_hook::low_level::raise(SIGUSR1).expect("a valid signal");
+        assert_eq!((stop.count(), report.count()), (0, 1));
+    }
+
+    #[test]
     fn stop_signals_are_counted_instead_of_ending_the_process() {
-        let mut signals = StopSignals::take().expect("handlers");
+        let mut signals = Signals::stop().expect("handlers");
         assert_eq!(signals.count(), 0);
         signal_hook::low_level::raise(SIGHUP).expect("a valid signal");
         signal_hook::low_level::raise(SIGHUP).expect("a valid signal");

@@ -9,6 +9,7 @@ use super::RunError;
 use super::board::Board;
 use super::events::EventLoop;
 use super::plan::{DeviceKind, DevicePlan, NetBackend, NetPlan, Plan};
+use super::viommus::{Upstream, Viommus};
 use crate::devices::board_bridge::BoardBridge;
 use crate::devices::test_device::{TestDevice, TestDeviceParts};
 use crate::devices::virtio::VirtioDevice;
@@ -20,9 +21,9 @@ use crate::devices::virtio::rng::Rng;
 use crate::pci::Function;
 use crate::pci::port::PortInterrupts;
 use crate::pci::topology::{Topology, TopologyBuilder};
-use crate::pci::tree::{Node, NodeKind};
+use crate::pci::tree::{Node, NodeKind, RootComplex};
 use crate::platform::addr::Sbdf;
-use crate::platform::dma::{Dma, Requester};
+use crate::platform::dma::Requester;
 use crate::platform::doorbell::DoorbellHost;
 use crate::platform::host::HostError;
 use crate::platform::memory::GuestRam;
@@ -31,6 +32,7 @@ use crate::platform::msi::{MsiPort, MsiSink};
 /// What functions are connected to.
 pub(super) struct Connections<'a> {
     pub(super) board: &'a Board,
+    pub(super) viommus: &'a Viommus<'a>,
     pub(super) events: &'a mut EventLoop,
     pub(super) ram: &'a GuestRam,
     pub(super) messages: Arc<dyn MsiSink>,
@@ -39,20 +41,46 @@ pub(super) struct Connections<'a> {
 
 /// Build the whole hierarchy of `plan`, its devices opened and attached.
 pub(super) fn build(plan: &Plan, connections: &mut Connections<'_>) -> Result<Arc<Topology>, RunError> {
-    let interrupts = PortInterrupts {
-        messages: connections.messages.clone(),
+    let upstream = |root: &RootComplex| {
+        let unit = connections.viommus.covering(root);
+        Upstream::new(unit, &connections.messages)
+    };
+    let upstreams: Vec<Upstream> = plan.pci.roots().map(upstream).collect();
+    let interrupts = |root: &RootComplex| PortInterrupts {
+        messages: upstream(root).messages,
         wires: connections.board.ioapic.clone(),
     };
     let mut builder = TopologyBuilder::new(&plan.pci, interrupts);
-    for segment in &plan.pci.segments {
-        for root in &segment.roots {
-            for node in &root.functions {
-                attach(&mut builder, plan, connections, segment.number, node, true)?;
-            }
+    for (root, upstream) in plan.pci.roots().zip(&upstreams) {
+        let place = Place {
+            segment: root.segment,
+            upstream,
+            on_root_bus: true,
+        };
+        for node in &root.functions {
+            attach(&mut builder, plan, connections, place, node)?;
         }
     }
     let board = connections.board;
     Ok(builder.finish(board.mmio.clone(), board.ports.clone()))
+}
+
+/// What a function's place says about it.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    segment: u16,
+    upstream: &'a Upstream,
+    on_root_bus: bool,
+}
+
+impl Place<'_> {
+    /// The address of `node`, which is there.
+    const fn of(&self, node: &Node) -> Sbdf {
+        Sbdf {
+            segment: self.segment,
+            bdf: node.bdf,
+        }
+    }
 }
 
 /// Attach `node` and all behind it.
@@ -60,31 +88,32 @@ fn attach(
     builder: &mut TopologyBuilder,
     plan: &Plan,
     connections: &mut Connections<'_>,
-    segment: u16,
+    place: Place<'_>,
     node: &Node,
-    on_root_bus: bool,
 ) -> Result<(), RunError> {
-    let at = Sbdf {
-        segment,
-        bdf: node.bdf,
-    };
+    let at = place.of(node);
     match node.kind {
         NodeKind::RootPort | NodeKind::UpstreamPort | NodeKind::DownstreamPort => {}
         NodeKind::HostBridge | NodeKind::IsaBridge => {
             let requester = Arc::new(Requester::new(at));
             builder.attach(at, BoardBridge::new(&node.name, &node.identity, requester))?;
         }
+        NodeKind::Iommu(index) => builder.attach(at, connections.viommus.unit(index))?,
         NodeKind::Endpoint(index) => {
             let planned = plan
                 .devices
                 .get(index)
                 .expect("a plan's endpoints name its devices");
-            builder.attach(at, endpoint(planned, connections, node, at, on_root_bus)?)?;
+            builder.attach(at, endpoint(planned, connections, place, node)?)?;
         }
     }
     let behind = node.bridge.iter().flat_map(|bridge| &bridge.children);
     for child in behind {
-        attach(builder, plan, connections, segment, child, false)?;
+        let place = Place {
+            on_root_bus: false,
+            ..place
+        };
+        attach(builder, plan, connections, place, child)?;
     }
     Ok(())
 }
@@ -93,14 +122,18 @@ fn attach(
 fn endpoint(
     planned: &DevicePlan,
     connections: &mut Connections<'_>,
+    place: Place<'_>,
     node: &Node,
-    at: Sbdf,
-    on_root_bus: bool,
 ) -> Result<Arc<dyn Function>, RunError> {
+    let Place {
+        upstream,
+        on_root_bus,
+        ..
+    } = place;
     let name = planned.name.clone();
-    let requester = Arc::new(Requester::new(at));
-    let dma = Dma::new(requester.clone(), connections.ram.clone());
-    let msi = MsiPort::new(requester, connections.messages.clone());
+    let requester = Arc::new(Requester::new(place.of(node)));
+    let dma = upstream.dma(requester.clone(), connections.ram.clone());
+    let msi = MsiPort::new(requester, upstream.messages.clone());
     let intx = node.intx.map(|intx| (intx.pin, connections.board.wire(intx.gsi)));
     let device: Arc<dyn VirtioDevice> = match &planned.kind {
         DeviceKind::Block(block) => Arc::new(Block::open(&BlockConfig {
@@ -129,15 +162,17 @@ fn endpoint(
         }
         DeviceKind::Rng(_) => Arc::new(Rng::new(name)),
         DeviceKind::Test(test) => {
-            return Ok(TestDevice::new(TestDeviceParts {
+            let device = TestDevice::new(TestDeviceParts {
                 name,
                 msix_vectors: test.msix_vectors,
                 dma,
                 msi,
                 intx,
                 on_root_bus,
-                agent: None,
-            })?);
+                agent: upstream.agent(),
+            })?;
+            upstream.tell_of_invalidations(device.follower());
+            return Ok(device);
         }
     };
     let parts = VirtioPciParts {
@@ -146,7 +181,7 @@ fn endpoint(
         doorbells: connections.doorbells.clone(),
         intx,
         on_root_bus,
-        access_platform: false,
+        access_platform: upstream.translates(),
     };
     Ok(VirtioPci::new(device, parts)?)
 }

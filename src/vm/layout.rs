@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! 0                     RAM, up to the 32-bit hole
-//! pci hole .. 0xfebfffff  the ECAM of each segment, then the root complexes' 32-bit windows
+//! pci hole .. 0xfebfffff  the ECAM of each segment, then the root complexes' 32-bit windows; at the end the
+//!                       IOMMUs' registers, where there are some
 //! 0xfec00000            IOAPIC
 //! 0xfed00000            HPET, where there is one
 //! 0xfed80000-0xfed8ffff nothing: Zen guests read the southbridge's reset status there and expect all ones
@@ -16,8 +17,9 @@
 
 use serde::Serialize;
 
-use crate::pci::assign::{AssignError, Measured, Pools, Space, TreeSpec, measure};
-use crate::pci::tree::{ECAM_BYTES, PciTree, PortRange};
+use crate::iommu::emulated;
+use crate::pci::assign::{AssignError, FunctionSpec, Measured, Pools, Space, TreeSpec, measure};
+use crate::pci::tree::{ECAM_BYTES, NodeKind, PciTree, PortRange};
 use crate::platform::addr::{Gpa, GpaRange};
 
 /// The I/O APIC's registers: one page.
@@ -47,6 +49,8 @@ const SMALLEST_HOLE_START: u64 = 3 << 30;
 const LARGEST_HOLE_START: u64 = 1 << 30;
 /// The hole grows in steps of this, so that ECAMs in it are aligned.
 const HOLE_STEP: u64 = 256 << 20;
+/// Windows end at a multiple of this, so the registers of the IOMMUs behind them begin there.
+const VIOMMU_ALIGN: u64 = 1 << 20;
 /// 64-bit windows begin at a multiple of this.
 const MEM64_ALIGN: u64 = 1 << 30;
 /// Ports that I/O windows are cut from: those below belong to the board.
@@ -63,6 +67,8 @@ pub struct Layout {
     pub low_ram_end: Gpa,
     /// What the root complexes' 32-bit windows are cut from.
     pub mem32: GpaRange,
+    /// The registers of the IOMMUs, one after the other; `None` when there are none.
+    pub viommus: Option<GpaRange>,
     /// From the first to the last of the root complexes' 64-bit windows; `None` when there is none.
     pub mem64: Option<GpaRange>,
     /// The highest address in use: the guest's and the host's processors must reach it.
@@ -102,7 +108,9 @@ pub struct Mapped {
 /// Lay out `ram` bytes of RAM (at most [`MAX_RAM`]) and the hierarchy `spec` asks for.
 pub fn map(ram: u64, spec: &TreeSpec) -> Result<Mapped, LayoutError> {
     let measured = measure(spec)?;
-    let (low_ram_end, ecam, mem32) = low_windows(&measured)?;
+    let viommus = viommu_registers(spec);
+    let hole_end = viommus.map_or(PCI_HOLE_END, GpaRange::start);
+    let (low_ram_end, ecam, mem32) = low_windows(&measured, hole_end)?;
     let ram = ram_regions(ram, low_ram_end);
     let ram_end = ram.last().map_or(0, |region| region.last().0 + 1);
     let pools = Pools {
@@ -120,14 +128,27 @@ pub fn map(ram: u64, spec: &TreeSpec) -> Result<Mapped, LayoutError> {
     let layout = Layout {
         low_ram_end,
         mem32,
+        viommus,
         mem64,
         highest,
     };
     Ok(Mapped { layout, ram, pci })
 }
 
-/// The smallest hole that holds the ECAMs and the 32-bit windows.
-fn low_windows(measured: &Measured<'_>) -> Result<(Gpa, Vec<GpaRange>, GpaRange), LayoutError> {
+/// Where the registers of the IOMMUs among the functions of `spec` are: at the end of the PCI hole, and outside
+/// every window, so that a guest never gives the addresses to a device.
+fn viommu_registers(spec: &TreeSpec) -> Option<GpaRange> {
+    let is_unit = |function: &&FunctionSpec| matches!(function.kind, NodeKind::Iommu(_));
+    let units = spec.functions.iter().filter(is_unit).count() as u64;
+    let len = (units * emulated::MMIO_LEN).next_multiple_of(VIOMMU_ALIGN);
+    GpaRange::new(Gpa(PCI_HOLE_END.0 - len), len)
+}
+
+/// The smallest hole up to `hole_end` that holds the ECAMs and the 32-bit windows.
+fn low_windows(
+    measured: &Measured<'_>,
+    hole_end: Gpa,
+) -> Result<(Gpa, Vec<GpaRange>, GpaRange), LayoutError> {
     let segments = measured.segments();
     let most = usize::try_from((PCI_HOLE_END.0 - LARGEST_HOLE_START) / ECAM_BYTES).expect("a dozen");
     if segments > most {
@@ -138,7 +159,7 @@ fn low_windows(measured: &Measured<'_>) -> Result<(Gpa, Vec<GpaRange>, GpaRange)
     loop {
         let ecam: Vec<GpaRange> = ecam_at(start).collect();
         let mem32 = start + segments as u64 * ECAM_BYTES;
-        let tried = match PCI_HOLE_END
+        let tried = match hole_end
             .0
             .checked_sub(mem32)
             .and_then(|len| GpaRange::new(Gpa(mem32), len))
@@ -204,9 +225,9 @@ fn span(ranges: impl Iterator<Item = GpaRange>) -> Option<GpaRange> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pci::assign::{FunctionSpec, Parent, RootSpec};
+    use crate::pci::assign::{Parent, RootSpec};
     use crate::pci::bar::BarSpec;
-    use crate::pci::tree::{BarKind, Identity, NodeKind};
+    use crate::pci::tree::{BarKind, Identity};
 
     fn roots(segments: u16) -> TreeSpec {
         let root = |segment| RootSpec {
@@ -216,6 +237,19 @@ mod tests {
         };
         TreeSpec {
             roots: (0..segments).map(root).collect(),
+            functions: Vec::new(),
+        }
+    }
+
+    /// Root complexes of one segment.
+    fn shared(roots: usize) -> TreeSpec {
+        let root = |at| RootSpec {
+            name: format!("rc{at}"),
+            segment: 0,
+            buses: None,
+        };
+        TreeSpec {
+            roots: (0..roots).map(root).collect(),
             functions: Vec::new(),
         }
     }
@@ -297,6 +331,32 @@ mod tests {
             matches!(error, LayoutError::Pci(AssignError::WindowsDoNotFit { .. })),
             "{error:?}"
         );
+    }
+
+    #[test]
+    fn the_registers_of_iommus_are_at_the_end_of_the_hole_and_in_no_window() {
+        let unit = |root| FunctionSpec {
+            name: format!("iommu{root}"),
+            kind: NodeKind::Iommu(root),
+            identity: emulated::IDENTITY,
+            parent: Parent::Root(root),
+            slot: None,
+            bars: Vec::new(),
+            intx: false,
+        };
+        let spec = |units| TreeSpec {
+            functions: (0..units).map(unit).collect(),
+            ..shared(65)
+        };
+        let one = mapped(4 << 30, &spec(1)).layout;
+        assert_eq!(
+            one.viommus.map(|r| r.to_string()).as_deref(),
+            Some("feb00000-febfffff")
+        );
+        assert_eq!(one.mem32.last(), Gpa(0xfeaf_ffff));
+        let many = mapped(4 << 30, &spec(65)).layout;
+        assert_eq!(many.viommus.map(GpaRange::start), Some(Gpa(0xfea0_0000)));
+        assert_eq!(mapped(4 << 30, &spec(0)).layout.viommus, None);
     }
 
     #[test]

@@ -13,6 +13,7 @@ pub mod logging;
 pub mod plan;
 pub mod stats;
 pub mod vcpu_loop;
+mod viommus;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -161,6 +162,11 @@ impl Machine<'_> {
                     return Ok(ended);
                 }
             }
+            if self.reports.count() > 0 {
+                self.viommus
+                    .iter()
+                    .for_each(|unit| tracing::info!(unit = unit.name(), "{}", unit.state()));
+            }
             let signals = self.signals.count();
             match operator.stop(signals, Instant::now()) {
                 Stop::Wait => {}
@@ -263,6 +269,7 @@ impl Machine<'_> {
         let buses = [&*around.ports, &*around.mmio];
         Stats::take(
             &around.milestones,
+            self.viommus.iter().map(|unit| (unit.name(), unit.counts())),
             self.board.since_init(),
             counts,
             buses,

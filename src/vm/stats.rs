@@ -1,5 +1,6 @@
 //! What a run cost: exits by reason and device, boot milestones, memory beyond guest RAM.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::ops::RangeInclusive;
@@ -10,6 +11,9 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::iommu::amd::commands::Command;
+use crate::iommu::amd::counters::Counts;
+use crate::iommu::amd::spec::event::Code;
 use crate::platform::bus::{Bus, Traffic};
 use crate::platform::host::HostError;
 use crate::platform::kvm::Exit;
@@ -122,6 +126,26 @@ pub struct Stats {
     exits: Exits,
     /// Memory of the VMM without guest RAM.
     memory: Option<Memory>,
+    /// What each IOMMU did.
+    viommus: Vec<ViommuReport>,
+}
+
+/// What one IOMMU did.
+#[derive(Debug, Serialize, PartialEq, Eq)]
+struct ViommuReport {
+    name: String,
+    /// Writes to the command buffer's tail.
+    doorbells: u64,
+    /// Commands carried out, by kind; kinds without any left out.
+    commands: BTreeMap<&'static str, u64>,
+    /// Errors that stopped the command processor.
+    stops: u64,
+    /// Translations from the cache.
+    hits: u64,
+    /// Translations by a walk.
+    walks: u64,
+    /// Events by code, logged or lost; codes without any left out.
+    events: BTreeMap<String, u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -186,6 +210,7 @@ impl Stats {
     #[must_use]
     pub fn take<'a>(
         milestones: &Milestones,
+        viommus: impl Iterator<Item = (&'a str, Counts)>,
         since_init: Option<Duration>,
         counts: impl Iterator<Item = &'a ExitCounts> + Clone,
         [ports, mmio]: [&Bus; 2],
@@ -236,6 +261,9 @@ impl Stats {
                 unanswered: accesses.saturating_sub(answered),
             },
             memory: Memory::now(guest_ram),
+            viommus: viommus
+                .map(|(name, counts)| ViommuReport::new(name, &counts))
+                .collect(),
         }
     }
 
@@ -244,6 +272,25 @@ impl Stats {
         let text = serde_json::to_string_pretty(self).expect("numbers and strings are JSON");
         fs::write(path, text + "\n")
             .map_err(|source| HostError::new(format!("write the statistics to {}", path.display()), source))
+    }
+}
+
+impl ViommuReport {
+    fn new(name: &str, counts: &Counts) -> Self {
+        let commands = Command::KINDS.into_iter().zip(counts.commands);
+        let events = (0_u8..).zip(counts.events);
+        Self {
+            name: name.to_owned(),
+            doorbells: counts.doorbells,
+            commands: commands.filter(|(_, count)| *count > 0).collect(),
+            stops: counts.stops,
+            hits: counts.hits,
+            walks: counts.walks,
+            events: events
+                .filter(|(_, count)| *count > 0)
+                .map(|(code, count)| (Code(code).to_string(), count))
+                .collect(),
+        }
     }
 }
 
@@ -328,7 +375,14 @@ mod tests {
         counts[1].count(ExitReason::PortRead);
         counts[1].count(ExitReason::EndOfInterrupt);
         let milestones = Milestones::new(Instant::now());
-        let stats = Stats::take(&milestones, None, counts.iter(), [&ports, &mmio], &[]);
+        let stats = Stats::take(
+            &milestones,
+            [].into_iter(),
+            None,
+            counts.iter(),
+            [&ports, &mmio],
+            &[],
+        );
         let json = serde_json::to_value(&stats).expect("JSON");
         assert_eq!(json["exits"]["total"], 3);
         assert_eq!(json["exits"]["by_vcpu"], serde_json::json!([1, 2]));
@@ -368,9 +422,40 @@ Rss:                3000 kB
     }
 
     #[test]
+    fn what_an_iommu_did_is_counted_by_name() {
+        let mut counts = Counts {
+            doorbells: 2,
+            hits: 9,
+            ..Counts::default()
+        };
+        counts.commands[0] = 3;
+        counts.events[2] = 1;
+        counts.events[15] = 1;
+        let report = ViommuReport::new("iommu0", &counts);
+        let json = serde_json::to_value(&report).expect("JSON");
+        let expected = serde_json::json!({
+            "name": "iommu0",
+            "doorbells": 2,
+            "commands": { "completion_wait": 3 },
+            "stops": 0,
+            "hits": 9,
+            "walks": 0,
+            "events": { "io_page_fault": 1, "code 15": 1 },
+        });
+        assert_eq!(json, expected);
+    }
+
+    #[test]
     fn an_unwritable_file_is_named() {
         let milestones = Milestones::new(Instant::now());
-        let stats = Stats::take(&milestones, None, [].iter(), [&Bus::ports(), &Bus::mmio()], &[]);
+        let stats = Stats::take(
+            &milestones,
+            [].into_iter(),
+            None,
+            [].iter(),
+            [&Bus::ports(), &Bus::mmio()],
+            &[],
+        );
         let error = stats
             .write(Path::new("/nowhere/stats.json"))
             .expect_err("no such folder");

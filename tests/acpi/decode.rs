@@ -34,6 +34,7 @@ pub(crate) fn outline(memory: &[u8], base: u64, root: u64) -> String {
             b"HPET" => {
                 let _ = writeln!(out, "  at {:#x}, id {:#x}", u64_at(table, 44), u32_at(table, 36));
             }
+            b"IVRS" => ivrs(table, &mut out),
             unknown => panic!("an unknown table {}", text(unknown)),
         }
     }
@@ -158,6 +159,77 @@ fn spcr(table: &[u8], out: &mut String) {
         register(table, 40),
         u32_at(table, 54)
     );
+}
+
+fn ivrs(table: &[u8], out: &mut String) {
+    let info = u32_at(table, 36);
+    let _ = writeln!(
+        out,
+        "  info {info:#010x}: {} bits physical, {} virtual",
+        info >> 8 & 0x7f,
+        info >> 15 & 0x7f
+    );
+    assert_eq!(table[40..48], [0; 8], "reserved");
+    let mut rest = &table[48..];
+    while !rest.is_empty() {
+        let (block, after) = rest.split_at(usize::from(u16_at(rest, 2)));
+        rest = after;
+        ivhd(block, out);
+    }
+}
+
+/// One unit by one type of block: its header, then who it covers.
+fn ivhd(block: &[u8], out: &mut String) {
+    let header = if block[0] == 0x10 { 24 } else { 40 };
+    let _ = writeln!(
+        out,
+        "  IVHD {:02x}h flags {:#04x}, {} of segment {}, capability at {:#x}, registers at {:#x}, info {:#x}",
+        block[0],
+        block[1],
+        bdf(u16_at(block, 4)),
+        u16_at(block, 16),
+        u16_at(block, 6),
+        u64_at(block, 8),
+        u16_at(block, 18)
+    );
+    let _ = writeln!(out, "    features or attributes {:#010x}", u32_at(block, 20));
+    if header == 40 {
+        let _ = writeln!(
+            out,
+            "    EFR {:#018x}, EFR2 {:#x}",
+            u64_at(block, 24),
+            u64_at(block, 32)
+        );
+    }
+    let mut entries = Aml {
+        bytes: &block[header..],
+    };
+    while !entries.bytes.is_empty() {
+        let kind = entries.byte();
+        let _ = match kind {
+            0x02..=0x04 => {
+                let what = ["only", "from", "to"][usize::from(kind - 2)];
+                let body = entries.take(3);
+                assert_eq!(body[2], 0, "no data");
+                writeln!(out, "    {what} {}", bdf(u16_at(body, 0)))
+            }
+            0x48 => {
+                let body = entries.take(7);
+                let what = ["", "I/O APIC", "HPET"][usize::from(body[6])];
+                let sender = bdf(u16_at(body, 4));
+                writeln!(
+                    out,
+                    "    {what} {} sends as {sender}, data {:#04x}",
+                    body[3], body[2]
+                )
+            }
+            unknown => panic!("an unknown device entry {unknown:#04x}"),
+        };
+    }
+}
+
+fn bdf(id: u16) -> String {
+    format!("{:02x}:{:02x}.{}", id >> 8, id >> 3 & 0x1f, id & 7)
 }
 
 /// AML from some point on.

@@ -5,11 +5,15 @@
 
 mod decode;
 
+use std::path::Path;
+
 use ravelin::pci::assign::{BarSpec, FunctionSpec, Parent, RootSpec, Slot, TreeSpec};
 use ravelin::pci::tree::{BarKind, Identity, NodeKind};
 use ravelin::platform::addr::Gpa;
-use ravelin::vm::boot::acpi::{Hardware, describe};
+use ravelin::vm::boot::acpi::{Hardware, describe, tables};
+use ravelin::vm::config::Config;
 use ravelin::vm::layout;
+use ravelin::vm::plan::Plan;
 
 const AT: Gpa = Gpa(0xe_0000);
 const RAM: u64 = 1 << 30;
@@ -93,6 +97,7 @@ impl Hierarchy {
         let hardware = Hardware {
             apic_ids,
             pci: &mapped.pci,
+            viommus: &[],
             hpet,
             pvpanic: true,
         };
@@ -141,6 +146,42 @@ fn switches_in_switches_route_their_pins_through_one_port() {
         above = pci.port(NodeKind::DownstreamPort, upstream);
     }
     recorded("deep-switches", &pci.told(&[0, 1], false));
+}
+
+/// What the tables say about the machine of `toml`.
+fn told_of(toml: &str) -> String {
+    let config = Config::parse(Path::new("machine.toml"), toml).expect("a machine");
+    let plan = Plan::resolve(&config).expect("a machine that can be");
+    let tables = tables(&plan, AT);
+    decode::outline(&tables.bytes, AT.0, tables.rsdp.0)
+}
+
+/// What they say about its IOMMUs.
+fn ivrs(toml: &str) -> String {
+    let told = told_of(toml);
+    let from = told.find("IVRS").expect("there are some");
+    told[from..].to_owned()
+}
+
+#[test]
+fn each_iommu_is_described_three_times_and_one_has_the_ioapic() {
+    let toml = "[board]\nhpet = true\n[[root-complex]]\n[[root-complex]]\n[[root-complex]]\nsegment = 1\n\
+        [[viommu]]\non = \"rc1\"\n[[viommu]]\non = \"rc0\"\n[[viommu]]\non = \"rc2\"\n\
+        [[rng]]\non = \"rc1\"\nslot = \"0.1\"\n[[root-port]]\n[[rng]]\nport = \"rp0\"\n";
+    recorded("viommus", &ivrs(toml));
+}
+
+#[test]
+fn an_iommu_elsewhere_in_segment_0_has_the_ioapic_where_bus_0_has_none() {
+    let toml = "[[root-complex]]\n[[root-complex]]\n[[viommu]]\non = \"rc1\"\n";
+    recorded("viommu-beside", &ivrs(toml));
+}
+
+#[test]
+fn v2_tables_alone_disable_host_tables_and_everything_optional_shows() {
+    let toml = "[[viommu]]\npage-table = \"v2\"\npasid-bits = 16\nats = true\nxt = false\nintremap = false\n\
+        npcache = true\n";
+    recorded("viommu-v2", &ivrs(toml));
 }
 
 #[test]

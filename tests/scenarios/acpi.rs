@@ -5,21 +5,21 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use ravelin::pci::tree::PciTree;
 use ravelin::platform::addr::Gpa;
 use ravelin::vm::boot::acpi::{Hardware, RSDP_LEN, describe};
+use ravelin::vm::plan::Plan;
 
 /// Where the tables say they are.
 const AT: u64 = 0xe_0000;
 
-/// Tables of a machine with this hierarchy, each in a file of its own.
-fn files(pci: &PciTree, folder: &Path) -> Vec<PathBuf> {
+/// Tables of a machine with the hierarchy and the IOMMUs of `plan`, each in a file of its own.
+fn files(plan: &Plan, folder: &Path) -> Vec<PathBuf> {
     let apic_ids: Vec<u32> = (0..300).collect();
     let hardware = Hardware {
         apic_ids: &apic_ids,
-        pci,
         hpet: true,
         pvpanic: true,
+        ..Hardware::from(plan)
     };
     let bytes = describe(&hardware, Gpa(AT)).bytes;
     let number = |at: usize, len: usize| {
@@ -79,7 +79,7 @@ fn content(table: &[u8]) -> Vec<u8> {
 fn iasl_makes_the_same_bytes_of_every_table_without_a_warning() {
     for (name, plan) in crate::topologies::plans() {
         let folder = tempfile::tempdir().expect("a folder");
-        for table in files(&plan.pci, folder.path()) {
+        for table in files(&plan, folder.path()) {
             iasl(&["-d"], &table);
             let said = iasl(&["-we"], &table.with_extension("dsl"));
             let made = fs::read(table.with_extension("aml")).expect("compiled");

@@ -25,3 +25,4 @@ mod multiboot;
 mod refused;
 mod test_device;
 mod topologies;
+mod viommu;

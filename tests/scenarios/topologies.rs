@@ -14,6 +14,7 @@ const FLAT: &str = include_str!("../../configs/flat.toml");
 const TALK: &str = include_str!("../../configs/quickstart.toml");
 const DEEP_SWITCHES: &str = include_str!("../../configs/deep-switches.toml");
 const MULTI_FUNCTION: &str = include_str!("../../configs/multi-function.toml");
+const VIOMMU: &str = include_str!("../../configs/viommu.toml");
 const SEGMENTS: &str = include_str!("../../configs/segments.toml");
 
 /// Every topology here with its plan.
@@ -24,6 +25,7 @@ pub(crate) fn plans() -> Vec<(&'static str, Plan)> {
         ("deep switches", DEEP_SWITCHES),
         ("multi-function", MULTI_FUNCTION),
         ("segments", SEGMENTS),
+        ("IOMMUs", VIOMMU),
     ];
     topologies.map(|(name, toml)| (name, plan(toml))).to_vec()
 }

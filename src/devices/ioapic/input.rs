@@ -117,9 +117,18 @@ impl Input {
         Some(message)
     }
 
-    /// Some processor ended `vector`.
-    pub(super) fn end(&mut self, vector: u8) -> Ended {
-        if !self.entry.is_level() || !self.entry.remote_irr() || self.entry.vector() != vector {
+    /// The guest ended the interrupt of entries with `vector`.
+    pub(super) fn end_of_entry(&mut self, vector: u8) -> Ended {
+        if self.entry.vector() == vector {
+            self.end()
+        } else {
+            Ended::NotOurs
+        }
+    }
+
+    /// Some processor ended an interrupt that this input's message brought it.
+    pub(super) fn end(&mut self) -> Ended {
+        if !self.entry.is_level() || !self.entry.remote_irr() {
             return Ended::NotOurs;
         }
         self.entry.set_remote_irr(false);

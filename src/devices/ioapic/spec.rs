@@ -150,17 +150,20 @@ impl Redirection {
         )
     }
 
-    /// The message this entry sends, in compatibility format (Intel SDM volume 3, 12.11), or `None` where a
-    /// processor would take none: a vector below 16, an 8259's vector, a reserved mode.
+    /// The message this entry sends, in compatibility format (Intel SDM volume 3, 12.11), or `None` in a mode
+    /// that is reserved or an 8259's. Whether a processor takes the vector is not known here: under remapping
+    /// it is an index, mostly a small one.
     #[must_use]
     pub fn message(self) -> Option<MsiMessage> {
-        const FIRST_LEGAL_VECTOR: u8 = 16;
         let mode = DeliveryMode(self.delivery_mode());
-        let deliverable = match mode {
-            DeliveryMode::FIXED | DeliveryMode::LOWEST_PRIORITY => self.vector() >= FIRST_LEGAL_VECTOR,
-            DeliveryMode::SMI | DeliveryMode::NMI | DeliveryMode::INIT => true,
-            _ => false,
-        };
+        let deliverable = matches!(
+            mode,
+            DeliveryMode::FIXED
+                | DeliveryMode::LOWEST_PRIORITY
+                | DeliveryMode::SMI
+                | DeliveryMode::NMI
+                | DeliveryMode::INIT
+        );
         let address = 0xfee0_0000 | u64::from(self.destination()) << 5 | u64::from(self.logical()) << 2;
         // Bit 15 is the trigger mode, bit 14 says that a level-triggered line is asserted.
         let trigger = if self.is_level() { 0b11 << 14 } else { 0 };
@@ -211,20 +214,19 @@ mod tests {
     }
 
     #[test]
-    fn what_no_processor_takes_is_not_sent() {
+    fn modes_without_a_meaning_are_not_sent_and_indices_below_16_are() {
         let with = |mode: DeliveryMode, vector| {
             Redirection::new()
                 .with_delivery_mode(mode.0)
                 .with_vector(vector)
                 .message()
         };
-        assert_eq!(with(DeliveryMode::FIXED, 15), None);
-        assert_eq!(with(DeliveryMode::LOWEST_PRIORITY, 0), None);
         assert_eq!(with(DeliveryMode(3), 0x30), None);
         assert_eq!(with(DeliveryMode(6), 0x30), None);
         assert_eq!(with(DeliveryMode::EXTINT, 0x30), None);
         assert!(with(DeliveryMode::NMI, 0).is_some());
-        assert!(with(DeliveryMode::FIXED, 16).is_some());
+        assert!(with(DeliveryMode::FIXED, 4).is_some());
+        assert!(with(DeliveryMode::LOWEST_PRIORITY, 0).is_some());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use crate::devices::clock::manual::{ManualAlarm, ManualClock};
 use crate::platform::host::HostError;
 use crate::platform::irq::IrqLine;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 
 const LEVEL: u32 = 1 << 15;
 const MASKED: u32 = 1 << 16;
@@ -23,6 +23,10 @@ enum Told {
 struct Kernel {
     told: Mutex<Vec<Told>>,
     refuses_routes: AtomicBool,
+    /// The vector of each input's route.
+    routes: Mutex<[Option<u8>; IOAPIC_INPUTS as usize]>,
+    /// What remapping adds to the vectors that processors see.
+    shift: AtomicU8,
 }
 
 impl Kernel {
@@ -49,7 +53,16 @@ impl IoApicHost for Kernel {
             return Err(HostError::new("set a route", io::ErrorKind::OutOfMemory));
         }
         lock(&self.told).push(Told::Route(pin, message.map(|message| message.data)));
+        let vector = message.map(|message| message.data.to_le_bytes()[0]);
+        lock(&self.routes)[usize::from(pin)] = vector;
         Ok(())
+    }
+
+    fn pins_of(&self, vector: u8) -> u32 {
+        let sent = vector.wrapping_sub(self.shift.load(Ordering::Relaxed));
+        let routes = lock(&self.routes);
+        let pins = (0..routes.len()).filter(|pin| routes[*pin] == Some(sent));
+        pins.fold(0, |found, pin| found | 1 << pin)
     }
 }
 
@@ -292,6 +305,24 @@ fn the_end_of_another_vector_changes_nothing() {
     board.ioapic.end_of_interrupt(0x42);
     assert_eq!(board.kernel.drain(), []);
     assert_eq!(board.low(16) & REMOTE_IRR, REMOTE_IRR);
+}
+
+#[test]
+fn under_remapping_the_end_of_what_processors_saw_counts_and_the_eoi_register_takes_the_entrys() {
+    let board = Board::new();
+    board.kernel.shift.store(0x20, Ordering::Relaxed);
+    board.entry(16, LEVEL | 0x10);
+    let line = board.line(16);
+    line.set(true);
+    board.kernel.drain();
+    board.ioapic.end_of_interrupt(0x10);
+    assert_eq!(board.kernel.drain(), []);
+    board.ioapic.end_of_interrupt(0x30);
+    assert_eq!(board.kernel.signals(), [0xc010]);
+    board.ioapic.write(0x40, &[0x30]);
+    assert_eq!(board.kernel.drain(), []);
+    board.ioapic.write(0x40, &[0x10]);
+    assert_eq!(board.kernel.signals(), [0xc010]);
 }
 
 #[test]

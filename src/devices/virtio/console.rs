@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::event::{EventfdFlags, eventfd};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::queue::{Broken, QueueMemory};
+use super::queue::{Broken, MemoryViews};
 use super::worker::{Notify, ServedQueue, Service, Source, Turn, Unit, Woken};
 use super::{Activation, Features, Interrupts, Kind, VirtioDevice, read_structure};
 use crate::devices::character::{GuestEnd, HostEnd};
@@ -206,10 +206,9 @@ impl Service for ConsoleQueues {
         let _ = rustix::io::read(&self.port.wake, &mut [0_u8; 8]);
         let mut turn = Turn::Idle;
         for queue in queues {
-            let view = dma.view();
             turn = turn.or(match queue.index() {
-                RECEIVE => self.receive(&view, queue)?,
-                TRANSMIT => self.transmit(&view, queue)?,
+                RECEIVE => self.receive(dma, queue)?,
+                TRANSMIT => self.transmit(dma, queue)?,
                 _ => Turn::Idle,
             });
         }
@@ -219,7 +218,7 @@ impl Service for ConsoleQueues {
 
 impl ConsoleQueues {
     /// What is typed goes to the driver.
-    fn receive<M: QueueMemory>(&mut self, mem: &M, queue: &mut ServedQueue) -> Result<Turn, Broken> {
+    fn receive<V: MemoryViews>(&mut self, mem: &V, queue: &mut ServedQueue) -> Result<Turn, Broken> {
         let turn = queue.drain(mem, Notify::Batch, |chain| {
             let mut input = self.port.input();
             if input.is_empty() {
@@ -234,7 +233,7 @@ impl ConsoleQueues {
     }
 
     /// What the driver says is shown.
-    fn transmit<M: QueueMemory>(&mut self, mem: &M, queue: &mut ServedQueue) -> Result<Turn, Broken> {
+    fn transmit<V: MemoryViews>(&mut self, mem: &V, queue: &mut ServedQueue) -> Result<Turn, Broken> {
         if !self.show() {
             return Ok(Turn::Idle);
         }

@@ -8,9 +8,11 @@ use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
+use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions, VolatileSlice};
 
 use crate::platform::addr::Iova;
+use crate::platform::dma::{Dma, DmaView};
 use crate::platform::vectored::MOST_SLICES;
 
 /// The largest queue a device may offer; a larger one gains nothing and costs table space.
@@ -19,10 +21,66 @@ pub const LARGEST_QUEUE: u16 = 1024;
 /// Descriptors in one chain, indirect ones included: as many as one system call takes buffers.
 const LONGEST_CHAIN: usize = MOST_SLICES;
 
+/// Stretches of memory in one chain: behind an IOMMU, one buffer may be as many as it has pages. 64 MiB of
+/// single pages, and no more than a megabyte to describe them.
+const MOST_PIECES: usize = 16_384;
+
 /// Guest memory as queues use it.
 pub trait QueueMemory: GuestMemory<Bitmap = ()> {}
 
 impl<M: GuestMemory<Bitmap = ()>> QueueMemory for M {}
+
+/// Where views of guest memory come from, one for each piece of work: a device's [`Dma`], or memory that
+/// nothing stands before.
+pub trait MemoryViews {
+    /// Memory for the length of one piece of work.
+    type View<'v>: QueueMemory
+    where
+        Self: 'v;
+
+    /// Memory as it is seen now.
+    fn view(&self) -> Self::View<'_>;
+}
+
+impl MemoryViews for Dma {
+    type View<'v> = DmaView<'v>;
+
+    fn view(&self) -> DmaView<'_> {
+        Self::view(self)
+    }
+}
+
+impl<M: QueueMemory> MemoryViews for M {
+    type View<'v>
+        = Untranslated<'v, M>
+    where
+        M: 'v;
+
+    fn view(&self) -> Untranslated<'_, M> {
+        Untranslated(self)
+    }
+}
+
+/// Memory that looks the same to everybody at any time.
+pub struct Untranslated<'m, M>(&'m M);
+
+impl<M: QueueMemory> GuestMemory for Untranslated<'_, M> {
+    type PhysicalMemory = M::PhysicalMemory;
+    type Bitmap = ();
+
+    fn check_range(&self, addr: GuestAddress, count: usize, access: Permissions) -> bool {
+        self.0.check_range(addr, count, access)
+    }
+
+    fn get_slices<'a>(
+        &'a self,
+        addr: GuestAddress,
+        count: usize,
+        access: Permissions,
+    ) -> Result<impl GuestMemorySliceIterator<'a, ()>, GuestMemoryError> {
+        self.0.get_slices(addr, count, access)
+    }
+}
 
 /// Where a driver put a queue, and how long it is.
 ///
@@ -193,6 +251,9 @@ impl VirtQueue {
             };
             for slice in mem.get_slices(at, len as usize, access).map_err(out_of_reach)? {
                 buffers.push(slice.map_err(out_of_reach)?);
+            }
+            if chain.readable.slices.len() + chain.writable.slices.len() > MOST_PIECES {
+                return Err(Broken::Chain(head));
             }
         }
         // The walk ends early where a descriptor or table cannot be read, is outside or nested.

@@ -6,7 +6,7 @@ use std::io;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use super::queue::{Broken, Chain, QueueMemory};
+use super::queue::{Broken, Chain, MemoryViews};
 use super::worker::{Notify, ServedQueue, Service, Turn, Unit, Woken};
 use super::{Activation, Features, Kind, VirtioDevice};
 use crate::guest_warn;
@@ -71,14 +71,14 @@ impl Service for RngQueue {
     fn turn(&mut self, _woken: Woken, dma: &Dma, queues: &mut [ServedQueue]) -> Result<Turn, Broken> {
         let mut turn = Turn::Idle;
         for queue in queues {
-            turn = turn.or(Self::serve(&dma.view(), queue)?);
+            turn = turn.or(Self::serve(dma, queue)?);
         }
         Ok(turn)
     }
 }
 
 impl RngQueue {
-    fn serve<M: QueueMemory>(mem: &M, queue: &mut ServedQueue) -> Result<Turn, Broken> {
+    fn serve<V: MemoryViews>(mem: &V, queue: &mut ServedQueue) -> Result<Turn, Broken> {
         queue.drain(mem, Notify::Batch, |chain| {
             Ok(Some(Self::fill(chain).unwrap_or_else(|error| {
                 guest_warn!("the host gave no entropy: {error}");

@@ -11,7 +11,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Interrupts;
-use super::queue::{Broken, Chain, QueueMemory, VirtQueue};
+use super::queue::{Broken, Chain, MemoryViews, QueueMemory, VirtQueue};
 use crate::guest_warn;
 use crate::platform::dma::Dma;
 use crate::platform::host::HostError;
@@ -189,17 +189,21 @@ impl ServedQueue {
 
     /// Serve what is available, at most one ring's worth: `each` says how many bytes it wrote, or `None`
     /// to leave the chain for later and end the turn.
-    pub fn drain<M: QueueMemory>(
+    ///
+    /// Each chain has a view of memory of its own: who changes translations waits for one request, not for
+    /// a ring of them.
+    pub fn drain<V: MemoryViews>(
         &mut self,
-        mem: &M,
+        mem: &V,
         notify: Notify,
         mut each: impl FnMut(&mut Chain<'_>) -> Result<Option<u32>, Broken>,
     ) -> Result<Turn, Broken> {
-        self.queue.disarm(mem)?;
+        self.queue.disarm(&mem.view())?;
         let mut turn = Turn::Again;
         for _ in 0..self.queue.size() {
-            let Some(mut chain) = self.pop(mem)? else {
-                if self.rearm(mem)? {
+            let view = &mem.view();
+            let Some(mut chain) = self.pop(view)? else {
+                if self.rearm(view)? {
                     continue;
                 }
                 turn = Turn::Idle;
@@ -210,12 +214,12 @@ impl ServedQueue {
                 turn = Turn::Idle;
                 break;
             };
-            self.complete(mem, chain.head, written)?;
+            self.complete(view, chain.head, written)?;
             if notify == Notify::Each {
-                self.notify(mem)?;
+                self.notify(view)?;
             }
         }
-        self.notify(mem)?;
+        self.notify(&mem.view())?;
         Ok(turn)
     }
 }

@@ -133,6 +133,18 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
 
     /// What becomes of a message of `device`. The guard is kept until the interrupt has gone out.
     pub fn remap(&self, device: Bdf, message: MsiMessage) -> Result<Remapped, Abort> {
+        self.remapped(device, message)
+            .map_err(|Lost { event }| event.map_or_else(Abort::silently, |event| self.unit.abort(event)))
+    }
+
+    /// What would become of a message of `device`, for a route that is made before it is sent. Nothing is
+    /// reported; `None` where it would go nowhere.
+    #[must_use]
+    pub fn route(&self, device: Bdf, message: MsiMessage) -> Option<Remapped> {
+        self.remapped(device, message).ok()
+    }
+
+    fn remapped(&self, device: Bdf, message: MsiMessage) -> Result<Remapped, Lost> {
         let unit = self.unit;
         if !is_interrupt(message.address) {
             return Ok(Remapped::MemoryWrite);
@@ -141,19 +153,16 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
         if !control.iommu_en() {
             return Ok(Remapped::Unchanged);
         }
-        let dte = match unit.entry(device) {
-            Ok(dte) => dte,
-            Err(none) => return Err(unit.no_interrupt_entry(device, message, none)),
-        };
+        let dte = unit
+            .entry(device)
+            .map_err(|none| no_interrupt_entry(device, message, none))?;
         let remapping = Remapping {
             device,
             message,
             dte: &dte,
             control,
         };
-        remapping
-            .outcome(&unit.memory)
-            .map_err(|Lost { event }| event.map_or_else(Abort::silently, |event| unit.abort(event)))
+        remapping.outcome(&unit.memory)
     }
 }
 
@@ -247,18 +256,6 @@ impl<M: SystemMemory> Unit<M> {
     #[cold]
     fn no_entry(&self, request: &Request, none: NoEntry) -> Abort {
         let source = Source::of(request, Kind::Memory, 0);
-        self.abort(missing(source, none))
-    }
-
-    #[cold]
-    fn no_interrupt_entry(&self, device: Bdf, message: MsiMessage, none: NoEntry) -> Abort {
-        let source = Source {
-            device,
-            address: message.address,
-            tag: Tag::Domain(0),
-            write: false,
-            kind: Kind::Interrupt,
-        };
         self.abort(missing(source, none))
     }
 
@@ -428,6 +425,20 @@ const fn fault_of(why: Why) -> Result<PageFault, Gpa> {
         Why::Reserved => PageFault::Reserved,
         Why::Unreadable(at) => return Err(at),
     })
+}
+
+/// A message of a device without an entry.
+const fn no_interrupt_entry(device: Bdf, message: MsiMessage, none: NoEntry) -> Lost {
+    let source = Source {
+        device,
+        address: message.address,
+        tag: Tag::Domain(0),
+        write: false,
+        kind: Kind::Interrupt,
+    };
+    Lost {
+        event: Some(missing(source, none)),
+    }
 }
 
 /// A request of a device without an entry. Software that is told of an illegal entry looks it up, so a device

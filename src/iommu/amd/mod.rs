@@ -96,7 +96,7 @@ impl Effects {
     }
 
     /// Add what happened later.
-    fn join(&mut self, later: Self) {
+    pub fn join(&mut self, later: Self) {
         self.interrupts.join(later.interrupts);
         self.more_commands |= later.more_commands;
         self.program_msi = later.program_msi.or(self.program_msi);

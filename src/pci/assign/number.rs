@@ -165,6 +165,7 @@ fn check_parent(spec: &TreeSpec, function: &FunctionSpec) -> Result<(), AssignEr
         (NodeKind::RootPort, Some(_)) => "a root port belongs on a root complex",
         (NodeKind::HostBridge, Some(_)) => "a host bridge belongs on a root complex",
         (NodeKind::IsaBridge, Some(_)) => "the ISA bridge belongs on a root complex",
+        (NodeKind::Iommu(_), Some(_)) => "an IOMMU belongs on a root complex",
         (NodeKind::UpstreamPort, None | Some(NodeKind::UpstreamPort)) => {
             "a switch belongs behind a root port or a downstream port"
         }
@@ -174,9 +175,10 @@ fn check_parent(spec: &TreeSpec, function: &FunctionSpec) -> Result<(), AssignEr
         (NodeKind::Endpoint(_), Some(NodeKind::UpstreamPort)) => {
             "a device belongs behind a downstream port of the switch"
         }
-        (_, Some(NodeKind::Endpoint(_) | NodeKind::HostBridge | NodeKind::IsaBridge)) => {
-            "nothing can be behind a device"
-        }
+        (
+            _,
+            Some(NodeKind::Endpoint(_) | NodeKind::HostBridge | NodeKind::IsaBridge | NodeKind::Iommu(_)),
+        ) => "nothing can be behind a device",
         _ => return Ok(()),
     };
     Err(AssignError::WrongParent {

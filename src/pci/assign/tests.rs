@@ -221,6 +221,7 @@ fn each_kind_of_function_has_its_place() {
         vec![rp(), function("x", NodeKind::RootPort, Parent::Port(0))],
         vec![rp(), function("x", NodeKind::HostBridge, Parent::Port(0))],
         vec![rp(), function("x", NodeKind::IsaBridge, Parent::Port(0))],
+        vec![rp(), function("x", NodeKind::Iommu(0), Parent::Port(0))],
         vec![function("x", NodeKind::UpstreamPort, Parent::Root(0))],
         vec![rp(), up(), function("x", NodeKind::UpstreamPort, Parent::Port(1))],
         vec![rp(), function("x", NodeKind::DownstreamPort, Parent::Port(0))],

@@ -9,7 +9,7 @@ use crate::pci::access::DwordWrite;
 use crate::pci::bar::BarSpec;
 use crate::pci::function::Function;
 use crate::pci::port::{Port, PortInterrupts};
-use crate::pci::tree::{Bar, Node, NodeKind, PciTree, Windows};
+use crate::pci::tree::{Bar, Node, NodeKind, PciTree, RootComplex, Windows};
 use crate::platform::addr::{GpaRange, Sbdf};
 use crate::platform::bus::Bus;
 
@@ -66,20 +66,18 @@ pub struct TopologyBuilder {
     places: Vec<Place>,
     /// Planned address to place.
     planned: HashMap<Sbdf, usize>,
-    interrupts: PortInterrupts,
 }
 
 impl TopologyBuilder {
-    /// Every port of `tree`; ports interrupt through `interrupts`.
+    /// Every port of `tree`; those of a root complex interrupt through what `interrupts` gives for it.
     #[must_use]
-    pub fn new(tree: &PciTree, interrupts: PortInterrupts) -> Self {
+    pub fn new(tree: &PciTree, interrupts: impl Fn(&RootComplex) -> PortInterrupts) -> Self {
         let mut builder = Self {
             segments: Vec::new(),
             roots: Vec::new(),
             buses: Vec::new(),
             places: Vec::new(),
             planned: HashMap::new(),
-            interrupts,
         };
         for segment in &tree.segments {
             let first = builder.roots.len();
@@ -91,7 +89,10 @@ impl TopologyBuilder {
                     windows: root.windows,
                     bus,
                 });
-                root.functions.iter().for_each(|node| builder.place(bus, node));
+                let interrupts = interrupts(root);
+                root.functions
+                    .iter()
+                    .for_each(|node| builder.place(bus, node, &interrupts));
             }
             builder.segments.push(Segment {
                 number: segment.number,
@@ -172,7 +173,7 @@ impl TopologyBuilder {
     }
 
     /// Put `node` on `bus`, and everything behind it on buses of their own.
-    fn place(&mut self, bus: usize, node: &Node) {
+    fn place(&mut self, bus: usize, node: &Node, interrupts: &PortInterrupts) {
         let index = self.places.len();
         let root = self.buses[bus].root;
         let at = Sbdf {
@@ -182,7 +183,7 @@ impl TopologyBuilder {
         let [device_function, _] = node.bdf.requester_id().to_le_bytes();
         self.buses[bus].functions[usize::from(device_function)] = Some(index);
         self.planned.insert(at, index);
-        let port = Port::new(node, at, &self.interrupts);
+        let port = Port::new(node, at, interrupts);
         self.places.push(Place {
             bus,
             device_function,
@@ -195,7 +196,10 @@ impl TopologyBuilder {
             let behind_a_link = node.kind != NodeKind::UpstreamPort;
             let below = self.bus(root, Some(index), behind_a_link);
             self.places[index].port = Some((port, below));
-            bridge.children.iter().for_each(|child| self.place(below, child));
+            bridge
+                .children
+                .iter()
+                .for_each(|child| self.place(below, child, interrupts));
         }
         self.places[index].below.end = self.places.len();
     }

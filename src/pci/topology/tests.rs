@@ -492,7 +492,7 @@ fn what_cannot_be_attached_is_refused_with_the_reason() {
         messages: messages.clone(),
         wires: messages,
     };
-    let mut builder = TopologyBuilder::new(&machine.tree, interrupts);
+    let mut builder = TopologyBuilder::new(&machine.tree, |_| interrupts.clone());
     let node = machine.node("flat");
     let place = |bdf| Sbdf { segment: 0, bdf };
     let error = builder

@@ -27,8 +27,8 @@ struct Delivery {
 }
 
 impl Delivery {
-    /// `message` as KVM takes it when APIC IDs have 32 bits, or `None` when it is no interrupt message at
-    /// all: the address then names memory, not a local APIC.
+    /// `message` as KVM takes it when APIC IDs have 32 bits, or `None` when no local APIC would take it: the
+    /// address names memory, or the vector is one of the first 16 (Intel SDM volume 3, 12.5.2).
     ///
     /// Two places carry destination bits above 7:0. A remapped message has bits 31:8 in address bits 63:40.
     /// A guest without remapping that was offered KVM_FEATURE_MSI_EXT_DEST_ID has bits 14:8 in address bits
@@ -37,7 +37,11 @@ impl Delivery {
         const WINDOW: u64 = 0xfee0_0000;
         /// Everything above the window's 20 bits, except where a remapped destination sits.
         const WINDOW_MASK: u64 = 0x0000_00ff_fff0_0000;
-        if message.address & WINDOW_MASK != WINDOW {
+        /// Delivery mode 0 or 1, the two that have a vector, and the vector's upper half.
+        const VECTORED: u32 = 0x6 << 8;
+        const LEGAL: u32 = 0xf0;
+        let illegal = message.data & VECTORED == 0 && message.data & LEGAL == 0;
+        if message.address & WINDOW_MASK != WINDOW || illegal {
             return None;
         }
         let [low, high] = halves(message.address);
@@ -80,6 +84,13 @@ impl RouteTable {
 
     fn disown(&mut self, gsi: u32) {
         self.owned.remove(&gsi);
+    }
+
+    /// The IOAPIC's inputs that send `vector`, a bit each.
+    fn pins_of(&self, vector: u8) -> u32 {
+        let pins = self.routes.range(..u32::from(IOAPIC_INPUTS));
+        pins.filter(|(_, delivery)| delivery.data.to_le_bytes()[0] == vector)
+            .fold(0, |found, (pin, _)| found | 1 << pin)
     }
 
     /// The table as it would be with `gsi` sending `delivery`; `None` when that is how it is already.
@@ -138,7 +149,11 @@ impl MsiDelivery {
 
     fn send(&self, message: MsiMessage) {
         let Some(delivery) = Delivery::of(message) else {
-            guest_warn!(address = %format_args!("{:#x}", message.address), "an interrupt message outside 0xfee00000-0xfeefffff vanishes");
+            guest_warn!(
+                address = %format_args!("{:#x}", message.address),
+                data = %format_args!("{:#x}", message.data),
+                "an interrupt message outside 0xfee00000-0xfeefffff, or with a vector below 16, vanishes"
+            );
             return;
         };
         let request = kvm_msi {
@@ -190,6 +205,10 @@ impl IoApicHost for MsiDelivery {
     fn set_route(&self, pin: u8, message: Option<MsiMessage>) -> Result<(), HostError> {
         assert!(pin < IOAPIC_INPUTS, "the IOAPIC has inputs 0 to 23, not {pin}");
         self.set_gsi(u32::from(pin), message.and_then(Delivery::of))
+    }
+
+    fn pins_of(&self, vector: u8) -> u32 {
+        self.table().pins_of(vector)
     }
 }
 
@@ -316,6 +335,22 @@ mod tests {
     }
 
     #[test]
+    fn a_vector_that_processors_reserve_is_no_interrupt_and_an_nmi_needs_none() {
+        let with = |data| {
+            Delivery::of(MsiMessage {
+                data,
+                ..message(0xfee0_0000)
+            })
+        };
+        for data in [0, 0xf, 0x10f, 0xc00f] {
+            assert_eq!(with(data), None, "{data:#x}");
+        }
+        for data in [0x10, 0x110, 0x400, 0x200, 0x500] {
+            assert!(with(data).is_some(), "{data:#x}");
+        }
+    }
+
+    #[test]
     fn route_numbers_begin_above_the_ioapic_and_are_given_again() {
         let mut table = RouteTable::default();
         assert_eq!((table.own(), table.own()), (Some(24), Some(25)));
@@ -328,6 +363,18 @@ mod tests {
         let mut table = RouteTable::default();
         let given = std::iter::from_fn(|| table.own()).count();
         assert_eq!(given, 4096 - 24);
+    }
+
+    #[test]
+    fn an_ended_vector_is_that_of_every_input_that_sends_it() {
+        let mut table = RouteTable::default();
+        for gsi in [4, 9, 24] {
+            table.routes = table
+                .with(gsi, Delivery::of(message(0xfee0_0000)))
+                .expect("a change");
+        }
+        assert_eq!(table.pins_of(0x31), 1 << 4 | 1 << 9);
+        assert_eq!(table.pins_of(0x41), 0);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::num::{NonZeroU16, NonZeroU32};
 
 use crate::pci::assign::Slot;
 use crate::platform::addr::Sbdf;
-use crate::vm::plan::{BootProtocol, CharBackend, CpuSet, MacAddress, OnReboot};
+use crate::vm::plan::{BootProtocol, CharBackend, CpuSet, MacAddress, OnReboot, PageTable};
 
 use super::section::{Required, section};
 use super::values::{
@@ -234,14 +234,28 @@ section! {
 }
 
 section! {
-    /// An AMD IOMMU for the guest. Not built in this version.
+    /// An AMD IOMMU for the guest, which covers a root complex and all behind it. What one of several does not
+    /// offer, none does.
     pub struct Viommu is several "viommu", main "mode" {
-        /// auto, hw, emulated or sim (default auto).
+        /// auto or emulated (default auto, which is emulated); hw and sim are not built in this version.
         mode = "mode": Option<ViommuMode>,
         /// What it is called (default iommu0, iommu1, ...).
         id = "id": Option<Name>,
-        /// The root complex it covers.
+        /// The root complex it covers, which has no other (default: the first).
         on = "on": Option<Name>,
+        /// Whether interrupts reach APIC IDs above 255 (default on).
+        xt = "xt": Option<Switch>,
+        /// The page tables a guest uses: v1, v2, or any to leave it the choice (default any).
+        page_table = "page-table": Option<PageTable>,
+        /// Whether the guest is told that the IOAPIC's interrupts can be remapped, without which Linux remaps
+        /// none (default on).
+        intremap = "intremap": Option<Switch>,
+        /// Width of process address space IDs, 0 for none to 16 (default 0).
+        pasid_bits = "pasid-bits": Option<u16>,
+        /// Whether devices may ask for translations and keep them (default off).
+        ats = "ats": Option<Switch>,
+        /// Whether the guest is to announce new mappings as well, as shadowed tables need (default off).
+        np_cache = "npcache": Option<Switch>,
     }
 }
 

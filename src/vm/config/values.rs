@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::pci::assign::Slot;
 use crate::platform::addr::Sbdf;
-use crate::vm::plan::{BootProtocol, CharBackend, CpuSet, MacAddress, OnReboot};
+use crate::vm::plan::{BootProtocol, CharBackend, CpuSet, MacAddress, OnReboot, PageTable};
 
 use super::near;
 use super::section::Word;
@@ -382,6 +382,12 @@ choice!(OnReboot {
 choice!(NetBackendName {
     "none" => Self::None,
     "tap" => Self::Tap,
+});
+
+choice!(PageTable {
+    "v1" => Self::V1,
+    "v2" => Self::V2,
+    "any" => Self::Any,
 });
 
 /// How a vIOMMU works.

@@ -9,12 +9,14 @@ mod resolve;
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use serde::{Serialize, Serializer};
 
-use crate::pci::tree::PciTree;
-use crate::platform::addr::GpaRange;
+use crate::iommu::amd::features::{Features, Wanted};
+use crate::pci::tree::{PciTree, RootComplex};
+use crate::platform::addr::{Bdf, GpaRange};
 
 use super::layout::Layout;
 
@@ -34,12 +36,24 @@ pub struct Plan {
     pub pci: PciTree,
     /// The devices behind the endpoints of `pci`.
     pub devices: Vec<DevicePlan>,
+    /// The IOMMUs of `pci`.
+    pub viommus: Vec<ViommuPlan>,
     /// What to start; `None` when no kernel was named, which is enough to look at a machine but not to run it.
     pub boot: Option<BootPlan>,
     /// What the 16550 at port 0x3f8 is connected to.
     pub serial: CharBackend,
     /// What else sits on the board.
     pub board: BoardPlan,
+}
+
+impl Plan {
+    /// The IOMMU that covers `root`, if one does.
+    #[must_use]
+    pub fn viommu_of(&self, root: &RootComplex) -> Option<&ViommuPlan> {
+        self.viommus
+            .iter()
+            .find(|viommu| viommu.root_complex == root.name)
+    }
 }
 
 /// The processors and how they are numbered.
@@ -161,6 +175,90 @@ pub enum MemoryBacking {
         /// Whether other processes can map it.
         shared: bool,
     },
+}
+
+/// An IOMMU for the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ViommuPlan {
+    /// The name of its [`crate::pci::tree::Node`].
+    pub name: String,
+    /// What it is.
+    pub mode: ViommuMode,
+    /// Why it is that, where the choice was left to us.
+    pub because: Option<&'static str>,
+    /// The root complex it covers.
+    pub root_complex: String,
+    /// The PCI segment of that.
+    pub segment: u16,
+    /// Its own function.
+    pub bdf: Bdf,
+    /// Its registers.
+    pub mmio: GpaRange,
+    /// The bus numbers it covers: all that the root complex decodes.
+    #[serde(serialize_with = "buses")]
+    pub buses: RangeInclusive<u8>,
+    /// The functions it covers, by name, in the order of the tree.
+    pub covers: Vec<String>,
+    /// What it offers; the same for all of a machine.
+    pub offer: ViommuOffer,
+    /// Whether the IOAPIC's messages pass it.
+    pub remaps_ioapic: bool,
+}
+
+/// What the IOMMUs of a machine offer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct ViommuOffer {
+    /// Interrupts reach APIC IDs above 255.
+    pub xt: bool,
+    /// The page tables a guest uses.
+    pub page_table: PageTable,
+    /// The guest is told who remaps the IOAPIC's interrupts.
+    pub intremap: bool,
+    /// Width of process address space IDs; 0 for none.
+    pub pasid_bits: u8,
+    /// Devices may keep translations.
+    pub ats: bool,
+    /// The guest announces new mappings as well.
+    pub np_cache: bool,
+}
+
+impl ViommuOffer {
+    /// The registers' view of it: what each unit shows, and the ACPI tables repeat.
+    #[must_use]
+    pub fn features(&self) -> Features {
+        Features::offer(Wanted {
+            xt: self.xt,
+            guest_tables: self.page_table != PageTable::V1,
+            pasid_bits: self.pasid_bits,
+            ats: self.ats,
+            np_cache: self.np_cache,
+            ..Wanted::DEFAULT
+        })
+    }
+}
+
+/// How an IOMMU works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ViommuMode {
+    /// By Ravelin.
+    Emulated,
+}
+
+/// The page tables of an IOMMU that a guest uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PageTable {
+    /// The IOMMU's own.
+    V1,
+    /// The processors'.
+    V2,
+    /// Either.
+    Any,
+}
+
+fn buses<S: Serializer>(buses: &RangeInclusive<u8>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{:02x}-{:02x}", buses.start(), buses.end()))
 }
 
 /// A device and how it is configured.

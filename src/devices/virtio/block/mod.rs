@@ -21,7 +21,7 @@ use std::sync::Arc;
 use virtio_bindings::virtio_blk;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::queue::{Broken, Chain, QueueMemory};
+use super::queue::{Broken, Chain, MemoryViews};
 use super::worker::{Notify, ServedQueue, Service, Turn, Unit, Woken};
 use super::{Activation, Features, Kind, VirtioDevice, read_structure};
 use crate::guest_warn;
@@ -222,7 +222,7 @@ impl Service for BlockQueue {
     fn turn(&mut self, _woken: Woken, dma: &Dma, queues: &mut [ServedQueue]) -> Result<Turn, Broken> {
         let mut turn = Turn::Idle;
         for queue in queues {
-            turn = turn.or(self.serve(&dma.view(), queue)?);
+            turn = turn.or(self.serve(dma, queue)?);
         }
         Ok(turn)
     }
@@ -230,7 +230,7 @@ impl Service for BlockQueue {
 
 impl BlockQueue {
     /// Serve what is available in `queue`, one ring's worth at most.
-    pub fn serve<M: QueueMemory>(&self, mem: &M, queue: &mut ServedQueue) -> Result<Turn, Broken> {
+    pub fn serve<V: MemoryViews>(&self, mem: &V, queue: &mut ServedQueue) -> Result<Turn, Broken> {
         queue.drain(mem, Notify::Each, |chain| self.request(chain).map(Some))
     }
 

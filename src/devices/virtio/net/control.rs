@@ -7,7 +7,7 @@ use std::sync::Arc;
 use virtio_bindings::virtio_net;
 
 use super::super::Features;
-use super::super::queue::{Broken, Chain, QueueMemory};
+use super::super::queue::{Broken, Chain, MemoryViews};
 use super::super::worker::{Notify, ServedQueue, Service, Turn, Woken};
 use super::{CONTROL_OFFLOADS, GUEST_OFFLOADS, MULTI_QUEUE, attach_first, offloads};
 use crate::guest_warn;
@@ -58,7 +58,7 @@ impl Control {
         }
     }
 
-    pub(super) fn serve<M: QueueMemory>(&self, mem: &M, queue: &mut ServedQueue) -> Result<Turn, Broken> {
+    pub(super) fn serve<V: MemoryViews>(&self, mem: &V, queue: &mut ServedQueue) -> Result<Turn, Broken> {
         queue.drain(mem, Notify::Each, |chain| self.answer(chain).map(Some))
     }
 
@@ -123,7 +123,7 @@ impl Service for Control {
     fn turn(&mut self, _woken: Woken, dma: &Dma, queues: &mut [ServedQueue]) -> Result<Turn, Broken> {
         let mut turn = Turn::Idle;
         for queue in queues {
-            turn = turn.or(self.serve(&dma.view(), queue)?);
+            turn = turn.or(self.serve(dma, queue)?);
         }
         Ok(turn)
     }

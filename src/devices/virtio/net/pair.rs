@@ -10,7 +10,7 @@ use virtio_bindings::virtio_net as spec;
 use vm_memory::VolatileSlice;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::super::queue::{Broken, Buffers, QueueMemory};
+use super::super::queue::{Broken, Buffers, MemoryViews, QueueMemory};
 use super::super::worker::{Notify, ServedQueue, Service, Source, Turn, Woken};
 use crate::guest_warn;
 use crate::platform::dma::Dma;
@@ -109,11 +109,11 @@ impl Service for Pair {
     fn turn(&mut self, woken: Woken, dma: &Dma, queues: &mut [ServedQueue]) -> Result<Turn, Broken> {
         let mut turn = Turn::Idle;
         if let Some(queue) = queues.get_mut(TRANSMIT).filter(|_| woken.queue(TRANSMIT)) {
-            turn = turn.or(self.transmit(&dma.view(), queue)?);
+            turn = turn.or(self.transmit(dma, queue)?);
         }
         let kicked = self.stalled && woken.queue(RECEIVE);
         if let Some(queue) = queues.get_mut(RECEIVE).filter(|_| kicked || woken.source(0)) {
-            turn = turn.or(self.receive(&dma.view(), queue)?);
+            turn = turn.or(self.receive(dma, queue)?);
         }
         Ok(turn)
     }
@@ -140,16 +140,17 @@ impl Pair {
     }
 
     /// Give the driver the frames that wait, one ring's worth at most.
-    pub fn receive<M: QueueMemory>(&mut self, mem: &M, queue: &mut ServedQueue) -> Result<Turn, Broken> {
+    pub fn receive<V: MemoryViews>(&mut self, mem: &V, queue: &mut ServedQueue) -> Result<Turn, Broken> {
         let Some(tap) = self.tap.clone() else {
             return Ok(Turn::Idle);
         };
         self.stalled = false;
-        queue.disarm(mem)?;
+        queue.disarm(&mem.view())?;
         let mut turn = Turn::Again;
         for _ in 0..queue.size() {
-            let Some(first) = queue.pop(mem)? else {
-                if queue.rearm(mem)? {
+            let view = &mem.view();
+            let Some(first) = queue.pop(view)? else {
+                if queue.rearm(view)? {
                     continue;
                 }
                 self.stalled = true;
@@ -185,13 +186,13 @@ impl Pair {
                 self.dropped += 1;
             } else if spilled == 0 {
                 first.writable.number_of_buffers(1);
-                queue.complete(mem, first.head, u32::try_from(len).expect("a frame"))?;
-            } else if !self.mergeable || !self.spread(mem, queue, &first.writable, first.head, spilled)? {
+                queue.complete(view, first.head, u32::try_from(len).expect("a frame"))?;
+            } else if !self.mergeable || !self.spread(view, queue, &first.writable, first.head, spilled)? {
                 queue.put_back(first.head);
                 self.dropped += 1;
             }
         }
-        queue.notify(mem)?;
+        queue.notify(&mem.view())?;
         Ok(turn)
     }
 
@@ -226,7 +227,7 @@ impl Pair {
     }
 
     /// Send the frames the driver has for us, one ring's worth at most.
-    pub fn transmit<M: QueueMemory>(&mut self, mem: &M, queue: &mut ServedQueue) -> Result<Turn, Broken> {
+    pub fn transmit<V: MemoryViews>(&mut self, mem: &V, queue: &mut ServedQueue) -> Result<Turn, Broken> {
         let (name, tap) = (&self.name, &self.tap);
         queue.drain(mem, Notify::Batch, |chain| {
             let malformed = Broken::Request {

@@ -1,5 +1,7 @@
 //! Event log records, 128 bits (section 2.5).
 
+use std::fmt;
+
 use bitfield_struct::bitfield;
 
 /// Bytes of a record.
@@ -28,6 +30,25 @@ impl Code {
     pub const INVALID_DEVICE_REQUEST: Self = Self(8);
     /// Section 2.5.10.
     pub const INVALID_PPR_REQUEST: Self = Self(9);
+}
+
+/// As the manual calls it, in lower case; `code N` where it calls it nothing we report.
+impl fmt::Display for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = match *self {
+            Self::ILLEGAL_DEV_TABLE_ENTRY => "illegal_dev_table_entry",
+            Self::IO_PAGE_FAULT => "io_page_fault",
+            Self::DEV_TAB_HARDWARE_ERROR => "dev_tab_hardware_error",
+            Self::PAGE_TAB_HARDWARE_ERROR => "page_tab_hardware_error",
+            Self::ILLEGAL_COMMAND_ERROR => "illegal_command_error",
+            Self::COMMAND_HARDWARE_ERROR => "command_hardware_error",
+            Self::IOTLB_INV_TIMEOUT => "iotlb_inv_timeout",
+            Self::INVALID_DEVICE_REQUEST => "invalid_device_request",
+            Self::INVALID_PPR_REQUEST => "invalid_ppr_request",
+            Self(other) => return write!(f, "code {other}"),
+        };
+        f.write_str(name)
+    }
 }
 
 /// What records 1 to 8 have in common. A bit that a code does not define is 0 in records of that code.

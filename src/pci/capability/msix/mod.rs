@@ -124,7 +124,7 @@ impl State {
     /// Send `message` of `vector` by its route when that has the very message, else by itself.
     fn deliver(&self, port: &MsiPort, vector: u16, message: MsiMessage) {
         let live = self.live.get(usize::from(vector)).and_then(Option::as_ref);
-        match live.filter(|(_, routed)| *routed == message) {
+        match live.filter(|(route, routed)| *routed == message && route.carries()) {
             Some((route, _)) if port.requester().bus_master() => {
                 if let Err(error) = route.eventfd().write(1) {
                     // The counter is full: the kernel is a whole 2^64 signals behind and will interrupt.

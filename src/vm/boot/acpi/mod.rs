@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! RSDP -> XSDT -> FADT -> FACS, DSDT
-//!              -> MADT, MCFG, SPCR, and HPET where there is one
+//!              -> MADT, MCFG, SPCR, and HPET and IVRS where there is something to say in them
 //! ```
 //!
 //! ACPI specification 6.5, chapter 5. Everything here is the machine's description, not its behaviour: the
@@ -15,6 +15,7 @@ mod dsdt;
 mod fadt;
 mod host_bridge;
 mod hpet;
+mod ivrs;
 mod madt;
 mod resource;
 mod spcr;
@@ -26,7 +27,7 @@ use acpi_tables::xsdt::XSDT;
 
 use crate::pci::tree::PciTree;
 use crate::platform::addr::Gpa;
-use crate::vm::plan::Plan;
+use crate::vm::plan::{Plan, ViommuPlan};
 
 pub use board::IOAPIC_ID;
 
@@ -43,6 +44,8 @@ pub struct Hardware<'a> {
     pub apic_ids: &'a [u32],
     /// The PCI hierarchy; at most 4,096 root complexes.
     pub pci: &'a PciTree,
+    /// The IOMMUs of the hierarchy.
+    pub viommus: &'a [ViommuPlan],
     /// Whether there is an HPET.
     pub hpet: bool,
     /// Whether there is a pvpanic port.
@@ -69,6 +72,7 @@ impl<'a> From<&'a Plan> for Hardware<'a> {
         Self {
             apic_ids: &plan.cpus.apic_ids,
             pci: &plan.pci,
+            viommus: &plan.viommus,
             hpet: plan.board.hpet,
             pvpanic: plan.board.pvpanic,
         }
@@ -106,6 +110,9 @@ pub fn describe(hardware: &Hardware<'_>, at: Gpa) -> AcpiTables {
     ];
     if hardware.hpet {
         listed.push(blob.push(&hpet::hpet()));
+    }
+    if !hardware.viommus.is_empty() {
+        listed.push(blob.push(&ivrs::ivrs(hardware)));
     }
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     for table in listed {

@@ -77,6 +77,7 @@ fn described(apic_ids: &[u32]) -> AcpiTables {
     let hardware = Hardware {
         apic_ids,
         pci: &pci,
+        viommus: &[],
         hpet: true,
         pvpanic: true,
     };
@@ -162,6 +163,7 @@ fn tables_move_with_their_address_and_change_in_nothing_else() {
     let hardware = Hardware {
         apic_ids: &[0],
         pci: &pci,
+        viommus: &[],
         hpet: false,
         pvpanic: false,
     };
@@ -234,6 +236,7 @@ fn irq_0_moves_to_input_2_only_with_an_hpet() {
     let hardware = Hardware {
         apic_ids: &[0],
         pci: &pci,
+        viommus: &[],
         hpet: false,
         pvpanic: true,
     };
@@ -267,6 +270,7 @@ fn an_address_off_the_border_is_our_mistake() {
     let hardware = Hardware {
         apic_ids: &[0],
         pci: &pci,
+        viommus: &[],
         hpet: false,
         pvpanic: false,
     };

@@ -10,6 +10,7 @@ mod names;
 #[cfg(test)]
 mod tests;
 mod topology;
+mod viommus;
 
 use crate::vm::config::Config;
 use crate::vm::config::said::ConfigError;
@@ -32,6 +33,7 @@ impl Plan {
         let spec = topology::specify(config, &names_of, &names, endpoints)?;
         let size = memory::size(config.memory.as_ref())?;
         let mapped = layout::map(size, &spec).map_err(|error| blame(&error, config, &names))?;
+        let viommus = viommus::resolve(config, &mapped, &cpus)?;
         let serial = serial(config, &devices)?;
         Ok(Self {
             cpus,
@@ -39,6 +41,7 @@ impl Plan {
             layout: mapped.layout,
             pci: mapped.pci,
             devices,
+            viommus,
             boot: boot(config)?,
             serial,
             board: board(config),
@@ -48,10 +51,6 @@ impl Plan {
 
 /// What the keys exist for but no code does yet is refused, not ignored.
 fn refuse_unbuilt(config: &Config) -> Result<(), ConfigError> {
-    if let Some(viommu) = config.viommus.first() {
-        let problem = "IOMMUs for the guest are not built in this version";
-        return Err(viommu.source().wrong_altogether(problem));
-    }
     if let Some(device) = config.vfio_devices.first() {
         let problem = "passing host functions through is not built in this version";
         return Err(device.source().wrong("host", problem));

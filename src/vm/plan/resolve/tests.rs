@@ -424,8 +424,8 @@ fn kernels_get_only_what_their_protocol_takes() {
 #[test]
 fn what_is_not_built_is_refused_and_not_ignored() {
     assert_eq!(
-        refused("[[viommu]]\nmode = \"auto\"\n"),
-        "m.toml:1: viommu: IOMMUs for the guest are not built in this version"
+        refused("[[viommu]]\nmode = \"sim\"\n"),
+        "m.toml:2: viommu.mode = sim: not built in this version; say emulated or auto"
     );
     assert_eq!(
         refused("[[vfio-device]]\nhost = \"0000:41:00.0\"\n"),
@@ -445,7 +445,7 @@ fn any_machine() -> impl Strategy<Value = String> {
     let name = prop::sample::select(vec![
         "rc0", "rc1", "rp0", "rp1", "rp2", "sw0.0", "sw0.1", "sw1.0", "sw0",
     ]);
-    let entry = (0_u8..6, name, 0_u8..33, 0_u8..8, any::<bool>()).prop_map(
+    let entry = (0_u8..7, name, 0_u8..33, 0_u8..8, any::<bool>()).prop_map(
         |(kind, name, device, function, placed)| {
             let slot = if placed {
                 format!("slot = \"{device}.{function}\"\n")
@@ -457,6 +457,7 @@ fn any_machine() -> impl Strategy<Value = String> {
                 1 => format!("[[root-port]]\n{slot}"),
                 2 => format!("[[switch]]\non = \"{name}\"\ndownstream = {}\n", function + 1),
                 3 => format!("[[rng]]\nport = \"{name}\"\n"),
+                5 => format!("[[viommu]]\non = \"{name}\"\nxt = {placed}\n"),
                 4 => format!("[[rng]]\non = \"{name}\"\n{slot}"),
                 _ => "[[net]]\nbackend = \"none\"\n".to_owned(),
             }
@@ -475,6 +476,8 @@ proptest! {
             Ok(plan) => {
                 let endpoints = plan.pci.nodes().filter(|(_, node)| matches!(node.kind, NodeKind::Endpoint(_)));
                 prop_assert_eq!(endpoints.count(), plan.devices.len());
+                let units = plan.pci.nodes().filter(|(_, node)| matches!(node.kind, NodeKind::Iommu(_)));
+                prop_assert_eq!(units.count(), plan.viommus.len());
             }
             Err(error) => prop_assert!(error.to_string().starts_with("m.toml:"), "{}", error),
         }

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::iommu::emulated;
 use crate::pci::assign::{FunctionSpec, Parent, RootSpec, Slot, TreeSpec};
 use crate::pci::tree::{Identity, NodeKind};
 use crate::vm::config::Config;
@@ -23,6 +24,8 @@ pub(super) const ISA_BRIDGE: &str = "isa-bridge";
 const ISA_SLOT: Slot = Slot::new(0x14, 0).expect("constant");
 /// Where the host bridge of each root complex is.
 const HOST_SLOT: Slot = Slot::new(0, 0).expect("constant");
+/// Where the IOMMU of a root complex is, as on boards.
+const IOMMU_SLOT: Slot = Slot::new(0, 2).expect("constant");
 /// The most downstream ports of one switch: the devices of its bus.
 const MAX_DOWNSTREAM: u16 = 32;
 /// The most ports of a machine: every bus of every segment that fits below 4 GiB, and more than any of them.
@@ -34,6 +37,7 @@ pub(super) struct NamesOf {
     pub(super) root_complexes: Vec<String>,
     pub(super) root_ports: Vec<String>,
     pub(super) switches: Vec<String>,
+    pub(super) viommus: Vec<String>,
     pub(super) disks: Vec<String>,
     pub(super) nets: Vec<String>,
     pub(super) consoles: Vec<String>,
@@ -93,6 +97,7 @@ pub(super) fn name_all<'a>(config: &'a Config, names: &mut Names<'a>) -> Result<
         root_complexes,
         root_ports,
         switches,
+        viommus: named!(viommus, Viommu, "iommu"),
         disks: named!(disks, Disk, "disk"),
         nets: named!(nets, Nic, "net"),
         consoles: named!(consoles, Console, "console"),
@@ -139,6 +144,7 @@ pub(super) fn specify(
     // Ports may be named before they are said: first every index, then every parent.
     let board = host_bridges(&roots).chain(isa.map(isa_bridge));
     let mut functions: Vec<FunctionSpec> = board.collect();
+    functions.extend(viommus(config, names_of, &places)?);
     let mut next = functions.len();
     for name in &names_of.root_ports {
         places.ports.insert(name.clone(), next);
@@ -223,6 +229,36 @@ fn isa_bridge(root: usize) -> FunctionSpec {
         bars: Vec::new(),
         intx: false,
     }
+}
+
+/// The functions of the IOMMUs, in the order they were said; at most one on a root complex.
+fn viommus(
+    config: &Config,
+    names_of: &NamesOf,
+    places: &Places<'_>,
+) -> Result<Vec<FunctionSpec>, ConfigError> {
+    let mut covered: BTreeMap<usize, &str> = BTreeMap::new();
+    let mut functions = Vec::with_capacity(config.viommus.len());
+    for (index, (viommu, name)) in config.viommus.iter().zip(&names_of.viommus).enumerate() {
+        let root = match &viommu.on {
+            Some(on) => places.root(on, viommu.source())?,
+            None => 0,
+        };
+        if let Some(other) = covered.insert(root, name) {
+            let root = &names_of.root_complexes[root];
+            let problem =
+                format!("{root} is covered by {other} already, and a root complex has one IOMMU at most");
+            return Err(viommu.source().wrong("on", problem));
+        }
+        functions.push(FunctionSpec {
+            name: name.clone(),
+            kind: NodeKind::Iommu(index),
+            identity: emulated::IDENTITY,
+            slot: Some(IOMMU_SLOT),
+            ..isa_bridge(root)
+        });
+    }
+    Ok(functions)
 }
 
 fn port(name: &str, kind: NodeKind, parent: Parent, slot: Option<Slot>) -> FunctionSpec {

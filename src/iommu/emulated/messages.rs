@@ -1,0 +1,223 @@
+//! Messages of the functions behind a unit, and the kernel routes that carry them past us.
+//!
+//! A route holds what a message becomes at present. The unit's commands say when that may have changed
+//! (INVALIDATE_INTERRUPT_TABLE and those that invalidate more), and every route of the device concerned is
+//! set anew before the COMPLETION_WAIT that follows is answered. A message that would go nowhere has no
+//! route: it is sent one by one, so that the unit can report it.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{EmulatedUnit, data};
+use crate::guest_warn;
+use crate::iommu::amd::Effects;
+use crate::iommu::amd::commands::Command;
+use crate::iommu::amd::dma::InFlight;
+use crate::iommu::amd::processor::{Follower, NoAnswer};
+use crate::iommu::amd::remap::{Delivery, Remapped};
+use crate::iommu::amd::request::{Access, Request};
+use crate::platform::addr::{Bdf, Iova};
+use crate::platform::dma::Requester;
+use crate::platform::host::HostError;
+use crate::platform::memory::GuestRam;
+use crate::platform::msi::{MsiMessage, MsiRoute, MsiSink};
+
+/// An interrupt as the processors' side takes it.
+fn message(delivery: &Delivery) -> MsiMessage {
+    let bit = |set: bool, bit: u32| if set { bit } else { 0 };
+    let data = u32::from(delivery.vector)
+        | bit(delivery.arbitrated, data::ARBITRATED)
+        | bit(delivery.asserted, data::ASSERTED)
+        | bit(delivery.level, data::LEVEL);
+    MsiMessage::remapped(delivery.destination, delivery.logical, data)
+}
+
+impl EmulatedUnit {
+    /// Send `sent` of `device` through the unit; what comes out goes to `out`.
+    pub(super) fn send(&self, device: Bdf, sent: MsiMessage, out: impl FnOnce(MsiMessage)) {
+        let bus = self.unit.begin();
+        let effects = match bus.remap(device, sent) {
+            Ok(Remapped::Unchanged) => {
+                out(sent);
+                Effects::default()
+            }
+            Ok(Remapped::To(delivery)) => {
+                out(message(&delivery));
+                Effects::default()
+            }
+            Ok(Remapped::MemoryWrite) => self.write(&bus, device, sent),
+            Err(abort) => abort.effects,
+        };
+        drop(bus);
+        self.perform(effects);
+    }
+
+    /// A message to elsewhere than the interrupt window is what it is on the bus: a write of four bytes.
+    fn write(&self, bus: &InFlight<'_, GuestRam>, device: Bdf, sent: MsiMessage) -> Effects {
+        let bytes = sent.data.to_le_bytes();
+        let request = Request::plain(device, Iova(sent.address), Access::WRITE);
+        let checked = bus
+            .check(&request, bytes.len() as u64)
+            .and_then(|()| bus.translate(&request));
+        match checked {
+            Ok(found) => {
+                if found.run < bytes.len() as u64 || self.ram.write(found.target, &bytes).is_err() {
+                    guest_warn!(address = %format_args!("{:#x}", sent.address), "a message to what is no memory vanishes");
+                }
+                Effects::default()
+            }
+            Err(abort) => abort.effects,
+        }
+    }
+
+    /// What a route for `sent` of `device` would carry at present; `None` where it would carry nothing.
+    pub(super) fn routed(&self, device: Bdf, sent: MsiMessage) -> Option<MsiMessage> {
+        match self.unit.begin().route(device, sent)? {
+            Remapped::Unchanged => Some(sent),
+            Remapped::To(delivery) => Some(message(&delivery)),
+            Remapped::MemoryWrite => None,
+        }
+    }
+}
+
+/// Where the functions behind a unit send their messages.
+pub struct RemappingSink(Arc<EmulatedUnit>);
+
+impl RemappingSink {
+    /// Messages pass `unit`.
+    #[must_use]
+    pub fn new(unit: Arc<EmulatedUnit>) -> Self {
+        Self(unit)
+    }
+}
+
+impl MsiSink for RemappingSink {
+    fn signal(&self, requester: &Requester, message: MsiMessage) {
+        let Self(unit) = self;
+        unit.send(requester.sbdf().bdf, message, |message| {
+            unit.messages.signal(requester, message);
+        });
+    }
+
+    fn route(&self, requester: &Arc<Requester>) -> Result<Box<dyn MsiRoute>, HostError> {
+        let Self(unit) = self;
+        let route = Arc::new(Route {
+            unit: unit.clone(),
+            requester: requester.clone(),
+            kernel: unit.messages.route(requester)?,
+            asked: Mutex::default(),
+            carries_for: AtomicU32::new(NOBODY),
+        });
+        let mut routes = lock(&unit.routes.0);
+        routes.retain(|route| route.strong_count() > 0);
+        routes.push(Arc::downgrade(&route));
+        Ok(Box::new(Handle(route)))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A route that carries nobody's message.
+const NOBODY: u32 = u32::MAX;
+
+/// One route through a unit.
+struct Route {
+    unit: Arc<EmulatedUnit>,
+    requester: Arc<Requester>,
+    kernel: Box<dyn MsiRoute>,
+    /// What it was set to, before remapping; held across a change of the kernel's route.
+    asked: Mutex<Option<MsiMessage>>,
+    /// The requester ID whose message the kernel's route has, or [`NOBODY`].
+    carries_for: AtomicU32,
+}
+
+impl Route {
+    /// Bring the kernel's route to what `asked` becomes at present.
+    fn bring(&self, asked: Option<MsiMessage>) -> Result<(), HostError> {
+        let device = self.requester.sbdf().bdf;
+        let Some(message) = asked.and_then(|asked| self.unit.routed(device, asked)) else {
+            self.carries_for.store(NOBODY, Ordering::Release);
+            return self.kernel.set(None);
+        };
+        if self.carries_for.load(Ordering::Acquire) == NOBODY {
+            // Signals of the time when it led nowhere: they were to go nowhere.
+            let _ = self.kernel.eventfd().read();
+        }
+        self.kernel.set(Some(message))?;
+        self.carries_for
+            .store(device.requester_id().into(), Ordering::Release);
+        Ok(())
+    }
+
+    /// The guest changed what messages of some devices become, perhaps of this one's.
+    fn refresh(&self, concerns: impl Fn(Bdf) -> bool) {
+        let asked = lock(&self.asked);
+        if asked.is_none() || !concerns(self.requester.sbdf().bdf) {
+            return;
+        }
+        if let Err(error) = self.bring(*asked) {
+            // What the route carries may be out of date, so nothing goes by it.
+            self.carries_for.store(NOBODY, Ordering::Release);
+            let error: &(dyn std::error::Error + 'static) = &error;
+            guest_warn!(
+                device = %self.requester.sbdf(),
+                error,
+                "no kernel route for a remapped interrupt: it is sent one by one"
+            );
+        }
+    }
+}
+
+/// What a function holds.
+struct Handle(Arc<Route>);
+
+impl MsiRoute for Handle {
+    fn eventfd(&self) -> &EventFd {
+        self.0.kernel.eventfd()
+    }
+
+    fn set(&self, message: Option<MsiMessage>) -> Result<(), HostError> {
+        let mut asked = lock(&self.0.asked);
+        self.0.bring(message)?;
+        *asked = message;
+        Ok(())
+    }
+
+    fn carries(&self) -> bool {
+        let now = self.0.requester.sbdf().bdf.requester_id();
+        self.0.carries_for.load(Ordering::Acquire) == u32::from(now)
+    }
+}
+
+/// Whose interrupts a batch of commands concerns; `None` when nobody's.
+pub(super) fn concerned(batch: &[Command]) -> Option<impl Fn(Bdf) -> bool + '_> {
+    let by = |command: &Command, device: Option<Bdf>| match command {
+        Command::InvalidateAll => true,
+        Command::InvalidateInterrupts { device: of } | Command::InvalidateDevice { device: of } => {
+            device.is_none_or(|device| device == *of)
+        }
+        _ => false,
+    };
+    batch
+        .iter()
+        .any(|command| by(command, None))
+        .then_some(move |device| batch.iter().any(|command| by(command, Some(device))))
+}
+
+/// Every route through a unit.
+#[derive(Default)]
+pub(super) struct Routes(Mutex<Vec<Weak<Route>>>);
+
+impl Follower for Routes {
+    fn follow(&self, batch: &[Command]) -> Result<(), NoAnswer> {
+        if let Some(concerns) = concerned(batch) {
+            let routes: Vec<_> = lock(&self.0).iter().filter_map(Weak::upgrade).collect();
+            routes.iter().for_each(|route| route.refresh(&concerns));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,322 @@
+//! Mode `emulated`: the unit as a guest finds it in its machine.
+//!
+//! The unit's model (`super::amd`) answers; this connects it: registers to the MMIO bus, its PCI function,
+//! requests of the functions it covers, their messages and the IOAPIC's, and what an access of the guest
+//! sets off.
+//!
+//! # Who waits for whom
+//!
+//! COMPLETION_WAIT waits for requests in flight, on the processor that rang the doorbell or on the event
+//! loop. Whoever is in flight therefore writes no register of a unit and waits for nobody who might: devices
+//! take a view of memory per request, and interrupts of the unit itself go out once the view is dropped.
+
+mod function;
+mod ioapic;
+mod messages;
+#[cfg(test)]
+mod testing;
+
+pub use function::{CAPABILITY_AT, IDENTITY};
+pub use ioapic::RemappingIoApic;
+pub use messages::RemappingSink;
+
+use std::cell::Cell;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use vm_memory::Permissions;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::amd::agent::UnitOwner;
+use super::amd::counters::Counts;
+use super::amd::dma::InFlight;
+use super::amd::features::Features;
+use super::amd::processor::Follower;
+use super::amd::registers::Interrupt;
+use super::amd::request::{Access, Request};
+use super::amd::spec::registers::Reg;
+use super::amd::{Effects, Unit};
+use crate::pci::endpoint::Endpoint;
+use crate::platform::addr::{Bdf, GpaRange, Iova, Sbdf};
+use crate::platform::bus::BusDevice;
+use crate::platform::dma::{Requester, Run, Translations, Translator};
+use crate::platform::host::HostError;
+use crate::platform::memory::GuestRam;
+use crate::platform::msi::{MsiMessage, MsiPort, MsiSink};
+
+use messages::Routes;
+
+/// Bytes of a unit's registers, and what their address is a multiple of (publication 48882, section 3.4).
+pub const MMIO_LEN: u64 = 0x4000;
+
+/// Data of a message, by what it delivers.
+mod data {
+    /// Delivery mode 1: arbitrated, or lowest priority.
+    pub(super) const ARBITRATED: u32 = 1 << 8;
+    /// The line is asserted.
+    pub(super) const ASSERTED: u32 = 1 << 14;
+    /// Level-triggered.
+    pub(super) const LEVEL: u32 = 1 << 15;
+}
+
+/// What a unit is made of.
+pub struct UnitParts {
+    /// What the operator calls it.
+    pub name: String,
+    /// Where its PCI function is.
+    pub at: Sbdf,
+    /// Its registers: [`MMIO_LEN`] bytes at a multiple of that.
+    pub mmio: GpaRange,
+    /// What it offers.
+    pub features: Features,
+    /// The memory it works on and translates to.
+    pub ram: GuestRam,
+    /// Where messages go that nothing remaps any more.
+    pub messages: Arc<dyn MsiSink>,
+}
+
+/// A unit in a machine.
+pub struct EmulatedUnit {
+    name: String,
+    unit: Unit<GuestRam>,
+    /// It speaks translation services with functions.
+    ats: bool,
+    ram: GuestRam,
+    /// Its PCI function.
+    endpoint: Endpoint,
+    /// Where the MSI capability is in configuration space, in dwords.
+    msi_at: u16,
+    /// As whom its own interrupts are sent: no Bus Master Enable holds them up.
+    own: Arc<Requester>,
+    messages: Arc<dyn MsiSink>,
+    routes: Arc<Routes>,
+    /// Readable while commands wait that no processor is to be held up with.
+    more: EventFd,
+}
+
+impl EmulatedUnit {
+    /// A unit made of `parts`, as after power-on.
+    ///
+    /// # Errors
+    /// When the host has no eventfd for it.
+    pub fn new(parts: UnitParts) -> Result<Arc<Self>, HostError> {
+        let more = EventFd::new(EFD_NONBLOCK)
+            .map_err(|source| HostError::new(format!("create the eventfd of {}", parts.name), source))?;
+        let own = Arc::new(Requester::new(parts.at));
+        own.set_bus_master(true);
+        let (endpoint, msi_at) = function::endpoint(
+            &parts.features,
+            parts.mmio,
+            parts.at,
+            MsiPort::new(own.clone(), parts.messages.clone()),
+        );
+        let routes = Arc::new(Routes::default());
+        let ats = parts.features.header.iotlb();
+        let unit = Unit::new(parts.features, parts.ram.clone());
+        unit.add_follower(routes.clone());
+        let connected = Self {
+            name: parts.name,
+            unit,
+            ats,
+            ram: parts.ram,
+            endpoint,
+            msi_at,
+            own,
+            messages: parts.messages,
+            routes,
+            more,
+        };
+        connected.mirror_msi();
+        Ok(Arc::new(connected))
+    }
+
+    /// What the operator calls it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether functions may ask it for translations and keep them.
+    #[must_use]
+    pub const fn offers_ats(&self) -> bool {
+        self.ats
+    }
+
+    /// Have `follower` hear of every invalidation. For as long as the unit lives.
+    pub fn add_follower(&self, follower: Arc<dyn Follower>) {
+        self.unit.add_follower(follower);
+    }
+
+    /// What it did so far.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.unit.counts()
+    }
+
+    /// Its registers as the guest would read them, and what it did so far, in one line.
+    #[must_use]
+    pub fn state(&self) -> String {
+        const SHOWN: [(&str, Reg); 16] = [
+            ("control", Reg::Control),
+            ("status", Reg::Status),
+            ("device table", Reg::DeviceTableBase),
+            ("commands", Reg::CommandBase),
+            ("head", Reg::CommandHead),
+            ("tail", Reg::CommandTail),
+            ("events", Reg::EventBase),
+            ("head", Reg::EventHead),
+            ("tail", Reg::EventTail),
+            ("page requests", Reg::PprBase),
+            ("head", Reg::PprHead),
+            ("tail", Reg::PprTail),
+            ("x2APIC event", Reg::XtEvent),
+            ("exclusion", Reg::ExclusionBase),
+            ("EFR", Reg::Efr),
+            ("EFR2", Reg::Efr2),
+        ];
+        let registers = SHOWN.map(|(name, reg)| format!("{name} {:#x}", self.unit.register(reg)));
+        let Counts {
+            doorbells,
+            commands,
+            stops,
+            hits,
+            walks,
+            events,
+        } = self.counts();
+        let sum = |counts: &[u64]| counts.iter().sum::<u64>();
+        format!(
+            "{}; {doorbells} doorbells, {} commands, {stops} stops, {hits} translations from the cache, {walks} by a \
+             walk, {} events",
+            registers.join(", "),
+            sum(&commands),
+            sum(&events)
+        )
+    }
+
+    /// Everything but the PCI function as after power-on. No processor runs, and no device: its requests
+    /// would reach memory untranslated.
+    pub fn reset(&self) {
+        self.unit.reset();
+        // Nothing waits any more.
+        let _ = self.more.read();
+    }
+
+    /// Carry out commands that a processor was not held up with. Called when [`AsRawFd`] is readable.
+    pub fn run_commands(&self) {
+        // Somebody else may have been faster.
+        let _ = self.more.read();
+        let effects = self.unit.run_commands();
+        self.perform(effects);
+    }
+
+    /// Do what an access or a request set off. The caller is not in flight.
+    fn perform(&self, effects: Effects) {
+        if let Some(msi) = effects.program_msi {
+            self.program_msi(msi);
+        }
+        let interrupts = [effects.interrupts.event, effects.interrupts.ppr];
+        interrupts
+            .into_iter()
+            .flatten()
+            .for_each(|interrupt| self.interrupt(interrupt));
+        if effects.more_commands {
+            self.more
+                .write(1)
+                .expect("one more on an eventfd that is read long before it overflows");
+        }
+    }
+
+    /// Send an interrupt of the unit itself, which nothing remaps.
+    fn interrupt(&self, interrupt: Interrupt) {
+        match interrupt {
+            Interrupt::Msi { number } => self.endpoint.signal(number.into()),
+            Interrupt::X2apic {
+                destination,
+                logical,
+                vector,
+                arbitrated,
+            } => {
+                let mode = if arbitrated { data::ARBITRATED } else { 0 };
+                let message = MsiMessage::remapped(destination, logical, u32::from(vector) | mode);
+                self.messages.signal(&self.own, message);
+            }
+        }
+    }
+}
+
+impl UnitOwner for EmulatedUnit {
+    type Memory = GuestRam;
+
+    fn unit(&self) -> &Unit<GuestRam> {
+        &self.unit
+    }
+
+    fn perform(&self, effects: Effects) {
+        self.perform(effects);
+    }
+}
+
+impl AsRawFd for EmulatedUnit {
+    fn as_raw_fd(&self) -> RawFd {
+        self.more.as_raw_fd()
+    }
+}
+
+impl BusDevice for EmulatedUnit {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.unit.mmio_read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let effects = self.unit.mmio_write(offset, data);
+        self.perform(effects);
+    }
+}
+
+impl Translator for EmulatedUnit {
+    fn begin(&self) -> Box<dyn Translations + '_> {
+        Box::new(Passing {
+            unit: self,
+            bus: Some(self.unit.begin()),
+            owed: Cell::default(),
+        })
+    }
+}
+
+/// Requests on their way through the unit.
+struct Passing<'a> {
+    unit: &'a EmulatedUnit,
+    /// `None` only while this is dropped.
+    bus: Option<InFlight<'a, GuestRam>>,
+    /// What refusals set off.
+    owed: Cell<Effects>,
+}
+
+impl Translations for Passing<'_> {
+    fn translate(&self, requester: Bdf, at: Iova, access: Permissions) -> Option<Run> {
+        let bus = self.bus.as_ref().expect("a passage is open until it is dropped");
+        let access = Access::new(access.allow(Permissions::Read), access.allow(Permissions::Write));
+        match bus.translate(&Request::plain(requester, at, access)) {
+            Ok(found) => Some(Run {
+                target: found.target,
+                len: found.run,
+            }),
+            Err(abort) => {
+                let mut owed = self.owed.take();
+                owed.join(abort.effects);
+                self.owed.set(owed);
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Passing<'_> {
+    fn drop(&mut self) {
+        self.bus = None;
+        self.unit.perform(self.owed.take());
+    }
+}
+
+#[cfg(test)]
+mod tests;

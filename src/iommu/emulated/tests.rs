@@ -1,0 +1,359 @@
+//! The unit as devices and processors of a machine meet it.
+
+use std::sync::Arc;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::testing::{Rig, device, indexed, requester};
+use super::*;
+use crate::pci::Function;
+use crate::pci::access::DwordWrite;
+use crate::platform::irq::IoApicHost;
+
+/// What a remapped interrupt reaches the processors as.
+fn remapped(destination: u32, vector: u8) -> MsiMessage {
+    MsiMessage::remapped(destination, false, vector.into())
+}
+
+fn dma(rig: &Rig) -> crate::platform::dma::Dma {
+    crate::platform::dma::Dma::translated(requester(), rig.ram.clone(), rig.unit.clone())
+}
+
+#[test]
+fn the_function_says_what_it_is_and_where_its_registers_are() {
+    let rig = Rig::at_reset();
+    let read = |at: u16| rig.unit.config_read(at / 4);
+    assert_eq!(read(0x00), 0x1481_1022);
+    assert_eq!(read(0x08) >> 8, 0x08_0600);
+    assert_eq!(read(0x34) & 0xff, u32::from(CAPABILITY_AT));
+    assert_eq!(read(CAPABILITY_AT), 0x180b_580f);
+    assert_eq!(read(CAPABILITY_AT + 4), 0xfeb0_4001);
+    assert_eq!(read(CAPABILITY_AT + 8), 0);
+    assert_eq!(read(CAPABILITY_AT + 0x10), 0x0020_3040);
+    assert_eq!(read(0x58) & 0xff, 0x05);
+}
+
+#[test]
+fn nothing_written_moves_the_registers() {
+    let rig = Rig::at_reset();
+    let before: Vec<u32> = (0x10..0x16).map(|dword| rig.unit.config_read(dword)).collect();
+    for dword in 0x10..0x16 {
+        let _nothing = rig.unit.config_write(dword, DwordWrite::whole(u32::MAX));
+    }
+    let after: Vec<u32> = (0x10..0x16).map(|dword| rig.unit.config_read(dword)).collect();
+    assert_eq!(before, after);
+}
+
+#[test]
+fn the_msi_capability_and_its_mirror_hold_the_same() {
+    let rig = Rig::at_reset();
+    for (dword, value) in [(0x17, 0xfee0_1000), (0x19, 0x41), (0x16, 1 << 16)] {
+        let _interrupts = rig.unit.config_write(dword, DwordWrite::whole(value));
+    }
+    assert_eq!(rig.read(0x158) >> 32, 0xfee0_1000);
+    let header = u64::from(rig.unit.config_read(0x16));
+    assert_eq!(rig.read(0x158) & 0xffff_ffff, header);
+    rig.write(0x160, 0x55 << 32 | 0x7);
+    assert_eq!(rig.unit.config_read(0x19), 0x55);
+    assert_eq!(rig.unit.config_read(0x18), 0x7);
+    Function::reset(&*rig.unit);
+    assert_eq!((rig.unit.config_read(0x19), rig.read(0x160)), (0, 0));
+}
+
+#[test]
+fn its_own_interrupt_needs_no_bus_master_and_is_not_remapped() {
+    let rig = Rig::running();
+    rig.cover();
+    for (dword, value) in [(0x17, 0xfee0_1000), (0x19, 0x41), (0x16, 1 << 16)] {
+        let _interrupts = rig.unit.config_write(dword, DwordWrite::whole(value));
+    }
+    RemappingSink::new(rig.unit.clone()).signal(&requester(), indexed(3));
+    let sent = MsiMessage {
+        address: 0xfee0_1000,
+        data: 0x41,
+    };
+    assert_eq!(rig.processors.take(), [sent]);
+}
+
+#[test]
+fn its_own_interrupt_reaches_32_bit_ids_by_its_register() {
+    let rig = Rig::running();
+    rig.cover();
+    rig.write(0x170, 0x12 << 56 | 0x61 << 32 | 0x34_5678 << 8);
+    rig.write(0x18, rig.read(0x18) | 1 << 51);
+    assert!(dma(&rig).view().read_obj::<u8>(GuestAddress(0)).is_err());
+    assert_eq!(rig.processors.take(), [remapped(0x1234_5678, 0x61)]);
+}
+
+#[test]
+fn before_it_is_switched_on_everything_passes_as_it_is() {
+    let rig = Rig::at_reset();
+    rig.store(0x5000, 7);
+    assert_eq!(
+        dma(&rig).view().read_obj::<u64>(GuestAddress(0x5000)).ok(),
+        Some(7)
+    );
+    RemappingSink::new(rig.unit.clone()).signal(&requester(), indexed(0x31));
+    assert_eq!(rig.processors.take(), [indexed(0x31)]);
+}
+
+#[test]
+fn devices_reach_what_is_mapped_and_nothing_else() {
+    let rig = Rig::running();
+    rig.cover();
+    rig.map(3, 0x50_0000);
+    rig.store(0x50_0008, 0x1122);
+    let dma = dma(&rig);
+    assert_eq!(
+        dma.view().read_obj::<u64>(GuestAddress(0x3008)).ok(),
+        Some(0x1122)
+    );
+    assert!(dma.view().read_obj::<u64>(GuestAddress(0x50_0008)).is_err());
+    assert!(dma.view().write_obj(1_u64, GuestAddress(0x3ffc)).is_err());
+    assert_eq!(rig.load(0x50_0ff8), 0);
+    assert_eq!(rig.events(), [2, 2]);
+}
+
+#[test]
+fn an_invalidation_waits_for_requests_in_flight_and_later_ones_see_it() {
+    let rig = Rig::running();
+    rig.cover();
+    rig.map(0, 0x50_0000);
+    let dma = dma(&rig);
+    dma.view().write_obj(1_u64, GuestAddress(0)).expect("mapped");
+    rig.map(0, 0x51_0000);
+    rig.command(3, 1 << 32);
+    // The whole domain: what was cached is forgotten.
+    rig.put(3 << 60 | 1 << 32, 0x7fff_ffff_ffff_f003);
+    rig.command(8, 0);
+    dma.view().write_obj(2_u64, GuestAddress(0)).expect("mapped");
+    assert_eq!((rig.load(0x50_0000), rig.load(0x51_0000)), (1, 2));
+}
+
+#[test]
+fn messages_become_what_their_entry_says() {
+    let rig = Rig::running();
+    rig.cover();
+    rig.remap(5, Some((0x102, 0x77)));
+    let sink = RemappingSink::new(rig.unit.clone());
+    sink.signal(&requester(), indexed(5));
+    assert_eq!(rig.processors.take(), [remapped(0x102, 0x77)]);
+    sink.signal(&requester(), indexed(6));
+    assert_eq!((rig.processors.take().len(), rig.events()), (0, vec![2]));
+}
+
+#[test]
+fn a_message_to_memory_is_a_write_to_where_it_is_mapped() {
+    let rig = Rig::running();
+    rig.cover();
+    rig.map(1, 0x50_0000);
+    let sink = RemappingSink::new(rig.unit.clone());
+    let to = |address| MsiMessage {
+        address,
+        data: 0xabcd,
+    };
+    sink.signal(&requester(), to(0x1010));
+    sink.signal(&requester(), to(0x2010));
+    assert_eq!(rig.load(0x50_0010), 0xabcd);
+    assert_eq!(rig.events(), [2]);
+}
+
+#[test]
+fn a_route_follows_its_entry_once_the_guest_says_that_it_changed() {
+    let rig = Rig::running();
+    rig.cover();
+    rig.remap(5, Some((1, 0x31)));
+    let route = RemappingSink::new(rig.unit.clone())
+        .route(&requester())
+        .expect("a route");
+    route.set(Some(indexed(5))).expect("the host takes it");
+    let kernel = rig.processors.routes().remove(0);
+    assert!(route.carries());
+    rig.remap(5, Some((2, 0x32)));
+    assert_eq!(kernel.history(), [Some(remapped(1, 0x31))]);
+    rig.invalidate_interrupts();
+    assert_eq!(kernel.history().last(), Some(&Some(remapped(2, 0x32))));
+    rig.remap(5, None);
+    rig.invalidate_interrupts();
+    assert_eq!(kernel.history().last(), Some(&None));
+    assert!(!route.carries());
+    assert!(rig.events().is_empty(), "looking ahead is no interrupt");
+}
+
+#[test]
+fn a_route_that_led_nowhere_forgets_what_was_sent_meanwhile() {
+    let rig = Rig::running();
+    rig.cover();
+    let route = RemappingSink::new(rig.unit.clone())
+        .route(&requester())
+        .expect("a route");
+    route.set(Some(indexed(5))).expect("the host takes it");
+    assert!(!route.carries());
+    route.eventfd().write(1).expect("room");
+    rig.remap(5, Some((1, 0x31)));
+    rig.invalidate_interrupts();
+    assert!(route.carries());
+    assert_eq!(rig.processors.routes()[0].signals(), 0);
+}
+
+#[test]
+fn a_route_carries_nothing_for_a_function_that_was_renumbered() {
+    let rig = Rig::running();
+    rig.cover();
+    rig.remap(5, Some((1, 0x31)));
+    let function = requester();
+    let route = RemappingSink::new(rig.unit.clone())
+        .route(&function)
+        .expect("a route");
+    route.set(Some(indexed(5))).expect("the host takes it");
+    function.renumber(Sbdf {
+        segment: 0,
+        bdf: Bdf::new(9, 0, 0).expect("valid"),
+    });
+    assert!(!route.carries());
+}
+
+#[test]
+fn a_route_that_the_host_refuses_to_change_carries_nothing() {
+    let rig = Rig::running();
+    rig.cover();
+    rig.remap(5, Some((1, 0x31)));
+    let route = RemappingSink::new(rig.unit.clone())
+        .route(&requester())
+        .expect("a route");
+    route.set(Some(indexed(5))).expect("the host takes it");
+    rig.processors.refuse(true);
+    rig.remap(5, Some((2, 0x32)));
+    rig.invalidate_interrupts();
+    assert!(!route.carries());
+    rig.processors.refuse(false);
+    rig.invalidate_interrupts();
+    assert!(route.carries());
+}
+
+#[test]
+fn switching_the_unit_off_sends_messages_as_they_are_again() {
+    let rig = Rig::running();
+    rig.cover();
+    rig.remap(5, Some((1, 0x31)));
+    let route = RemappingSink::new(rig.unit.clone())
+        .route(&requester())
+        .expect("a route");
+    route.set(Some(indexed(5))).expect("the host takes it");
+    rig.write(0x18, 0);
+    let kernel = rig.processors.routes().remove(0);
+    assert_eq!(kernel.history().last(), Some(&Some(indexed(5))));
+}
+
+/// The kernel's side of the IOAPIC, as a recorder.
+#[derive(Default)]
+struct Kernel(std::sync::Mutex<Vec<(u8, Option<MsiMessage>)>>);
+
+impl Kernel {
+    fn last(&self) -> Option<(u8, Option<MsiMessage>)> {
+        self.0.lock().expect("not poisoned").last().copied()
+    }
+}
+
+impl IoApicHost for Kernel {
+    fn signal(&self, message: MsiMessage) {
+        self.0
+            .lock()
+            .expect("not poisoned")
+            .push((u8::MAX, Some(message)));
+    }
+
+    fn set_route(&self, pin: u8, message: Option<MsiMessage>) -> Result<(), HostError> {
+        self.0.lock().expect("not poisoned").push((pin, message));
+        Ok(())
+    }
+
+    fn pins_of(&self, _vector: u8) -> u32 {
+        0
+    }
+}
+
+#[test]
+fn the_ioapics_inputs_end_by_the_vector_that_processors_saw() {
+    let rig = Rig::running();
+    rig.cover();
+    rig.remap(9, Some((1, 0x39)));
+    let kernel = Arc::new(Kernel::default());
+    let host = RemappingIoApic::new(rig.unit.clone(), device(), kernel.clone());
+    let level = MsiMessage {
+        data: 0xc009,
+        ..indexed(0)
+    };
+    host.set_route(9, Some(level)).expect("the host takes it");
+    assert_eq!(
+        kernel.last(),
+        Some((9, Some(MsiMessage::remapped(1, false, 0xc039))))
+    );
+    host.signal(level);
+    assert_eq!(
+        kernel.last(),
+        Some((u8::MAX, Some(MsiMessage::remapped(1, false, 0xc039))))
+    );
+    assert_eq!((host.pins_of(0x39), host.pins_of(0x09)), (1 << 9, 0));
+
+    rig.remap(9, Some((2, 0x49)));
+    rig.invalidate_interrupts();
+    assert_eq!(
+        kernel.last(),
+        Some((9, Some(MsiMessage::remapped(2, false, 0xc049))))
+    );
+    assert_eq!(
+        (host.pins_of(0x49), host.pins_of(0x39)),
+        (1 << 9, 1 << 9),
+        "one may be in service yet"
+    );
+    rig.remap(9, None);
+    rig.invalidate_interrupts();
+    assert_eq!(kernel.last(), Some((9, None)));
+}
+
+#[test]
+fn a_long_ring_is_left_to_the_event_loop() {
+    let rig = Rig::running();
+    for _ in 0..255 {
+        rig.put(6 << 60 | 0xff << 24, 0);
+    }
+    rig.ring();
+    // Each round's announcement is taken and given back, as the event loop finds it.
+    let announced = || rig.unit.more.read().is_ok_and(|_| rig.unit.more.write(1).is_ok());
+    let rounds = (0..100).take_while(|_| {
+        let more = announced();
+        rig.unit.run_commands();
+        more
+    });
+    assert!((2..100).contains(&rounds.count()));
+    assert_eq!(rig.read(0x2000), rig.read(0x2008));
+}
+
+#[test]
+fn after_a_reset_nothing_waits_and_everything_passes() {
+    let rig = Rig::running();
+    rig.cover();
+    for _ in 0..255 {
+        rig.put(6 << 60 | 0xff << 24, 0);
+    }
+    rig.ring();
+    rig.unit.reset();
+    assert_eq!(rig.read(0x18) & 1, 0);
+    rig.store(0x5000, 9);
+    assert_eq!(
+        dma(&rig).view().read_obj::<u64>(GuestAddress(0x5000)).ok(),
+        Some(9)
+    );
+    assert!(rig.unit.more.read().is_err());
+}
+
+#[test]
+fn its_state_is_told_in_one_line() {
+    let rig = Rig::running();
+    rig.cover();
+    let state = rig.unit.state();
+    assert!(state.contains("commands 0x800000000010000,"), "{state}");
+    assert!(state.contains("1 doorbells, 2 commands, 0 stops"), "{state}");
+    assert_eq!(state.lines().count(), 1);
+}

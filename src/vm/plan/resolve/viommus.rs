@@ -1,0 +1,327 @@
+//! The guest's IOMMUs: what each covers, what all of them offer, and whose the IOAPIC's interrupts are.
+
+use crate::iommu::emulated;
+use crate::pci::tree::{NodeKind, PciTree, RootComplex};
+use crate::platform::addr::{Bdf, Gpa, GpaRange};
+use crate::vm::config::Config;
+use crate::vm::config::said::ConfigError;
+use crate::vm::config::section::{Section, Source};
+use crate::vm::config::sections::Viommu;
+use crate::vm::config::values::{Switch, ViommuMode as Said};
+use crate::vm::layout::Mapped;
+use crate::vm::plan::{CpuPlan, PageTable, ViommuMode, ViommuOffer, ViommuPlan};
+
+/// The widest process address space IDs: Linux stops at more.
+const MOST_PASID_BITS: u16 = 16;
+/// The first APIC ID that a message without x2APIC cannot name.
+const FIRST_X2APIC_ID: u32 = 255;
+
+/// Every IOMMU, in the order they were said.
+pub(super) fn resolve(
+    config: &Config,
+    mapped: &Mapped,
+    cpus: &CpuPlan,
+) -> Result<Vec<ViommuPlan>, ConfigError> {
+    let Some(offer) = offer(&config.viommus)? else {
+        return Ok(Vec::new());
+    };
+    let last_id = cpus.apic_ids.last().copied().unwrap_or_default();
+    if offer.intremap && !offer.xt && last_id >= FIRST_X2APIC_ID {
+        let source = blamed(&config.viommus, |viommu| viommu.xt);
+        let problem = format!(
+            "remapped interrupts then reach APIC IDs up to 254 only, and this machine has {last_id}; say xt=on, or \
+             fewer cpus"
+        );
+        return Err(source.wrong("xt", problem));
+    }
+    let mut plans = Vec::with_capacity(config.viommus.len());
+    for (index, viommu) in config.viommus.iter().enumerate() {
+        plans.push(plan(index, mode(viommu)?, offer, mapped));
+    }
+    if offer.intremap {
+        let index = ioapic_unit(&plans).ok_or_else(|| {
+            let problem = "none of the IOMMUs is in PCI segment 0, where the IOAPIC is; say intremap=off, or \
+                           add one on a root complex of segment 0";
+            let last = config.viommus.last().expect("an offer is somebody's");
+            last.source().wrong("on", problem)
+        })?;
+        plans[index].remaps_ioapic = true;
+    }
+    Ok(plans)
+}
+
+fn on(switch: Option<Switch>, default: bool) -> bool {
+    switch.map_or(default, |switch| switch.0)
+}
+
+/// What works an IOMMU, and why where that was left to us.
+fn mode(viommu: &Viommu) -> Result<(ViommuMode, Option<&'static str>), ConfigError> {
+    match viommu.mode {
+        Some(Said::Emulated) => Ok((ViommuMode::Emulated, None)),
+        None | Some(Said::Auto) => Ok((
+            ViommuMode::Emulated,
+            Some("auto: this version does not look for hardware"),
+        )),
+        Some(Said::Hardware | Said::Simulated) => {
+            let problem = "not built in this version; say emulated or auto";
+            Err(viommu.source().wrong("mode", problem))
+        }
+    }
+}
+
+/// What all of `viommus` offer: Linux uses only what each of them has, and expects that to be told alike.
+/// `None` when there are none.
+fn offer(viommus: &[Viommu]) -> Result<Option<ViommuOffer>, ConfigError> {
+    let mut all: Option<ViommuOffer> = None;
+    for viommu in viommus {
+        let one = asked(viommu)?;
+        all = Some(match all {
+            None => one,
+            Some(all) => ViommuOffer {
+                xt: all.xt && one.xt,
+                page_table: both(all.page_table, one.page_table).ok_or_else(|| {
+                    let problem = "another IOMMU has the other format, and a guest uses one for all of them";
+                    viommu.source().wrong("page-table", problem)
+                })?,
+                intremap: all.intremap && one.intremap,
+                pasid_bits: all.pasid_bits.min(one.pasid_bits),
+                ats: all.ats && one.ats,
+                np_cache: all.np_cache || one.np_cache,
+            },
+        });
+    }
+    Ok(all)
+}
+
+/// What one of them was asked to offer.
+fn asked(viommu: &Viommu) -> Result<ViommuOffer, ConfigError> {
+    let bits = viommu.pasid_bits.unwrap_or(0);
+    let page_table = viommu.page_table.unwrap_or(PageTable::Any);
+    let pasid_bits = u8::try_from(bits)
+        .ok()
+        .filter(|_| bits <= MOST_PASID_BITS)
+        .ok_or_else(|| {
+            let problem = format!("must be 0 to {MOST_PASID_BITS}");
+            viommu.source().wrong("pasid-bits", problem)
+        })?;
+    if pasid_bits > 0 && page_table == PageTable::V1 {
+        let problem = "process address spaces have v2 tables; say page-table=any or v2, or pasid-bits=0";
+        return Err(viommu.source().wrong("pasid-bits", problem));
+    }
+    Ok(ViommuOffer {
+        xt: on(viommu.xt, true),
+        page_table,
+        intremap: on(viommu.intremap, true),
+        pasid_bits,
+        ats: on(viommu.ats, false),
+        np_cache: on(viommu.np_cache, false),
+    })
+}
+
+/// The format that suits both; `None` when they exclude each other.
+fn both(one: PageTable, other: PageTable) -> Option<PageTable> {
+    match (one, other) {
+        (PageTable::Any, said) | (said, PageTable::Any) => Some(said),
+        (one, other) => (one == other).then_some(one),
+    }
+}
+
+/// Who switched something off.
+fn blamed(viommus: &[Viommu], switch: impl Fn(&Viommu) -> Option<Switch>) -> &Source {
+    viommus
+        .iter()
+        .find(|viommu| !on(switch(viommu), true))
+        .expect("it is off because somebody said so")
+        .source()
+}
+
+fn plan(
+    index: usize,
+    (mode, because): (ViommuMode, Option<&'static str>),
+    offer: ViommuOffer,
+    mapped: &Mapped,
+) -> ViommuPlan {
+    let (root, name, bdf) = find(&mapped.pci, index);
+    let own = |kind: NodeKind| matches!(kind, NodeKind::HostBridge | NodeKind::Iommu(_));
+    ViommuPlan {
+        name: name.to_owned(),
+        mode,
+        because,
+        root_complex: root.name.clone(),
+        segment: root.segment,
+        bdf,
+        mmio: registers(mapped, index),
+        buses: root.buses.clone(),
+        covers: root
+            .nodes()
+            .filter(|node| !own(node.kind))
+            .map(|node| node.name.clone())
+            .collect(),
+        offer,
+        remaps_ioapic: false,
+    }
+}
+
+/// The function of unit `index`, and its root complex.
+fn find(pci: &PciTree, index: usize) -> (&RootComplex, &str, Bdf) {
+    pci.roots()
+        .find_map(|root| {
+            let node = root
+                .functions
+                .iter()
+                .find(|node| node.kind == NodeKind::Iommu(index))?;
+            Some((root, node.name.as_str(), node.bdf))
+        })
+        .expect("the tree has a function for each IOMMU")
+}
+
+fn registers(mapped: &Mapped, index: usize) -> GpaRange {
+    let all = mapped.layout.viommus.expect("there is room for each IOMMU");
+    let start = all.start().0 + index as u64 * emulated::MMIO_LEN;
+    GpaRange::new(Gpa(start), emulated::MMIO_LEN)
+        .filter(|range| all.contains_range(*range))
+        .expect("there is room for each IOMMU")
+}
+
+/// Whose the IOAPIC's interrupts are: the unit's that covers bus 0 of segment 0, where the function is as
+/// which the IOAPIC sends; or else the first in that segment. The IVRS may name any unit of the segment,
+/// and Linux takes the one that it names.
+fn ioapic_unit(plans: &[ViommuPlan]) -> Option<usize> {
+    let in_segment = |plan: &&ViommuPlan| plan.segment == 0;
+    let nearest = plans
+        .iter()
+        .filter(in_segment)
+        .min_by_key(|plan| *plan.buses.start())?;
+    plans.iter().position(|plan| plan.name == nearest.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::vm::plan::Plan;
+
+    fn resolved(text: &str) -> Result<Plan, ConfigError> {
+        let config = Config::parse(Path::new("m.toml"), text).expect("a machine file");
+        Plan::resolve(&config)
+    }
+
+    fn plans(text: &str) -> Vec<ViommuPlan> {
+        let plan = resolved(text).unwrap_or_else(|error| panic!("{error}"));
+        plan.viommus
+    }
+
+    fn refused(text: &str) -> String {
+        resolved(text).expect_err(text).to_string()
+    }
+
+    #[test]
+    fn nothing_said_covers_the_first_root_complex_with_everything_linux_uses() {
+        let unit = plans("[[viommu]]\n[[root-port]]\n[[rng]]\nport = \"rp0\"\n").remove(0);
+        assert_eq!(
+            (unit.name.as_str(), unit.root_complex.as_str()),
+            ("iommu0", "rc0")
+        );
+        assert_eq!((unit.bdf.to_string(), unit.buses), ("00:00.2".to_owned(), 0..=7));
+        assert_eq!(unit.mmio.to_string(), "feb00000-feb03fff");
+        assert_eq!(unit.covers, ["rp0", "rng0", "isa-bridge"]);
+        assert!(unit.remaps_ioapic && unit.because.is_some());
+        let offer = ViommuOffer {
+            xt: true,
+            page_table: PageTable::Any,
+            intremap: true,
+            pasid_bits: 0,
+            ats: false,
+            np_cache: false,
+        };
+        assert_eq!(unit.offer, offer);
+    }
+
+    #[test]
+    fn every_root_complex_may_have_one_and_each_has_registers_of_its_own() {
+        let roots = "[[root-complex]]\n".repeat(3);
+        let units = plans(&format!(
+            "{roots}[[viommu]]\non = \"rc2\"\n[[viommu]]\n[[viommu]]\non = \"rc1\"\n"
+        ));
+        let starts: Vec<u64> = units.iter().map(|unit| unit.mmio.start().0).collect();
+        assert_eq!(starts, [0xfeb0_0000, 0xfeb0_4000, 0xfeb0_8000]);
+        let ioapic: Vec<bool> = units.iter().map(|unit| unit.remaps_ioapic).collect();
+        assert_eq!(ioapic, [false, true, false]);
+        assert_eq!(
+            refused("[[viommu]]\n[[viommu]]\non = \"rc0\"\n"),
+            "m.toml:3: viommu.on = rc0: rc0 is covered by iommu0 already, and a root complex has one IOMMU at most"
+        );
+    }
+
+    #[test]
+    fn the_place_of_a_unit_is_its_own() {
+        let text = refused("[[viommu]]\n[[rng]]\nslot = \"0.2\"\n");
+        assert!(text.contains("iommu0 is there"), "{text}");
+        assert!(refused("[[viommu]]\non = \"rc9\"\n").contains("no root complex has this name"));
+    }
+
+    #[test]
+    fn what_one_unit_does_not_offer_none_does() {
+        let two = "[[root-complex]]\n[[root-complex]]\n[[viommu]]\nxt = false\npasid-bits = 8\nats = true\n\
+            page-table = \"v2\"\n[[viommu]]\non = \"rc1\"\npasid-bits = 16\nnpcache = true\n";
+        let units = plans(two);
+        let offer = ViommuOffer {
+            xt: false,
+            page_table: PageTable::V2,
+            intremap: true,
+            pasid_bits: 8,
+            ats: false,
+            np_cache: true,
+        };
+        assert!(units.iter().all(|unit| unit.offer == offer));
+        let efr = offer.features().efr;
+        assert!(!efr.xt() && efr.gt() && efr.gio() && efr.pas_max() == 7);
+        let formats = "[[root-complex]]\n[[root-complex]]\n[[viommu]]\npage-table = \"v1\"\n[[viommu]]\n\
+            on = \"rc1\"\npage-table = \"v2\"\n";
+        assert_eq!(
+            refused(formats),
+            "m.toml:7: viommu.page-table = v2: another IOMMU has the other format, and a guest uses one for all of \
+             them"
+        );
+    }
+
+    #[test]
+    fn v1_tables_alone_offer_no_guest_tables() {
+        let unit = plans("[[viommu]]\npage-table = \"v1\"\n").remove(0);
+        let efr = unit.offer.features().efr;
+        assert!(!efr.gt() && !efr.gio());
+    }
+
+    #[test]
+    fn the_ioapics_interrupts_are_those_of_a_unit_in_segment_0() {
+        let beside = plans("[[root-complex]]\n[[root-complex]]\n[[viommu]]\non = \"rc1\"\n");
+        assert!(beside[0].remaps_ioapic);
+        let elsewhere = "[[root-complex]]\n[[root-complex]]\nsegment = 1\n[[viommu]]\non = \"rc1\"\n";
+        assert!(
+            refused(elsewhere)
+                .starts_with("m.toml:5: viommu.on = rc1: none of the IOMMUs is in PCI segment 0")
+        );
+        let without = plans(&format!("{elsewhere}intremap = false\n"));
+        assert!(!without[0].remaps_ioapic);
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused_by_their_key() {
+        let with = |line: &str| refused(&format!("[[viommu]]\n{line}\n"));
+        assert_eq!(
+            with("pasid-bits = 17"),
+            "m.toml:2: viommu.pasid-bits = 17: must be 0 to 16"
+        );
+        assert!(
+            with("pasid-bits = 1\npage-table = \"v1\"").contains("process address spaces have v2 tables")
+        );
+        assert!(with("mode = \"hw\"").ends_with("not built in this version; say emulated or auto"));
+        let text = refused("cpus = 256\n[[viommu]]\nxt = false\n");
+        assert!(
+            text.starts_with("m.toml:3: viommu.xt = off: remapped interrupts"),
+            "{text}"
+        );
+        assert_eq!(plans("cpus = 256\n[[viommu]]\n").len(), 1);
+    }
+}
