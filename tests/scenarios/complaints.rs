@@ -8,7 +8,7 @@ const COMPLAINTS: &[&str] = &[
     // The kernel's own words for something that should not be.
     "warning:",
     "bug:",
-    "oops:",
+    "oops",
     "call trace",
     "general protection",
     "unchecked msr access",
@@ -64,7 +64,7 @@ const COMPLAINTS: &[&str] = &[
     "failed to set up",
     // Interrupts
     "nobody cared",
-    "disabling irq",
+    "disabling",
     "no irq handler",
     "no gsi",
     "can't derive routing",
@@ -113,6 +113,8 @@ const COMPLAINTS: &[&str] = &[
     "out of range",
     "tx timeout",
     "transmit queue",
+    "no valid",
+    "not supported by",
 ];
 
 /// Phrases that make a line harmless although it has one of the above, and why.
@@ -141,6 +143,14 @@ const HARMLESS: &[(&str, &str)] = &[
     (
         "kernel command line",
         "the command line may name what it switches",
+    ),
+    (
+        "disabling unused",
+        "clocks and power domains that no driver took are switched off at the end of a boot",
+    ),
+    (
+        "disabling memory control group subsystem",
+        "said by a command line that asks for it",
     ),
     ("command line:", "the command line may name what it switches"),
 ];
