@@ -154,7 +154,8 @@ qemu_arguments() {
     qemu=(
         # EPYC-Milan's model has XSAVE sizes that a nested guest finds wrong.
         -machine q35 -accel "tcg,thread=multi" -cpu "EPYC-Rome-v4,+svm,+npt"
-        -smp "$cpus" -m "$memory" -nodefaults -no-user-config -display none -no-reboot
+        # One more than asked for: the first runs no guests (host-init says why).
+        -smp "$((cpus + 1))" -m "$memory" -nodefaults -no-user-config -display none -no-reboot
         -L "$root/usr/share/qemu" -L "$root/usr/share/seabios"
         -kernel "$cache/lab/host-$host_kernel/kernel"
         -initrd "$cache/lab/host-$host_kernel/initramfs"
