@@ -150,7 +150,9 @@ root_port() {
 
 qemu_arguments() {
     local ports=0 nic nvme model words
-    words="console=ttyS0 panic=-1 quiet loglevel=4 iommu=nopt mitigations=off dma_debug=off"
+    # nohz=off: going tickless patches code while other CPUs run it; host-init says
+    # what comes of that.
+    words="console=ttyS0 panic=-1 quiet loglevel=4 iommu=nopt mitigations=off dma_debug=off nohz=off"
     qemu=(
         # EPYC-Milan's model has XSAVE sizes that a nested guest finds wrong.
         -machine q35 -accel "tcg,thread=multi" -cpu "EPYC-Rome-v4,+svm,+npt"
