@@ -4,6 +4,8 @@
 
 #[path = "../../tests/iommu/model.rs"]
 mod model;
+#[path = "../../tests/iommu/page.rs"]
+mod page;
 #[path = "../../tests/iommu/scribble.rs"]
 mod scribble;
 

@@ -83,7 +83,7 @@ impl<'a> Machine<'a> {
         let viommus = Viommus::new(plan, &ram, &messages, &mut events)?;
         let mut board = Board::new(viommus.ioapic_host(delivery), requests.clone(), &mut events)?;
         board.populate(plan, &mut events)?;
-        viommus.place(&mut board)?;
+        viommus.place(&mut board, &vm)?;
         let topology = functions::build(
             plan,
             &mut Connections {

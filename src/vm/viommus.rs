@@ -12,12 +12,15 @@ use super::events::EventLoop;
 use super::plan::Plan;
 use crate::iommu::agent::TranslationAgent;
 use crate::iommu::amd::processor::Follower;
+use crate::iommu::amd::spec::registers::Reg;
+use crate::iommu::amd::window::RegisterWindow;
 use crate::iommu::emulated::{EmulatedUnit, RemappingIoApic, RemappingSink, UnitParts};
 use crate::pci::tree::{NodeKind, RootComplex};
-use crate::platform::addr::Sbdf;
+use crate::platform::addr::{Gpa, Sbdf};
 use crate::platform::dma::{Dma, Requester};
 use crate::platform::host::HostError;
 use crate::platform::irq::IoApicHost;
+use crate::platform::kvm::{KvmVm, ReadOnlyPage};
 use crate::platform::memory::GuestRam;
 use crate::platform::msi::MsiSink;
 
@@ -25,6 +28,15 @@ use crate::platform::msi::MsiSink;
 pub(super) struct Viommus<'a> {
     plan: &'a Plan,
     units: Vec<Arc<EmulatedUnit>>,
+}
+
+/// The page in which a guest reads heads, tails and Status.
+struct Window(ReadOnlyPage);
+
+impl RegisterWindow for Window {
+    fn show(&self, offset: u64, value: u64) {
+        self.0.store(offset, value);
+    }
 }
 
 /// What a processor is not held up with, the event loop does.
@@ -81,10 +93,13 @@ impl<'a> Viommus<'a> {
         Arc::new(RemappingIoApic::new(unit, sender.1.bdf, host))
     }
 
-    /// Make every unit's registers reachable on `board`.
-    pub(super) fn place(&self, board: &mut Board) -> Result<(), RunError> {
+    /// Make every unit's registers reachable on `board`, and those that change while it runs readable in `vm`
+    /// without an exit.
+    pub(super) fn place(&self, board: &mut Board, vm: &KvmVm) -> Result<(), RunError> {
         for (unit, planned) in self.units.iter().zip(&self.plan.viommus) {
             board.claim_mmio(unit.name(), planned.mmio, unit.clone())?;
+            let page = vm.read_only_page(Gpa(planned.mmio.start().0 + Reg::RUNNING_AT))?;
+            unit.show_registers(Box::new(Window(page)));
         }
         Ok(())
     }

@@ -18,6 +18,8 @@ use ravelin::platform::memory::GuestRam;
 use ravelin::platform::msi::MsiMessage;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+use crate::page::Page;
+
 /// Bytes of RAM, from 0 on.
 pub(crate) const RAM: u64 = 0x200_0000;
 /// An address that is not RAM.
@@ -84,6 +86,7 @@ pub(crate) fn pasid(value: u32) -> Pasid {
 pub(crate) struct Driver {
     pub(crate) ram: GuestRam,
     pub(crate) unit: Arc<Unit<GuestRam>>,
+    page: Page,
     pub(crate) width: Width,
     /// Interrupts of the unit, in order.
     pub(crate) interrupts: Mutex<Vec<Interrupt>>,
@@ -101,8 +104,11 @@ impl Driver {
     pub(crate) fn with(wanted: Wanted) -> Self {
         let ranges = [(GuestAddress(0), usize::try_from(RAM).expect("small"))];
         let ram = GuestRam::new(GuestMemoryMmap::from_ranges(&ranges).expect("a mapping"));
+        let (unit, page) = (Unit::new(Features::offer(wanted), ram.clone()), Page::default());
+        unit.show_registers(Box::new(page.clone()));
         Self {
-            unit: Arc::new(Unit::new(Features::offer(wanted), ram.clone())),
+            unit: Arc::new(unit),
+            page,
             ram,
             width: Width::Quadword,
             interrupts: Mutex::default(),
@@ -162,7 +168,9 @@ impl Driver {
         self.carry_out(self.unit.mmio_write(offset, &value.to_le_bytes()));
     }
 
+    /// Read a 64-bit register; whether the guest asks the unit or looks at the page is the same.
     pub(crate) fn read(&self, offset: u64) -> u64 {
+        self.page.agrees_with(&self.unit);
         let mut data = [0; 8];
         self.unit.mmio_read(offset, &mut data);
         u64::from_le_bytes(data)

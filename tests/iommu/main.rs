@@ -11,6 +11,7 @@ mod hostile;
 mod interrupts;
 mod invalidation;
 mod model;
+mod page;
 mod reference;
 mod registers;
 mod scribble;

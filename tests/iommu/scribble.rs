@@ -13,6 +13,7 @@ use ravelin::platform::addr::{Bdf, Gpa, Iova};
 use ravelin::platform::msi::MsiMessage;
 
 use crate::model::{Outcome, Question, Registers, Words, answer};
+use crate::page::Page;
 
 /// Memory whose every quadword is the next of the input when it is first read, and keeps its value: nested
 /// pointers are explored without anybody building tables. Addresses from `END` on do not answer.
@@ -133,6 +134,8 @@ pub(crate) fn run(input: &[u8]) {
     let memory = Memory::default();
     memory.with(|dreamt| dreamt.input = input.to_vec());
     let unit = Unit::new(Features::offer(Wanted::EVERYTHING), memory.clone());
+    let page = Page::default();
+    unit.show_registers(Box::new(page.clone()));
     let settle = |effects: Effects| {
         let mut more = effects.more_commands;
         let mut calls = 0;
@@ -180,6 +183,7 @@ pub(crate) fn run(input: &[u8]) {
             }
             _ => compare(&unit, &memory, kind, which),
         }
+        page.agrees_with(&unit);
     }
 }
 

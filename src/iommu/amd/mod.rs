@@ -50,9 +50,11 @@ pub mod slot;
 pub mod spec;
 pub mod sync;
 pub mod walk;
+pub mod window;
 
+use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use commands::Command;
 use counters::{Counters, Counts};
@@ -71,6 +73,7 @@ use registers::{Configuration, Effect, Exclusion, Interrupts, MsiMirror, Registe
 use slot::Slot;
 use spec::dte::Dte;
 use spec::registers::{Control, DeviceTableBase, ExclusionBase, ExclusionLimit, Reg, Status};
+use window::{Change, RegisterWindow};
 
 use crate::platform::addr::{Bdf, Gpa};
 
@@ -119,6 +122,7 @@ pub struct Unit<M> {
     /// Taken before `registers` where both are.
     processor: Mutex<Processor>,
     registers: Mutex<Registers>,
+    window: OnceLock<Box<dyn RegisterWindow>>,
     /// Control, as translations see it.
     control: AtomicU64,
     /// Exclusion Base, likewise.
@@ -153,6 +157,7 @@ impl<M: SystemMemory> Unit<M> {
             followers: RwLock::default(),
             counters: Counters::default(),
             registers: Mutex::new(registers),
+            window: OnceLock::new(),
         };
         unit.publish(&unit.registers());
         unit
@@ -170,9 +175,16 @@ impl<M: SystemMemory> Unit<M> {
         followers.push(follower);
     }
 
+    /// From now on `window` shows the registers that change while the unit runs. There is one at most; another
+    /// is ignored.
+    pub fn show_registers(&self, window: Box<dyn RegisterWindow>) {
+        let _ = self.window.set(window);
+        drop(self.change());
+    }
+
     /// The MSI capability of the unit's function changed in configuration space.
     pub fn mirror_msi(&self, msi: MsiMirror) {
-        self.registers().mirror_msi(msi);
+        self.change().mirror_msi(msi);
     }
 
     /// What happened so far.
@@ -208,7 +220,7 @@ impl<M: SystemMemory> Unit<M> {
             return Effects::default();
         };
         let (effect, interrupts) = {
-            let mut registers = self.registers();
+            let mut registers = self.change();
             let effect = registers.write(reg, lanes);
             if matches!(effect, Effect::Reconfigure { .. }) {
                 self.publish(&registers);
@@ -232,7 +244,7 @@ impl<M: SystemMemory> Unit<M> {
     pub fn reset(&self) {
         let _idle = self.processor();
         {
-            let mut registers = self.registers();
+            let mut registers = self.change();
             registers.reset();
             self.publish(&registers);
         }
@@ -240,7 +252,17 @@ impl<M: SystemMemory> Unit<M> {
         let _ = self.forget();
     }
 
-    fn registers(&self) -> MutexGuard<'_, Registers> {
+    /// The registers, to be looked at.
+    fn registers(&self) -> impl Deref<Target = Registers> + '_ {
+        self.locked_registers()
+    }
+
+    /// The registers, to be changed.
+    fn change(&self) -> Change<'_> {
+        Change::new(self.locked_registers(), self.window.get().map(Box::as_ref))
+    }
+
+    fn locked_registers(&self) -> MutexGuard<'_, Registers> {
         self.registers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -324,7 +346,7 @@ impl<M: SystemMemory> Unit<M> {
     /// Tell software by the event log.
     fn report(&self, event: &Event) -> Interrupts {
         self.counters.event(event.code());
-        let mut registers = self.registers();
+        let mut registers = self.change();
         if registers.event_log_runs() {
             match registers.event.append(&self.memory, event.record()) {
                 Appended::Logged => registers.latch(Status::new().with_event_log_int(true)),

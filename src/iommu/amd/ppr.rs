@@ -65,7 +65,7 @@ impl<M: SystemMemory> Unit<M> {
             };
             return (Answer::Invalid, Effects::of(self.report(&event)));
         }
-        let mut registers = self.registers();
+        let mut registers = self.change();
         if !registers.ppr_log_runs() {
             return (Answer::Failure, Effects::default());
         }

@@ -132,7 +132,7 @@ impl<M: SystemMemory> Unit<M> {
             }
             entry = ring.after(entry);
         }
-        self.registers().command.set_head(entry);
+        self.change().command.set_head(entry);
         outcome?;
         unreadable.map_or(Ok(()), |at| Err(Stop::Hardware { at }))
     }
@@ -246,7 +246,7 @@ impl<M: SystemMemory> Unit<M> {
                 .map_err(|Unreachable| Stop::Hardware { at })?;
         }
         if interrupt {
-            let mut registers = self.registers();
+            let mut registers = self.change();
             registers.latch(Status::new().with_com_wait_int(true));
             effects.join(Effects::of(registers.take_interrupts()));
         }
@@ -255,7 +255,7 @@ impl<M: SystemMemory> Unit<M> {
 
     /// Stop with the head where it is, and say why.
     fn stop(&self, stop: &Stop) -> Effects {
-        self.registers().stop_commands();
+        self.change().stop_commands();
         self.counters.stop();
         let event = match *stop {
             Stop::Illegal { at } => Event::IllegalCommand { at },

@@ -35,6 +35,7 @@ use super::amd::processor::Follower;
 use super::amd::registers::Interrupt;
 use super::amd::request::{Access, Request};
 use super::amd::spec::registers::Reg;
+use super::amd::window::RegisterWindow;
 use super::amd::{Effects, Unit};
 use crate::pci::endpoint::Endpoint;
 use crate::platform::addr::{Bdf, GpaRange, Iova, Sbdf};
@@ -145,6 +146,11 @@ impl EmulatedUnit {
     /// Have `follower` hear of every invalidation. For as long as the unit lives.
     pub fn add_follower(&self, follower: Arc<dyn Follower>) {
         self.unit.add_follower(follower);
+    }
+
+    /// From now on `window` shows heads, tails and Status.
+    pub fn show_registers(&self, window: Box<dyn RegisterWindow>) {
+        self.unit.show_registers(window);
     }
 
     /// What it did so far.

@@ -20,10 +20,10 @@ use super::host::HostError;
 
 pub use irq::MsiDelivery;
 pub use vcpu::{Direction, Exit, Kick, PowerOnState, Vcpu, allow_kicks, kick_signal};
-pub use vm::{INTEL_RESERVED, KvmVm};
+pub use vm::{INTEL_RESERVED, KvmVm, ReadOnlyPage};
 
 /// What this program cannot do without, as KVM names it, and what for.
-const REQUIRED: [(Cap, &str); 16] = [
+const REQUIRED: [(Cap, &str); 17] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY (guest RAM)"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID (processor features)"),
     (
@@ -36,6 +36,10 @@ const REQUIRED: [(Cap, &str); 16] = [
         "KVM_CAP_TSC_DEADLINE_TIMER (a timer that needs no calibration)",
     ),
     (Cap::GetTscKhz, "KVM_CAP_GET_TSC_KHZ (the guest's TSC frequency)"),
+    (
+        Cap::ReadonlyMem,
+        "KVM_CAP_READONLY_MEM (registers read without an exit)",
+    ),
     (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI (interrupt messages)"),
     (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING (interrupt routes)"),
     (Cap::Irqfd, "KVM_CAP_IRQFD (interrupts from eventfds)"),

@@ -11,8 +11,8 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{
-    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi, kvm_run,
-    kvm_userspace_memory_region,
+    KVM_MEM_READONLY, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
+    kvm_run, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::mm::{MapFlags, ProtFlags};
@@ -20,17 +20,29 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::platform::memory::GuestRam;
 
+/// What a guest may do with a memory slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SlotKind {
+    /// Read, write and execute: RAM.
+    Ram,
+    /// Read; a write is an exit.
+    ReadOnly,
+}
+
 /// Make region `index` of `ram` memory slot `slot` of `vm`.
 ///
 /// The caller keeps `ram` alive for as long as `vm` lives; [`super::vm::Machine`] owns both.
-pub(super) fn add_ram_slot(vm: &VmFd, slot: u32, ram: &GuestRam, index: usize) -> io::Result<()> {
+pub(super) fn add_slot(vm: &VmFd, slot: u32, ram: &GuestRam, index: usize, kind: SlotKind) -> io::Result<()> {
     let region = ram.backend().iter().nth(index).ok_or(io::ErrorKind::NotFound)?;
     let host = region
         .get_host_address(MemoryRegionAddress(0))
         .map_err(io::Error::other)?;
     let slot = kvm_userspace_memory_region {
         slot,
-        flags: 0,
+        flags: match kind {
+            SlotKind::Ram => 0,
+            SlotKind::ReadOnly => KVM_MEM_READONLY,
+        },
         guest_phys_addr: region.start_addr().0,
         memory_size: region.len(),
         userspace_addr: host as u64,

@@ -1,31 +1,40 @@
 //! One virtual machine: its memory slots, its interrupt controllers and its processors.
 
-use std::sync::Arc;
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
     KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap,
 };
 use kvm_ioctls::VmFd;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::doorbell::Ioeventfds;
 use super::irq::MsiDelivery;
+use super::sys::SlotKind;
 use super::vcpu::Vcpu;
 use super::{Kvm, KvmError, os, sys};
+use crate::platform::addr::Gpa;
 use crate::platform::doorbell::DoorbellHost;
 use crate::platform::host::HostError;
 use crate::platform::irq::IOAPIC_INPUTS;
 use crate::platform::memory::GuestRam;
 
+/// Bytes of a page.
+const PAGE: usize = 0x1000;
+
 /// First of four pages that KVM needs on Intel hosts, between the local APICs' window and the end of 4 GiB: one for
 /// an identity map, three for a task state segment. Nothing of the guest's may lie there.
 pub const INTEL_RESERVED: u64 = 0xfeff_c000;
 
-/// The kernel's VM and the RAM it can reach, as one: whoever holds the descriptor holds the mapping. The
+/// The kernel's VM and the memory it can reach, as one: whoever holds the descriptor holds the mappings. The
 /// descriptor is closed first, since fields are dropped in order.
 pub(super) struct Machine {
     pub(super) fd: VmFd,
-    _ram: GuestRam,
+    /// RAM, and behind it the pages that the guest can only read; each region is a slot.
+    memory: Mutex<Vec<GuestRam>>,
 }
 
 /// A virtual machine.
@@ -47,7 +56,7 @@ impl KvmVm {
             .map_err(|error| HostError::new("create a virtual machine", os(error)))?;
         for (index, range) in ram.ranges().enumerate() {
             let slot = u32::try_from(index).expect("a plan has a handful of RAM ranges");
-            sys::add_ram_slot(&fd, slot, ram, index)
+            sys::add_slot(&fd, slot, ram, index, SlotKind::Ram)
                 .map_err(|source| HostError::new(format!("give the guest RAM at {range}"), source))?;
         }
         let at = usize::try_from(INTEL_RESERVED).expect("this program is 64-bit");
@@ -65,7 +74,7 @@ impl KvmVm {
         enable(&fd, "KVM_CAP_X2APIC_API", KVM_CAP_X2APIC_API, u64::from(x2apic))?;
         let machine = Arc::new(Machine {
             fd,
-            _ram: ram.clone(),
+            memory: Mutex::new(vec![ram.clone()]),
         });
         Ok(Self {
             delivery: MsiDelivery::new(machine.clone()),
@@ -77,6 +86,24 @@ impl KvmVm {
     /// A processor whose APIC has ID `apic_id`; it is the boot processor if that is 0.
     pub fn vcpu(&self, apic_id: u32) -> Result<Vcpu, HostError> {
         Vcpu::new(&self.machine, apic_id, self.run_area)
+    }
+
+    /// A page at `at`, a multiple of 4 KiB where nothing else is mapped, that the guest reads without an exit.
+    /// Its writes to it are exits as they are to registers.
+    ///
+    /// # Errors
+    /// What the host refused, with the address.
+    pub fn read_only_page(&self, at: Gpa) -> Result<ReadOnlyPage, HostError> {
+        let failed = |source| HostError::new(format!("give the guest a page to read at {at}"), source);
+        let regions = GuestMemoryMmap::from_ranges(&[(GuestAddress(at.0), PAGE)])
+            .map_err(|error| failed(io::Error::other(error)))?;
+        let page = GuestRam::new(regions);
+        let mut memory = self.machine.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let slots: usize = memory.iter().map(|part| part.ranges().count()).sum();
+        let slot = u32::try_from(slots).expect("a machine has a few hundred pages at most");
+        sys::add_slot(&self.machine.fd, slot, &page, 0, SlotKind::ReadOnly).map_err(failed)?;
+        memory.push(page.clone());
+        Ok(ReadOnlyPage { page, at })
     }
 
     /// How messages and the IOAPIC reach the processors.
@@ -91,6 +118,22 @@ impl KvmVm {
         Arc::new(Ioeventfds {
             machine: self.machine.clone(),
         })
+    }
+}
+
+/// A page that the guest can only read.
+pub struct ReadOnlyPage {
+    page: GuestRam,
+    at: Gpa,
+}
+
+impl ReadOnlyPage {
+    /// From now on the guest reads `value` at `offset`, a multiple of 8 below 4 KiB, and whatever was stored
+    /// before it is there for who sees it.
+    pub fn store(&self, offset: u64, value: u64) {
+        let at = GuestAddress(self.at.0 + offset);
+        let stored = self.page.backend().store(value, at, Ordering::Release);
+        stored.expect("an aligned quadword of the page");
     }
 }
 

@@ -93,6 +93,11 @@ impl Segment {
 }
 
 impl Reg {
+    /// Bytes from 2000h on that hold every register which changes while the unit runs.
+    pub const RUNNING_LEN: u64 = 0x40;
+    /// Where these begin: a page of MMIO that reading changes nothing of.
+    pub const RUNNING_AT: u64 = 0x2000;
+
     /// The quadword at `offset`, which must be a multiple of 8; `None` where there is no register.
     #[must_use]
     pub const fn at(offset: u64) -> Option<Self> {
