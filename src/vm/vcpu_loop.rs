@@ -349,6 +349,11 @@ impl Worker {
         let vcpu = &self.vcpu;
         vcpu.set_cpuid(&model.leaves(vcpu.apic_id())?)?;
         vcpu.set_msrs(&msr::AT_START)?;
+        if model.starts_in_x2apic() {
+            let mut sregs = vcpu.sregs()?;
+            msr::start_in_x2apic(&mut sregs);
+            vcpu.set_sregs(&sregs)?;
+        }
         let mut lapic = vcpu.lapic()?;
         msr::wire_local_interrupts(&mut lapic);
         vcpu.set_lapic(&lapic)?;

@@ -56,7 +56,11 @@ pub struct Model {
     tsc_khz: u32,
     /// Whether devices may use the extended destination format: only where nothing remaps messages.
     extended_destinations: bool,
+    starts_in_x2apic: bool,
 }
+
+/// The last ID of 8 bits that names one processor.
+const LAST_XAPIC_ID: u32 = 0xfe;
 
 /// Whose conventions apply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,7 +100,15 @@ impl Model {
             },
             tsc_khz,
             extended_destinations,
+            starts_in_x2apic: plan.apic_ids.iter().any(|id| *id > LAST_XAPIC_ID),
         }
+    }
+
+    /// Whether processors start with their local APICs in x2APIC mode, as firmware leaves them where one has an ID
+    /// that the other mode cannot express. Linux ignores such processors otherwise.
+    #[must_use]
+    pub const fn starts_in_x2apic(&self) -> bool {
+        self.starts_in_x2apic
     }
 
     /// The leaves of the processor with APIC ID `apic_id`.
@@ -322,7 +334,7 @@ mod tests {
             sockets,
             cores,
             threads,
-            apic_ids: Vec::new(),
+            apic_ids: (0..count).collect(),
             pinning: Vec::new(),
         }
     }
@@ -356,6 +368,13 @@ mod tests {
             .find(|leaf| (leaf.function, leaf.index) == (function, index));
         let leaf = found.expect("the leaf is there");
         [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]
+    }
+
+    #[test]
+    fn x2apic_is_on_from_the_start_where_an_id_needs_it() {
+        let starts = |plan: &CpuPlan| model(AMD, plan).starts_in_x2apic();
+        assert!(!starts(&plan(1, 255, 1)));
+        assert!(starts(&plan(1, 256, 1)));
     }
 
     fn amd(apic_id: u32) -> CpuId {

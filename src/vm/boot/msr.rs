@@ -1,6 +1,6 @@
 //! Model-specific registers as firmware leaves them, where the kernel's reset values are not that.
 
-use kvm_bindings::kvm_lapic_state;
+use kvm_bindings::{kvm_lapic_state, kvm_sregs};
 
 /// IA32_MISC_ENABLE: the processor's general switches.
 const MISC_ENABLE: u32 = 0x1a0;
@@ -29,6 +29,14 @@ pub fn wire_local_interrupts(lapic: &mut kvm_lapic_state) {
     for (register, byte) in lapic.regs[LVT_LINT1..].iter_mut().zip(NMI.to_le_bytes()) {
         *register = i8::from_ne_bytes([byte]);
     }
+}
+
+/// APIC_BASE: the local APIC is in x2APIC mode (AMD64 Architecture Programmer's Manual volume 2, 16.9).
+const EXTENDED: u64 = 1 << 10;
+
+/// Have the local APIC start in x2APIC mode.
+pub const fn start_in_x2apic(sregs: &mut kvm_sregs) {
+    sregs.apic_base |= EXTENDED;
 }
 
 #[cfg(test)]
