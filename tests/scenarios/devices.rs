@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::machine::{Machine, REBOOT};
-use crate::network::Bridge;
+use crate::network::exchange;
 
 fn disk_of(machine: &Machine, name: &str, mebibytes: u64) -> String {
     format!("path={}", machine.disk(name, mebibytes).display())
@@ -37,52 +37,7 @@ say read "$(dd if=/dev/vda bs=1M skip=1 2>/dev/null | sha256sum | cut -c 1-64)"
 
 #[test]
 fn two_guests_exchange_100_mib_over_a_bridge() {
-    // There and back.
-    let bridge = Bridge::new("rvtest0", 2);
-    let side = |at: usize, script: &str| {
-        Machine::new("lab")
-            .deadline(Duration::from_secs(900))
-            .arguments(["--memory", "512M", "--net", &format!("tap={}", bridge.tap(at))])
-            .script(&format!(
-                r#"
-nic=$(ls /sys/bus/virtio/drivers/virtio_net/virtio*/net | grep -v : | head -n 1)
-ip addr add 10.9.0.{host}/24 dev "$nic"
-ip link set "$nic" up
-{script}
-"#,
-                host = at + 1
-            ))
-    };
-    let mut receiver = side(
-        0,
-        r#"
-echo @@listening
-nc -l -p 5000 >/tmp/data
-say size "$(wc -c </tmp/data)"
-say received "$(sha256sum </tmp/data)"
-# Refused until the other side listens.
-until nc 10.9.0.2 5001 </tmp/data; do sleep 1; done
-"#,
-    )
-    .start();
-    receiver.wait_for("@@listening", 1);
-    let sender = side(
-        1,
-        r#"
-dd if=/dev/urandom of=/tmp/data bs=1M count=100 2>/dev/null
-say sent "$(sha256sum </tmp/data)"
-nc 10.9.0.1 5000 </tmp/data
-nc -l -p 5001 >/tmp/back
-say back_size "$(wc -c </tmp/back)"
-say back "$(sha256sum </tmp/back)"
-"#,
-    )
-    .start();
-    let (sender, receiver) = (sender.end().well().console, receiver.end().well().console);
-    assert_eq!(receiver.said("size"), (100 << 20).to_string());
-    assert_eq!(receiver.said("received"), sender.said("sent"));
-    assert_eq!(sender.said("back_size"), (100 << 20).to_string());
-    assert_eq!(sender.said("back"), sender.said("sent"));
+    exchange("rvtest0", 100, &[]);
 }
 
 #[test]

@@ -252,7 +252,12 @@ impl Running {
         let came = self
             .console
             .wait(self.until, |console| console.count(text) >= times);
-        assert!(came, "`{text}` did not come {times} times\n{}", self.story());
+        assert!(
+            came,
+            "`{text}` did not come {times} times\n{}\n{}",
+            self.story(),
+            self.threads()
+        );
     }
 
     /// Type on the console.
@@ -295,8 +300,9 @@ impl Running {
             }
             assert!(
                 Instant::now() < self.until,
-                "the deadline has passed\n{}",
-                self.story()
+                "the deadline has passed\n{}\n{}",
+                self.story(),
+                self.threads()
             );
             thread::sleep(POLL);
         };
@@ -309,6 +315,29 @@ impl Running {
             log: self.log.text().text().to_owned(),
             _folder: self.folder.take(),
         }
+    }
+
+    /// What its threads do: of a guest that hangs it tells whether its processors spin or wait for an interrupt.
+    fn threads(&self) -> String {
+        let folder = PathBuf::from(format!("/proc/{}/task", self.child.id()));
+        let look = || -> Vec<(String, u64)> {
+            let threads = fs::read_dir(&folder).into_iter().flatten().flatten();
+            let of = |path: PathBuf| {
+                // NUMBER (NAME) STATE ..., of which the 14th and 15th are hundredths of a second.
+                let stat = fs::read_to_string(path.join("stat")).unwrap_or_default();
+                let (name, rest) = stat.rsplit_once(") ").unwrap_or_default();
+                let ticks = rest.split_whitespace().skip(11).take(2);
+                (name.to_owned(), ticks.filter_map(|n| n.parse::<u64>().ok()).sum())
+            };
+            threads.map(|thread| of(thread.path())).collect()
+        };
+        let before = look();
+        thread::sleep(Duration::from_secs(1));
+        let lines = before.iter().zip(look()).map(|((name, before), (_, after))| {
+            format!("{name}): {} ms", after.saturating_sub(*before) * 10)
+        });
+        let lines: Vec<_> = lines.collect();
+        format!("--- its threads ran, of the next second\n{}", lines.join("\n"))
     }
 
     fn story(&self) -> String {

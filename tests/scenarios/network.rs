@@ -1,6 +1,9 @@
-//! A bridge with taps on the host, for guests that talk to each other.
+//! A bridge with taps on the host, and guests that talk to each other over it.
 
 use std::process::Command;
+use std::time::Duration;
+
+use crate::machine::Machine;
 
 /// A bridge and its taps; they go away with it.
 pub(crate) struct Bridge {
@@ -44,6 +47,59 @@ impl Drop for Bridge {
             let _ = Command::new("ip").args(["link", "delete", name]).output();
         }
     }
+}
+
+/// Two guests, each with these arguments, send `mebibytes` there and back over the bridge `name`; what arrives is
+/// what was sent, by its hash.
+pub(crate) fn exchange(name: &str, mebibytes: usize, arguments: &[&str]) {
+    let bridge = Bridge::new(name, 2);
+    let side = |at: usize, script: &str| {
+        Machine::new("lab")
+            .deadline(Duration::from_secs(900))
+            .arguments(["--memory", "512M", "--net", &format!("tap={}", bridge.tap(at))])
+            .arguments(arguments)
+            .script(&format!(
+                r#"
+nic=$(ls /sys/bus/virtio/drivers/virtio_net/virtio*/net | grep -v : | head -n 1)
+ip addr add 10.9.0.{host}/24 dev "$nic"
+ip link set "$nic" up
+{script}
+"#,
+                host = at + 1
+            ))
+    };
+    let mut receiver = side(
+        0,
+        r#"
+echo @@listening
+nc -l -p 5000 >/tmp/data
+say size "$(wc -c </tmp/data)"
+say received "$(sha256sum </tmp/data)"
+# Refused until the other side listens.
+until nc 10.9.0.2 5001 </tmp/data; do sleep 1; done
+"#,
+    )
+    .start();
+    receiver.wait_for("@@listening", 1);
+    let sender = side(
+        1,
+        &format!(
+            r#"
+dd if=/dev/urandom of=/tmp/data bs=1M count={mebibytes} 2>/dev/null
+say sent "$(sha256sum </tmp/data)"
+nc 10.9.0.1 5000 </tmp/data
+nc -l -p 5001 >/tmp/back
+say back_size "$(wc -c </tmp/back)"
+say back "$(sha256sum </tmp/back)"
+"#
+        ),
+    )
+    .start();
+    let (sender, receiver) = (sender.end().well().console, receiver.end().well().console);
+    assert_eq!(receiver.said("size"), (mebibytes << 20).to_string());
+    assert_eq!(receiver.said("received"), sender.said("sent"));
+    assert_eq!(sender.said("back_size"), (mebibytes << 20).to_string());
+    assert_eq!(sender.said("back"), sender.said("sent"));
 }
 
 fn ip(arguments: &[&str]) {

@@ -32,8 +32,14 @@ const SIZES: [u32; 5] = [1, 1024, 1025, 1_024_000, 1_024_001];
 
 /// Ask the driver, in this order.
 fn asked(requests: &[String]) -> Ended {
+    asked_behind(&[], requests)
+}
+
+/// The same in a machine with these further arguments.
+fn asked_behind(arguments: &[&str], requests: &[String]) -> Ended {
     Machine::new("lab")
         .arguments(BEHIND_A_PORT)
+        .arguments(arguments)
         .deadline(Duration::from_secs(300))
         .guest_program("/usr/bin/perl")
         .guest_file("bin/pcitest", PCITEST.as_bytes())
@@ -122,6 +128,20 @@ fn transfers_of_every_size_have_the_right_checksum_whatever_interrupts() {
     let asked_for: Vec<_> = [0, 1, 2].into_iter().flat_map(transfers).collect();
     let ended = asked(&asked_for);
     assert_eq!(answers(&ended), all(&asked_for, 0));
+}
+
+/// Through an IOMMU, for which the device also asks for translations where the guest switches that on.
+#[test]
+fn behind_an_iommu_bars_interrupts_and_transfers_are_the_same() {
+    let asked_for = [
+        requests(&["bar=0", "bar=2", "type=1", "msi=1", "type=2", "msix=32"]),
+        transfers(2),
+    ]
+    .concat();
+    for unit in ["emulated", "emulated,ats=on,pasid-bits=16"] {
+        let ended = asked_behind(&["--viommu", unit], &asked_for);
+        assert_eq!(answers(&ended), all(&asked_for, 0), "{unit}");
+    }
 }
 
 #[test]
