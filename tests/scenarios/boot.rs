@@ -24,7 +24,11 @@ section interrupts </proc/interrupts
 "#;
 
 fn boots(guest: &'static str) {
-    let ended = Machine::new(guest)
+    boots_as(Machine::new(guest));
+}
+
+fn boots_as(machine: Machine) {
+    let ended = machine
         .arguments(["--cpus", "2"])
         .script(LOOK_AROUND)
         .deadline(Duration::from_secs(240))
@@ -51,6 +55,16 @@ fn debian_7_3_boots_unmodified_and_powers_off() {
 #[test]
 fn debian_6_12_boots_unmodified_and_powers_off() {
     boots("debian-6.12");
+}
+
+#[test]
+fn an_elf_kernel_boots_by_pvh() {
+    boots_as(Machine::new("debian-7.3").elf("pvh"));
+}
+
+#[test]
+fn an_elf_kernel_boots_by_linux_own_protocol() {
+    boots_as(Machine::new("debian-6.12").elf("linux"));
 }
 
 #[test]

@@ -1,9 +1,12 @@
 //! Disks, NICs, processors and interrupts at work, and functions handled roughly.
 
-use std::time::Duration;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::machine::{Machine, REBOOT};
-use crate::network::exchange;
+use crate::network::{Bridge, exchange};
 
 fn disk_of(machine: &Machine, name: &str, mebibytes: u64) -> String {
     format!("path={}", machine.disk(name, mebibytes).display())
@@ -38,6 +41,76 @@ say read "$(dd if=/dev/vda bs=1M skip=1 2>/dev/null | sha256sum | cut -c 1-64)"
 #[test]
 fn two_guests_exchange_100_mib_over_a_bridge() {
     exchange("rvtest0", 100, &[]);
+}
+
+#[test]
+fn host_and_guest_exchange_a_file() {
+    let bridge = Bridge::new("rvtest2", 1);
+    bridge.address("10.9.2.1/24");
+    let listener = TcpListener::bind("10.9.2.1:5000").expect("the address is this host's");
+    // Sends to its second caller what the first one sent.
+    let echo = thread::spawn(move || {
+        let mut data = Vec::new();
+        let (mut first, _) = listener.accept().expect("the guest calls");
+        first.read_to_end(&mut data).expect("the guest sends");
+        drop(first);
+        let (mut second, _) = listener.accept().expect("the guest calls again");
+        second.write_all(&data).expect("the guest receives");
+        data.len()
+    });
+    Machine::new("debian-7.3")
+        .deadline(Duration::from_secs(300))
+        .arguments(["--memory", "384M", "--net", &format!("tap={}", bridge.tap(0))])
+        .script(
+            r#"
+nic=$(ls /sys/bus/virtio/drivers/virtio_net/virtio*/net | grep -v : | head -n 1)
+ip addr add 10.9.2.2/24 dev "$nic"
+ip link set "$nic" up
+dd if=/dev/urandom of=/tmp/data bs=1M count=20 2>/dev/null
+nc 10.9.2.1 5000 </tmp/data
+nc 10.9.2.1 5000 </dev/null >/tmp/back
+check it_came_back_whole cmp /tmp/data /tmp/back
+"#,
+        )
+        .run()
+        .well();
+    assert_eq!(echo.join().expect("no panic"), 20 << 20);
+}
+
+#[test]
+fn the_clock_tells_the_hosts_time_and_its_alarm_wakes() {
+    let now = || {
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .expect("after 1970")
+            .as_secs()
+    };
+    let before = now();
+    let ended = Machine::new("lab")
+        .script(
+            r#"
+say clock "$(cat /sys/class/rtc/rtc0/since_epoch)"
+say system "$(date +%s)"
+alarms() { awk '/rtc0/ { sum += $2 } END { print sum + 0 }' /proc/interrupts; }
+before=$(alarms)
+echo +2 >/sys/class/rtc/rtc0/wakealarm
+waited=0
+until [ "$(alarms)" -gt "$before" ] || [ $waited -gt 60 ]; do sleep 1; waited=$((waited + 1)); done
+check alarm_came test "$(alarms)" -gt "$before"
+check alarm_is_over test -z "$(cat /sys/class/rtc/rtc0/wakealarm)"
+"#,
+        )
+        .run()
+        .well();
+    let after = now();
+    for name in ["clock", "system"] {
+        let said: u64 = ended.console.said(name).parse().expect("seconds");
+        // The guest's own second may be the one before.
+        assert!(
+            (before - 1..=after).contains(&said),
+            "{name}: {said} is not in {before}..={after}"
+        );
+    }
 }
 
 #[test]

@@ -13,6 +13,7 @@ use crate::complaints::complaints;
 use crate::console::{Console, PRELUDE};
 use crate::cpio::{ALIGNMENT, Archive};
 use crate::prerequisites::{binary, guest, kvm, program_files};
+use crate::vmlinux::vmlinux;
 
 /// How long a guest may take in all unless its scenario says otherwise: only a guest that hangs takes that
 /// long. The lab's software CPU needs ten seconds or so for the fastest, natively one.
@@ -43,6 +44,8 @@ pub(crate) struct Machine {
     /// Further files of the guest, by path.
     files: Vec<(String, Vec<u8>)>,
     deadline: Duration,
+    /// The protocol by which the ELF file in the guest's kernel is started; without one it is the bzImage.
+    elf: Option<&'static str>,
     folder: tempfile::TempDir,
 }
 
@@ -56,6 +59,7 @@ impl Machine {
             script: None,
             files: Vec::new(),
             deadline: DEADLINE,
+            elf: None,
             folder: tempfile::tempdir().expect("a folder for temporary files"),
         }
         .arguments(["--memory", "256M"])
@@ -100,6 +104,12 @@ impl Machine {
         self
     }
 
+    /// Start the ELF file that is in the guest's kernel, by this protocol.
+    pub(crate) fn elf(mut self, protocol: &'static str) -> Self {
+        self.elf = Some(protocol);
+        self
+    }
+
     /// How long it may take.
     pub(crate) fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
@@ -124,12 +134,20 @@ impl Machine {
         kvm();
         let image = guest(self.guest);
         let initramfs = self.initramfs(&image.initramfs);
+        let kernel = match self.elf {
+            None => image.kernel.into_os_string(),
+            Some(protocol) => {
+                let path = self.path("vmlinux");
+                fs::write(&path, vmlinux(&image.kernel)).expect("the folder takes a kernel");
+                format!("path={},protocol={protocol}", path.display()).into()
+            }
+        };
         let mut command = Command::new(binary());
         command
             .arg("run")
             .args(&self.arguments)
             .arg("--kernel")
-            .arg(&image.kernel)
+            .arg(kernel)
             .arg("--initramfs")
             .arg(initramfs)
             .args(["--cmdline", &self.cmdline]);

@@ -15,6 +15,7 @@ mod machine;
 mod network;
 mod prerequisites;
 mod tree;
+mod vmlinux;
 
 mod acpi;
 mod boot;

@@ -34,6 +34,11 @@ impl Bridge {
         bridge
     }
 
+    /// Give this host an address on the bridge, like 10.9.0.1/24.
+    pub(crate) fn address(&self, address: &str) {
+        ip(&["addr", "add", address, "dev", &self.name]);
+    }
+
     /// The name of a tap.
     pub(crate) fn tap(&self, at: usize) -> &str {
         &self.taps[at]

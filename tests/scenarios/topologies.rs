@@ -1,5 +1,6 @@
 //! What the guest sees of a topology equals the plan, and stays usable when the guest orders otherwise.
 
+use std::fmt::Write as _;
 use std::path::Path;
 
 use ravelin::vm::config::Config;
@@ -127,4 +128,29 @@ fn a_guest_may_reassign_every_window() {
 #[test]
 fn a_guest_may_renumber_every_bus() {
     works_after_reassignment(DEEP_SWITCHES, "pci=assign-busses");
+}
+
+/// As many ports as a bus has places, which its host bridge does not take, each with a device.
+#[test]
+fn thirty_one_ports_of_one_root_complex_are_seen_as_planned() {
+    let mut toml =
+        "memory = \"512M\"\n[[root-complex]]\nid = \"rc0\"\n[[root-complex]]\nid = \"rc1\"\n".to_owned();
+    for at in 0..31 {
+        let _ = write!(
+            toml,
+            "[[root-port]]\nid = \"rp{at}\"\non = \"rc1\"\n[[rng]]\nport = \"rp{at}\"\n"
+        );
+    }
+    let plan_of_it = plan(&toml);
+    let bridges = plan_of_it
+        .pci
+        .nodes()
+        .filter_map(|(_, node)| node.bridge.as_ref());
+    let buses: Vec<_> = bridges
+        .map(|bridge| (bridge.secondary, bridge.subordinate))
+        .collect();
+    assert_eq!(buses.len(), 31);
+    let follows = |pair: &[(u8, u8)]| pair[0].1 + 1 == pair[1].0;
+    assert!(buses.windows(2).all(follows), "{buses:?}");
+    is_seen_as_planned("debian-7.3", &toml);
 }
