@@ -1,7 +1,12 @@
 //! Guests behind an emulated IOMMU: Linux finds it, uses all of it, and has nothing to complain about.
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
 use std::time::Duration;
+
+use serde_json::Value;
 
 use crate::console::Console;
 use crate::devices::DISK_TOOLS;
@@ -254,6 +259,89 @@ done
         ))
         .run()
         .well();
+}
+
+/// `map_benchmark SECONDS THREADS`: the kernel's own, for the device bound to it. Its request and structure are those of
+/// `linux/map_benchmark.h`; the answer is its averages, in units of 100 ns.
+const MAP_BENCHMARK: &str = r#"#!/bin/perl
+my ($seconds, $threads) = @ARGV;
+sysopen(my $benchmark, '/sys/kernel/debug/dma_map_benchmark', 2) or die "no benchmark: $!\n";
+# On any node, 32 bits, in both directions, no pause between, single pages.
+my $request = pack('Q4 L2 l L4 C x75', 0, 0, 0, 0, $threads, $seconds, -1, 32, 0, 0, 1, 0);
+ioctl($benchmark, 0xc0886401, $request) or die "DMA_MAP_BENCHMARK: $!\n";
+my ($map, undef, $unmap) = unpack('Q4', $request);
+print "map $map, unmap $unmap\n";
+"#;
+
+/// What the unit named `iommu0` did, of the statistics at `path`: unmapped, doorbells, registers read, registers written.
+fn unit_at_work(path: &Path) -> [u64; 4] {
+    let text = fs::read_to_string(path).expect("statistics were written");
+    let stats: Value = serde_json::from_str(&text).expect("they are JSON");
+    let unit = &stats["viommus"][0];
+    let devices = stats["exits"]["by_device"].as_array().expect("a list");
+    let exits = devices.iter().find(|device| device["name"] == unit["name"]);
+    let exits = exits.unwrap_or_else(|| panic!("no exits of the unit in {text}"));
+    let counts = [
+        &unit["commands"]["invalidate_iommu_pages"],
+        &unit["doorbells"],
+        &exits["reads"],
+        &exits["writes"],
+    ];
+    counts.map(|count| {
+        count
+            .as_u64()
+            .unwrap_or_else(|| panic!("a count is missing in {text}"))
+    })
+}
+
+/// Exits of the unit, counted: mapping costs none, unmapping in strict mode two (the command and the wait behind it), and
+/// registers are read while it is set up and never again.
+#[test]
+fn mapping_costs_no_exit_and_unmapping_two() {
+    let machine = Machine::new("lab")
+        .deadline(Duration::from_secs(300))
+        .cmdline("iommu.passthrough=0 iommu.strict=1");
+    let stats = machine.path("stats.json");
+    let ended = machine
+        .arguments([
+            "--cpus",
+            "2",
+            "--viommu",
+            "emulated",
+            "--root-port",
+            "rp0",
+            "--test-device",
+            "port=rp0",
+        ])
+        .arguments([OsStr::new("--stats"), stats.as_os_str()])
+        .guest_program("/usr/bin/perl")
+        .guest_file("bin/map_benchmark", MAP_BENCHMARK.as_bytes())
+        .script(
+            r#"
+device=$(basename "$(ls -d /sys/bus/pci/drivers/pci-endpoint-test/0*)")
+echo "$device" >/sys/bus/pci/drivers/pci-endpoint-test/unbind
+echo dma_map_benchmark >"/sys/bus/pci/devices/$device/driver_override"
+check bind sh -c "echo $device >/sys/bus/pci/drivers/dma_map_benchmark/bind"
+check one_thread map_benchmark 3 1
+check two_threads map_benchmark 3 2
+"#,
+        )
+        .run()
+        .well();
+    let [unmapped, doorbells, reads, writes] = unit_at_work(&stats);
+    drop(ended);
+    assert!(unmapped > 500, "{unmapped} unmapped in six seconds");
+    // What setting up the unit and its devices costs.
+    const SET_UP: u64 = 300;
+    assert!(
+        doorbells <= 2 * unmapped + SET_UP,
+        "{doorbells} doorbells for {unmapped}"
+    );
+    assert!(
+        writes <= doorbells + SET_UP,
+        "{writes} registers written, {doorbells} of them doorbells"
+    );
+    assert!(reads < SET_UP, "{reads} registers read by exits");
 }
 
 /// Drivers come and go while their devices are busy, and the unit forgets and learns with them.
