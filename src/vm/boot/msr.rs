@@ -51,4 +51,14 @@ mod tests {
         assert_eq!(lapic.regs[0x360..0x364], [0, 4, 0, 0]);
         assert_eq!(lapic.regs[0x350..0x354], [0, 0, 1, 0]);
     }
+
+    #[test]
+    fn x2apic_mode_is_added_to_what_the_kernel_chose() {
+        let mut sregs = kvm_sregs {
+            apic_base: 0xfee0_0900,
+            ..Default::default()
+        };
+        start_in_x2apic(&mut sregs);
+        assert_eq!(sregs.apic_base, 0xfee0_0d00);
+    }
 }
