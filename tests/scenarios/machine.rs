@@ -231,6 +231,7 @@ pub(crate) struct Running {
     console: Arc<Stream>,
     log: Arc<Stream>,
     readers: Vec<JoinHandle<()>>,
+    started: Instant,
     until: Instant,
     folder: Option<tempfile::TempDir>,
 }
@@ -260,6 +261,7 @@ impl Running {
             console,
             log,
             readers: vec![console_reader, log_reader],
+            started: Instant::now(),
             until: Instant::now() + deadline * patience(),
             folder: Some(folder),
         }
@@ -327,12 +329,22 @@ impl Running {
         for reader in self.readers.drain(..) {
             reader.join().expect("a reader ends with its pipe");
         }
+        self.say_how_long();
         Ended {
             status,
             console: self.console.text(),
             log: self.log.text().text().to_owned(),
             _folder: self.folder.take(),
         }
+    }
+
+    /// A line of progress, past the capture of a test's output: a suite that takes half an hour shows what of it does.
+    fn say_how_long(&self) {
+        let scenario = thread::current();
+        let name = scenario.name().unwrap_or("a scenario");
+        let seconds = self.started.elapsed().as_secs_f32();
+        // Nobody to read it is no failure.
+        let _ = writeln!(std::io::stderr(), "{name}: a machine ended after {seconds:.1} s");
     }
 
     /// What its threads do: of a guest that hangs it tells whether its processors spin or wait for an interrupt.
