@@ -1,8 +1,7 @@
 //! Access control services (PCI Express Base Specification 7.7.11): what keeps peers apart.
 
-use super::{Capability, CapabilityId};
-use crate::pci::access::{DwordWrite, Register};
-use crate::pci::function::ConfigEffect;
+use super::one_register::OneRegister;
+use crate::pci::access::Register;
 
 /// Source validation, translation blocking, request and completion redirect, upstream forwarding, direct
 /// translated: what a downstream port of a root complex or switch implements.
@@ -37,37 +36,23 @@ impl AccessControl {
     }
 }
 
-impl Capability for AccessControl {
-    fn id(&self) -> CapabilityId {
-        CapabilityId::Extended {
-            id: 0x000d,
-            version: 1,
-        }
+impl OneRegister for AccessControl {
+    const ID: u16 = 0x000d;
+
+    fn register(&self) -> &Register {
+        &self.register
     }
 
-    fn len(&self) -> u16 {
-        8
-    }
-
-    fn read(&self, dword: u16) -> u32 {
-        if dword == 1 { self.register.get() } else { 0 }
-    }
-
-    fn write(&mut self, dword: u16, write: DwordWrite) -> ConfigEffect {
-        if dword == 1 {
-            self.register.write(write);
-        }
-        ConfigEffect::empty()
-    }
-
-    fn reset(&mut self) {
-        self.register.reset();
+    fn register_mut(&mut self) -> &mut Register {
+        &mut self.register
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pci::access::DwordWrite;
+    use crate::pci::capability::Capability;
 
     #[test]
     fn only_what_is_offered_can_be_switched_on() {

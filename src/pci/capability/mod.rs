@@ -10,6 +10,7 @@ mod error_reporting;
 mod express;
 mod msi;
 mod msix;
+mod one_register;
 mod page_requests;
 mod power;
 mod process_address_space;

@@ -1,8 +1,7 @@
 //! Process address spaces of a function: PASID (PCI Express Base Specification 6.20 and 7.8.9).
 
-use super::{Capability, CapabilityId};
-use crate::pci::access::{DwordWrite, Register};
-use crate::pci::function::ConfigEffect;
+use super::one_register::OneRegister;
+use crate::pci::access::Register;
 
 /// Execute permission and privileged mode, which the control register switches by the same bits.
 const MODES: u32 = 0x6;
@@ -58,37 +57,23 @@ impl ProcessAddressSpace {
     }
 }
 
-impl Capability for ProcessAddressSpace {
-    fn id(&self) -> CapabilityId {
-        CapabilityId::Extended {
-            id: 0x001b,
-            version: 1,
-        }
+impl OneRegister for ProcessAddressSpace {
+    const ID: u16 = 0x001b;
+
+    fn register(&self) -> &Register {
+        &self.register
     }
 
-    fn len(&self) -> u16 {
-        8
-    }
-
-    fn read(&self, dword: u16) -> u32 {
-        if dword == 1 { self.register.get() } else { 0 }
-    }
-
-    fn write(&mut self, dword: u16, write: DwordWrite) -> ConfigEffect {
-        if dword == 1 {
-            self.register.write(write);
-        }
-        ConfigEffect::empty()
-    }
-
-    fn reset(&mut self) {
-        self.register.reset();
+    fn register_mut(&mut self) -> &mut Register {
+        &mut self.register
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pci::access::DwordWrite;
+    use crate::pci::capability::Capability;
 
     fn written(value: u32) -> ProcessAddressSpace {
         let mut pasid = ProcessAddressSpace::new(16);

@@ -1,9 +1,8 @@
 //! Address translation services of a function: ATS (PCI Express Base Specification 10.2 and 10.5.1). The function
 //! may ask for translations, and has to forget them when it is told to.
 
-use super::{Capability, CapabilityId};
-use crate::pci::access::{DwordWrite, Register};
-use crate::pci::function::ConfigEffect;
+use super::one_register::OneRegister;
+use crate::pci::access::Register;
 
 /// Invalidations may come one behind the other without end (a depth of 32 is written 0), translation requests
 /// are for whole pages, and an invalidation may be for every process address space.
@@ -46,37 +45,23 @@ impl Default for TranslationServices {
     }
 }
 
-impl Capability for TranslationServices {
-    fn id(&self) -> CapabilityId {
-        CapabilityId::Extended {
-            id: 0x000f,
-            version: 1,
-        }
+impl OneRegister for TranslationServices {
+    const ID: u16 = 0x000f;
+
+    fn register(&self) -> &Register {
+        &self.register
     }
 
-    fn len(&self) -> u16 {
-        8
-    }
-
-    fn read(&self, dword: u16) -> u32 {
-        if dword == 1 { self.register.get() } else { 0 }
-    }
-
-    fn write(&mut self, dword: u16, write: DwordWrite) -> ConfigEffect {
-        if dword == 1 {
-            self.register.write(write);
-        }
-        ConfigEffect::empty()
-    }
-
-    fn reset(&mut self) {
-        self.register.reset();
+    fn register_mut(&mut self) -> &mut Register {
+        &mut self.register
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pci::access::DwordWrite;
+    use crate::pci::capability::Capability;
 
     #[test]
     fn only_the_unit_and_the_switch_can_be_written() {
