@@ -72,7 +72,8 @@ build_lab_kernel() {
     if [[ ! -e $build/source-unpacked ]]; then
         rm -rf "$build/linux"
         mkdir "$build/linux"
-        tar -xf "$build/usr/src/$lab_kernel_source.tar.xz" -C "$build/linux" --strip-components=1
+        # In there, where xz is for certain.
+        in_root "$build" tar -xf "/usr/src/$lab_kernel_source.tar.xz" -C /linux --strip-components=1
         : >"$build/source-unpacked"
     fi
     cp "$parts/kernel.config" "$build/linux/lab.config"
