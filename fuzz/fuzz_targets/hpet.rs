@@ -17,8 +17,11 @@ use ravelin::devices::Device;
 use ravelin::devices::clock::manual::{ManualAlarm, ManualClock};
 use ravelin::devices::clock::{Clock, Expire};
 use ravelin::devices::hpet::{Hpet, WINDOW_LEN};
+use ravelin::devices::power::{Power, SCI_GSI};
+use ravelin::devices::request::RequestQueue;
+use ravelin::devices::rtc::wire::ClockWire;
 use ravelin::platform::bus::BusDevice;
-use ravelin::platform::irq::InterruptController;
+use ravelin::platform::irq::{InterruptController, IrqLine};
 use steps::steps;
 
 #[derive(Arbitrary, Debug)]
@@ -44,7 +47,10 @@ impl InterruptController for Nobody {
 
 fuzz_target!(|input: &[u8]| {
     let (clock, alarm) = (ManualClock::at(Duration::ZERO), Arc::new(ManualAlarm::default()));
-    let hpet = Hpet::new(Arc::new(Nobody), clock.clone(), alarm.clone());
+    let requests = RequestQueue::new().expect("a descriptor");
+    let power = Power::new(IrqLine::new(Arc::new(Nobody), SCI_GSI), requests);
+    let clock_wire = ClockWire::new(Arc::new(Nobody), power);
+    let hpet = Hpet::new(Arc::new(Nobody), clock_wire, clock.clone(), alarm.clone());
     for step in steps::<Step>(input) {
         match step {
             Step::Access(access) => access.run(&*hpet, WINDOW_LEN),

@@ -2,8 +2,8 @@
 //! Linux has better ones.
 //!
 //! What it offers: a 64-bit main counter at 10 MHz; three timers, each one-shot or periodic, 64 or 32 bits wide,
-//! edge- or level-triggered, on GSIs 20 to 23; legacy replacement, by which timers 0 and 1 take GSIs 2 and 8. No
-//! messages (FSB interrupts).
+//! edge- or level-triggered, on GSIs 20 to 23; legacy replacement, by which timers 0 and 1 take GSIs 2 and 8, the
+//! latter from the clock. No messages (FSB interrupts).
 //!
 //! Nothing ticks: counter and comparators are computed when looked at, and the one host timer is set only for
 //! an interrupt that the guest enabled.
@@ -21,6 +21,7 @@ use bitfield_struct::bitfield;
 use super::Device;
 use super::clock::{Alarm, Clock, Expire};
 use super::register::Lanes;
+use super::rtc::wire::ClockWire;
 use crate::guest_warn;
 use crate::platform::bus::BusDevice;
 use crate::platform::irq::{InterruptController, IrqLine};
@@ -342,9 +343,14 @@ impl State {
         }
     }
 
+    /// Whether timers 0 and 1 are where the older timers were. Not while nothing counts: they need both bits.
+    const fn replaces_legacy(&self) -> bool {
+        self.general.enable() && self.general.legacy_replacement()
+    }
+
     /// Where each timer's interrupts go.
     fn route(&self, timer: usize) -> Option<u32> {
-        let legacy = LEGACY_GSIS[timer].filter(|_| self.general.legacy_replacement());
+        let legacy = LEGACY_GSIS[timer].filter(|_| self.replaces_legacy());
         let route = u32::from(self.timers[timer].config.route());
         legacy.or_else(|| (ROUTES & 1 << route != 0).then_some(route))
     }
@@ -354,21 +360,25 @@ impl State {
 pub struct Hpet {
     state: Mutex<State>,
     controller: Arc<dyn InterruptController>,
+    clock_wire: Arc<ClockWire>,
     clock: Arc<dyn Clock>,
     alarm: Arc<dyn Alarm>,
 }
 
 impl Hpet {
-    /// A stopped timer block whose wires go to `controller`; `alarm` calls it back.
+    /// A stopped timer block whose wires go to `controller`, one of them in place of the clock's; `alarm` calls it
+    /// back.
     #[must_use]
     pub fn new(
         controller: Arc<dyn InterruptController>,
+        clock_wire: Arc<ClockWire>,
         clock: Arc<dyn Clock>,
         alarm: Arc<dyn Alarm>,
     ) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(Self::power_on()),
             controller,
+            clock_wire,
             clock,
             alarm,
         })
@@ -393,6 +403,7 @@ impl Hpet {
     /// Bring wires and timer to what the registers say. Under the lock, so that they end up as the last change
     /// left the registers; neither calls back.
     fn settle(&self, state: &mut State, now: Duration) {
+        self.clock_wire.replace(state.replaces_legacy());
         for timer in 0..TIMERS {
             let wanted = state.route(timer);
             if state.wires[timer].as_ref().map(IrqLine::gsi) != wanted {

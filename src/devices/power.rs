@@ -1,7 +1,8 @@
 //! ACPI's fixed power hardware: the power button, soft-off, and the system control interrupt.
 //!
 //! What it offers: PM1a event block at 0x600 (status and enable, 16 bits each) and PM1a control block at 0x604,
-//! in ACPI mode from power-on; a power button; the soft-off state S5. It has no sleep button, no PM timer, no
+//! in ACPI mode from power-on; a power button; the clock's interrupt as an event that wakes; the soft-off state
+//! S5. It has no sleep button, no PM timer, no
 //! SMI, no other sleep state and no general-purpose events, and the FADT says so.
 //!
 //! ACPI specification 6.5, section 4.8.3.
@@ -40,8 +41,7 @@ pub struct Events {
     /// The power button was pressed.
     pub power_button: bool,
     __: bool,
-    /// The clock's alarm. It has an interrupt of its own and wakes nothing, so this is never set; Linux's
-    /// driver of the clock enables it all the same, and complains where it does not stick.
+    /// The clock interrupts. Enabled by a guest that sleeps, which the clock's own interrupt does not reach.
     pub clock: bool,
     #[bits(5)]
     __: u8,
@@ -54,7 +54,7 @@ impl Events {
         .with_power_button(true)
         .with_clock(true);
     /// What the board may set and the guest clears by writing one.
-    const STATUS: Self = Self::new().with_power_button(true);
+    const STATUS: Self = Self::new().with_power_button(true).with_clock(true);
 }
 
 /// PM1 control (ACPI table 4.14).
@@ -171,6 +171,11 @@ impl Power {
         })
     }
 
+    /// The clock began to interrupt.
+    pub fn clock_rang(&self) {
+        self.with(|registers| registers.status.set_clock(true));
+    }
+
     /// Change the registers, then drive the interrupt as they say.
     fn with<T>(&self, change: impl FnOnce(&mut Registers) -> T) -> T {
         let mut registers = self.registers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -226,6 +231,7 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     const POWER_BUTTON: u16 = 1 << 8;
+    const CLOCK: u16 = 1 << 10;
     const SLP_EN: u16 = 1 << 13;
 
     #[derive(Default)]
@@ -276,6 +282,7 @@ mod tests {
     fn bits_are_where_acpi_puts_them() {
         assert_eq!(Events::new().with_global_lock(true).into_bits(), 1 << 5);
         assert_eq!(Events::new().with_power_button(true).into_bits(), POWER_BUTTON);
+        assert_eq!(Events::new().with_clock(true).into_bits(), CLOCK);
         assert_eq!(Control::new().with_sci_enable(true).into_bits(), 1);
         assert_eq!(Control::new().with_sleep_type(7).into_bits(), 7 << 10);
         assert_eq!(Control::new().with_sleep_enable(true).into_bits(), SLP_EN);
@@ -313,6 +320,22 @@ mod tests {
         assert!(!board.interrupts());
         board.write(2, POWER_BUTTON);
         assert!(board.interrupts());
+    }
+
+    #[test]
+    fn a_clock_that_rang_wakes_only_a_guest_that_asked_for_it() {
+        let board = Board::new();
+        board.power.clock_rang();
+        assert!(!board.interrupts());
+        assert_eq!(board.read(0), CLOCK);
+        board.write(0, CLOCK);
+        board.write(2, CLOCK);
+        assert!(!board.interrupts());
+        board.power.clock_rang();
+        assert!(board.interrupts());
+        board.write(0, CLOCK);
+        assert!(!board.interrupts());
+        assert_eq!(board.read(0), 0);
     }
 
     #[test]

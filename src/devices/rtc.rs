@@ -13,6 +13,7 @@ mod alarm;
 mod date;
 #[cfg(test)]
 mod tests;
+pub mod wire;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

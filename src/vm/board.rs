@@ -19,6 +19,7 @@ use crate::devices::power::{PM1A_PORT, PM1A_PORTS, Power, SCI_GSI};
 use crate::devices::pvpanic::{PVPANIC_PORT, Pvpanic};
 use crate::devices::request::RequestQueue;
 use crate::devices::reset::{CONFIG_PORTS, CONFIG_PORTS_LEN, ConfigPortsWithReset, ResetRegister};
+use crate::devices::rtc::wire::ClockWire;
 use crate::devices::rtc::{RTC_GSI, RTC_PORT, RTC_PORTS, Rtc};
 use crate::devices::serial::{self, COM1_GSI, COM1_PORT, Serial};
 use crate::pci::config_ports::ConfigPorts;
@@ -102,15 +103,17 @@ impl Board {
         let serial = Serial::new(console, self.wire(COM1_GSI));
         self.place(&ports, COM1_PORT, serial::PORTS, serial)?;
 
+        let power = Power::new(self.wire(SCI_GSI), self.requests.clone());
+        self.place(&ports, PM1A_PORT, PM1A_PORTS, power.clone())?;
+        self.power = Some(power.clone());
+
+        let clock_wire = ClockWire::new(self.ioapic.clone(), power);
         let alarm = HostAlarm::new()?;
-        let rtc = Rtc::new(self.wire(RTC_GSI), self.clock.clone(), alarm.clone());
+        let line = IrqLine::new(clock_wire.clone(), RTC_GSI);
+        let rtc = Rtc::new(line, self.clock.clone(), alarm.clone());
         let expires: Arc<dyn Expire> = rtc.clone();
         events.add(alarm.calls(expires));
         self.place(&ports, RTC_PORT, RTC_PORTS, rtc)?;
-
-        let power = Power::new(self.wire(SCI_GSI), self.requests.clone());
-        self.place(&ports, PM1A_PORT, PM1A_PORTS, power.clone())?;
-        self.power = Some(power);
 
         let milestone = Milestone::new(self.clock.clone());
         self.place(&ports, MILESTONE_PORT, 1, milestone.clone())?;
@@ -118,7 +121,7 @@ impl Board {
 
         if plan.board.hpet {
             let alarm = HostAlarm::new()?;
-            let hpet = Hpet::new(self.ioapic.clone(), self.clock.clone(), alarm.clone());
+            let hpet = Hpet::new(self.ioapic.clone(), clock_wire, self.clock.clone(), alarm.clone());
             let expires: Arc<dyn Expire> = hpet.clone();
             events.add(alarm.calls(expires));
             let mmio = self.mmio.clone();

@@ -2,6 +2,9 @@
 
 use super::*;
 use crate::devices::clock::manual::{ManualAlarm, ManualClock};
+use crate::devices::power::{Power, SCI_GSI};
+use crate::devices::request::RequestQueue;
+use crate::devices::rtc::RTC_GSI;
 
 /// [`WINDOW_LEN`] as lengths of slices are counted.
 const WINDOW: usize = 0x400;
@@ -30,6 +33,8 @@ struct Board {
     clock: Arc<ManualClock>,
     alarm: Arc<ManualAlarm>,
     wires: Arc<Wires>,
+    /// The end that the clock of the board would drive.
+    rtc: IrqLine,
     hpet: Arc<Hpet>,
 }
 
@@ -37,13 +42,18 @@ impl Board {
     fn new() -> Self {
         let (clock, alarm) = (ManualClock::at(Duration::ZERO), Arc::new(ManualAlarm::default()));
         let wires = Arc::new(Wires::default());
-        let hpet = Hpet::new(wires.clone(), clock.clone(), alarm.clone());
+        let requests = RequestQueue::new().expect("a descriptor");
+        let power = Power::new(IrqLine::new(wires.clone(), SCI_GSI), requests);
+        let clock_wire = ClockWire::new(wires.clone(), power);
+        let rtc = IrqLine::new(clock_wire.clone(), RTC_GSI);
+        let hpet = Hpet::new(wires.clone(), clock_wire, clock.clone(), alarm.clone());
         // Away from the moment of power-on, which a lower bound on intervals would show.
         clock.advance(Duration::from_millis(10));
         Self {
             clock,
             alarm,
             wires,
+            rtc,
             hpet,
         }
     }
@@ -240,6 +250,32 @@ fn legacy_replacement_takes_gsi_2_and_8() {
     }
     (0..3).for_each(|_| board.sleep());
     assert_eq!(board.seen(), [(2, None), (8, None), (21, None)]);
+}
+
+#[test]
+fn under_legacy_replacement_the_clock_does_not_interrupt_beside_timer_1() {
+    let board = Board::new();
+    let ring = || {
+        board.rtc.set(true);
+        board.rtc.set(false);
+        board.seen()
+    };
+    let rang = [(RTC_GSI, Some(true)), (RTC_GSI, Some(false))];
+    assert_eq!(ring(), rang);
+    // Not while the timers stand still, and not once they are stopped or reset.
+    board.write(0x10, 2);
+    assert_eq!(ring(), rang);
+    board.write(0x10, 3);
+    assert_eq!(ring(), []);
+    board.write(0x120, ENABLE);
+    board.write(0x128, 1_000);
+    board.sleep();
+    assert_eq!(board.seen(), [(RTC_GSI, None)]);
+    board.write(0x10, 2);
+    assert_eq!(ring(), rang);
+    board.write(0x10, 3);
+    board.hpet.reset();
+    assert_eq!(ring(), rang);
 }
 
 #[test]

@@ -36,8 +36,6 @@ pub(super) fn fadt(dsdt: Gpa, facs: Gpa) -> Vec<u8> {
         .flag(Flags::ProcC1)
         // Set means "not a fixed-hardware button"; the power button is one, hence its absence here.
         .flag(Flags::SlpButton)
-        // Set means that the clock cannot wake the machine by a fixed event.
-        .flag(Flags::FixRtc)
         .flag(Flags::ResetRegSup);
     fadt.dsdt = u32::try_from(dsdt.0).unwrap_or(0).into();
     fadt.x_dsdt = dsdt.0.into();
