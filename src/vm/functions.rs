@@ -158,7 +158,7 @@ fn endpoint(
             let host = connections
                 .board
                 .connect(&name, &console.backend, connections.events)?;
-            Arc::new(Console::new(name, host, None)?)
+            Arc::new(Console::new(name, host)?)
         }
         DeviceKind::Rng(_) => Arc::new(Rng::new(name)),
         DeviceKind::Test(test) => {

@@ -62,7 +62,7 @@ fn stdio(requests: &Arc<RequestQueue>) -> Result<HostEnd, HostError> {
     let output = Output::to(output, mode, WhenFull::GuestWaits);
     let mut end = HostEnd::new("the terminal".to_owned(), input, output)?;
     if let Entered::Raw(terminal) = entered {
-        end._terminal = Some(terminal);
+        end.terminal = Some(terminal);
         end.requests = Some(requests.clone());
     }
     Ok(end)

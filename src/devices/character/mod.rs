@@ -41,6 +41,9 @@ pub trait GuestEnd: Send + Sync {
 
     /// The backlog of output is no longer full.
     fn may_send(&self);
+
+    /// The terminal at the host's end has so many columns and rows now. A serial port has no word for it.
+    fn resized(&self, _size: (u16, u16)) {}
 }
 
 /// The host's end.
@@ -60,7 +63,7 @@ pub struct HostEnd {
     /// Where the escape keys' requests go; without it there are no escape keys.
     requests: Option<Arc<RequestQueue>>,
     /// Raw for as long as this end lives.
-    _terminal: Option<RawTerminal>,
+    terminal: Option<RawTerminal>,
 }
 
 /// What the host sends us.
@@ -93,6 +96,7 @@ mod token {
     pub(super) const INPUT: u32 = 1;
     pub(super) const OUTPUT: u32 = 2;
     pub(super) const LISTENER: u32 = 3;
+    pub(super) const TERMINAL: u32 = 4;
 }
 
 /// How reading from the host went.
@@ -130,7 +134,7 @@ impl HostEnd {
             room,
             listener: None,
             requests: None,
-            _terminal: None,
+            terminal: None,
         })
     }
 
@@ -138,6 +142,12 @@ impl HostEnd {
     #[must_use]
     pub fn place(&self) -> &str {
         &self.place
+    }
+
+    /// Columns and rows, where the other side is a terminal that knows them.
+    #[must_use]
+    pub fn size(&self) -> Option<(u16, u16)> {
+        self.terminal.as_ref().and_then(RawTerminal::size)
     }
 
     /// Deliver input to `guest`, and tell it when it may send again. Once only.
@@ -245,6 +255,10 @@ impl HostEnd {
         let Some(fd) = &input.fd else {
             return Ok(false);
         };
+        // A job in the background that reads its terminal is stopped.
+        if self.terminal.is_some() && !terminal::is_ours(fd) {
+            return Ok(false);
+        }
         let mut ready = [PollFd::new(fd, PollFlags::IN)];
         if poll(&mut ready, Some(&Timespec::default()))? == 0 {
             return Ok(false);
@@ -329,6 +343,19 @@ impl HostEnd {
         }
     }
 
+    /// There was a signal about the terminal.
+    fn heed_signals(&self, ops: &mut EventOps) {
+        let changed = self.terminal.as_ref().is_some_and(RawTerminal::heed_signals);
+        if !changed {
+            return;
+        }
+        if let Some((guest, size)) = self.guest().zip(self.size()) {
+            guest.resized(size);
+        }
+        // Typed while it was not ours to read.
+        self.pump_and_watch(ops);
+    }
+
     /// Output may flow again.
     fn flush(&self) {
         let freed = self.output.lock().unwrap_or_else(PoisonError::into_inner).flush();
@@ -364,6 +391,7 @@ impl EventSubscriber for HostEnd {
                 self.flush();
             }
             token::OUTPUT => self.flush(),
+            token::TERMINAL => self.heed_signals(ops),
             _ => {
                 if let Some(listener) = &self.listener {
                     self.accept(listener, ops);
@@ -374,6 +402,9 @@ impl EventSubscriber for HostEnd {
 
     fn init(&self, ops: &mut EventOps) {
         watch(ops, &self.room, token::ROOM, EventSet::IN);
+        for signals in self.terminal.iter().flat_map(RawTerminal::signals) {
+            watch(ops, signals, token::TERMINAL, EventSet::IN);
+        }
         if let Some(listener) = &self.listener {
             let events = Events::with_data(&listener.socket, token::LISTENER, EventSet::IN);
             if let Err(error) = ops.add(events) {

@@ -52,9 +52,7 @@ impl Configuration {
 pub struct Console {
     name: String,
     port: Arc<Port>,
-    has_size: bool,
     queue_sizes: [u16; 2],
-    state: Mutex<State>,
 }
 
 struct State {
@@ -66,6 +64,9 @@ struct State {
 /// What the stream and the thread share.
 struct Port {
     host: Arc<HostEnd>,
+    /// A size was known at first, so the driver was offered to hear of others.
+    has_size: bool,
+    state: Mutex<State>,
     /// Typed, and not given to the driver yet.
     input: Mutex<VecDeque<u8>>,
     /// Wakes the thread: there is input, or room for output.
@@ -73,17 +74,22 @@ struct Port {
 }
 
 impl Console {
-    /// A console called `name` at the end of `host`, of `size` columns and rows if that is known.
-    pub fn new(
-        name: impl Into<String>,
-        host: Arc<HostEnd>,
-        size: Option<(u16, u16)>,
-    ) -> Result<Self, HostError> {
-        let name = name.into();
+    /// A console called `name` at the end of `host`, as large as that is if it has a size.
+    pub fn new(name: impl Into<String>, host: Arc<HostEnd>) -> Result<Self, HostError> {
+        let size = host.size();
+        Self::sized(name.into(), host, size)
+    }
+
+    fn sized(name: String, host: Arc<HostEnd>, size: Option<(u16, u16)>) -> Result<Self, HostError> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| HostError::new(format!("create an eventfd for console {name}"), error))?;
         let port = Arc::new(Port {
             host,
+            has_size: size.is_some(),
+            state: Mutex::new(State {
+                configuration: size.map(Configuration::sized).unwrap_or_default(),
+                driver: None,
+            }),
             input: Mutex::default(),
             wake,
         });
@@ -92,29 +98,8 @@ impl Console {
         Ok(Self {
             name,
             port,
-            has_size: size.is_some(),
             queue_sizes: [64, 64],
-            state: Mutex::new(State {
-                configuration: size.map(Configuration::sized).unwrap_or_default(),
-                driver: None,
-            }),
         })
-    }
-
-    /// The terminal has another size now. Heard by the driver if a size was known at first.
-    pub fn resize(&self, columns: u16, rows: u16) {
-        let driver = {
-            let mut state = self.state();
-            state.configuration = Configuration::sized((columns, rows));
-            state.driver.clone()
-        };
-        if let Some(driver) = driver.filter(|_| self.has_size) {
-            driver.configuration_changed();
-        }
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -128,7 +113,11 @@ impl VirtioDevice for Console {
     }
 
     fn features(&self) -> Features {
-        if self.has_size { SIZE } else { Features::empty() }
+        if self.port.has_size {
+            SIZE
+        } else {
+            Features::empty()
+        }
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -136,11 +125,11 @@ impl VirtioDevice for Console {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_structure(self.state().configuration.as_bytes(), offset, data);
+        read_structure(self.port.state().configuration.as_bytes(), offset, data);
     }
 
     fn activate(&self, activation: Activation) -> Result<Vec<Unit>, HostError> {
-        self.state().driver = Some(activation.interrupts);
+        self.port.state().driver = Some(activation.interrupts);
         Ok(vec![Unit {
             name: self.name.clone(),
             service: Box::new(ConsoleQueues {
@@ -153,11 +142,15 @@ impl VirtioDevice for Console {
     }
 
     fn reset(&self) {
-        self.state().driver = None;
+        self.port.state().driver = None;
     }
 }
 
 impl Port {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn input(&self) -> MutexGuard<'_, VecDeque<u8>> {
         self.input.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -184,6 +177,20 @@ impl GuestEnd for Port {
 
     fn may_send(&self) {
         self.wake();
+    }
+
+    fn resized(&self, size: (u16, u16)) {
+        if !self.has_size {
+            return;
+        }
+        let driver = {
+            let mut state = self.state();
+            state.configuration = Configuration::sized(size);
+            state.driver.clone()
+        };
+        if let Some(driver) = driver {
+            driver.configuration_changed();
+        }
     }
 }
 
@@ -284,9 +291,13 @@ mod tests {
     use crate::devices::virtio::driver::{Driver, Part, Told};
 
     fn console(backend: &Backend) -> (Console, ConsoleQueues) {
+        of_size(backend, Some((80, 25)))
+    }
+
+    fn of_size(backend: &Backend, size: Option<(u16, u16)>) -> (Console, ConsoleQueues) {
         let requests = RequestQueue::new().expect("a descriptor");
         let host = backend.open(&requests).expect("the host has room for it");
-        let console = Console::new("console0", host, Some((80, 25))).expect("a descriptor");
+        let console = Console::sized("console0".to_owned(), host, size).expect("a descriptor");
         let queues = ConsoleQueues {
             name: "console0".to_owned(),
             port: console.port.clone(),
@@ -421,13 +432,25 @@ mod tests {
             interrupts: told.clone(),
         });
         assert_eq!(units.expect("nothing of the host is needed").len(), 1);
-        console.resize(132, 43);
+        console.port.resized((132, 43));
         let mut data = [0; 4];
         console.read_config(0, &mut data);
         assert_eq!(data, [132, 0, 43, 0]);
         assert_eq!(told.configuration.load(std::sync::atomic::Ordering::SeqCst), 1);
         console.reset();
-        console.resize(80, 25);
+        console.port.resized((80, 25));
         assert_eq!(told.configuration.load(std::sync::atomic::Ordering::SeqCst), 1);
+    }
+    #[test]
+    fn a_console_of_no_size_offers_none_and_tells_of_none() {
+        let (console, _queues) = of_size(&Backend::Null, None);
+        assert_eq!(console.features(), Features::empty());
+        let told = Arc::new(Told::default());
+        console.port.state().driver = Some(told.clone());
+        console.port.resized((132, 43));
+        let mut data = [0xee; 4];
+        console.read_config(0, &mut data);
+        assert_eq!(data, [0; 4]);
+        assert_eq!(told.configuration.load(std::sync::atomic::Ordering::SeqCst), 0);
     }
 }
