@@ -15,13 +15,13 @@ mod control;
 mod pair;
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use virtio_bindings::virtio_net;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::worker::{ServedQueue, Unit};
-use super::{Activation, Features, Interrupts, Kind, VirtioDevice, read_structure};
+use super::{Activation, Features, Kind, VirtioDevice, read_structure};
 use crate::platform::host::HostError;
 use crate::platform::tap::{Offloads, Tap};
 use control::Control;
@@ -126,13 +126,7 @@ pub struct Net {
     features: Features,
     pairs: u16,
     queue_sizes: Vec<u16>,
-    state: Mutex<State>,
-}
-
-struct State {
     configuration: Configuration,
-    /// The driver to tell of the link.
-    driver: Option<Arc<dyn Interrupts>>,
 }
 
 impl Net {
@@ -180,37 +174,13 @@ impl Net {
             features,
             pairs,
             queue_sizes,
-            state: Mutex::new(State {
-                configuration: Configuration {
-                    mac: config.mac,
-                    status: link.to_le(),
-                    max_virtqueue_pairs: pairs.to_le(),
-                    mtu: config.mtu.unwrap_or(0).to_le(),
-                },
-                driver: None,
-            }),
+            configuration: Configuration {
+                mac: config.mac,
+                status: link.to_le(),
+                max_virtqueue_pairs: pairs.to_le(),
+                mtu: config.mtu.unwrap_or(0).to_le(),
+            },
         })
-    }
-
-    /// Plug the cable in or pull it. A card without a tap stays unplugged.
-    pub fn set_link(&self, up: bool) {
-        let up = up && !self.taps.is_empty();
-        let driver = {
-            let mut state = self.state();
-            let status = u16::from(up).to_le();
-            if state.configuration.status == status {
-                return;
-            }
-            state.configuration.status = status;
-            state.driver.clone()
-        };
-        if let Some(driver) = driver {
-            driver.configuration_changed();
-        }
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -249,7 +219,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_structure(self.state().configuration.as_bytes(), offset, data);
+        read_structure(self.configuration.as_bytes(), offset, data);
     }
 
     fn activate(&self, activation: Activation) -> Result<Vec<Unit>, HostError> {
@@ -259,7 +229,6 @@ impl VirtioDevice for Net {
         }
         // The driver asks for more pairs by the control queue (5.1.6.5.5).
         attach_first(&self.taps, 1)?;
-        self.state().driver = Some(activation.interrupts);
         let pairs = if features.contains(MULTI_QUEUE) {
             usize::from(self.pairs)
         } else {
@@ -293,10 +262,6 @@ impl VirtioDevice for Net {
             });
         }
         Ok(units)
-    }
-
-    fn reset(&self) {
-        self.state().driver = None;
     }
 }
 

@@ -1,7 +1,6 @@
 //! A card whose tap is the other end of a socket pair.
 
 use std::os::unix::net::UnixDatagram;
-use std::sync::atomic::Ordering;
 
 use super::*;
 use crate::devices::virtio::driver::{Driver, HIGH_END, LOW_END, Part, Told};
@@ -333,7 +332,6 @@ fn a_card_without_a_tap_swallows_frames_and_has_no_link() {
     assert_eq!(transmit(&mut pair, &mut driver).expect("good"), Turn::Idle);
     assert_eq!(driver.used(), [(0, 0)]);
     let card = card(2, true);
-    card.set_link(true);
     let mut data = [0xff; 16];
     card.read_config(0, &mut data);
     assert_eq!(data, [2, 0, 0, 1, 2, 3, 0, 0, 2, 0, 0x78, 5, 0, 0, 0, 0]);
@@ -426,18 +424,6 @@ fn the_control_queue_is_behind_the_pairs_that_were_negotiated() {
         [(name("net0-q0"), vec![0, 1]), (name("net0-ctrl"), vec![2])]
     );
     assert_eq!(units(&card(1, false), MAC), [(name("net0-q0"), vec![0, 1])]);
-}
-
-#[test]
-fn a_link_that_does_not_change_is_not_told() {
-    let card = card(1, false);
-    let told = Arc::new(Told::default());
-    card.state().driver = Some(told.clone());
-    card.set_link(false);
-    assert_eq!(told.configuration.load(Ordering::SeqCst), 0);
-    card.state().configuration.status = 1;
-    card.set_link(false);
-    assert_eq!(told.configuration.load(Ordering::SeqCst), 1);
 }
 
 #[test]
