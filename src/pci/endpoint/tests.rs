@@ -1,5 +1,7 @@
 //! Interrupts of an embedded function: which way they go, and the wire.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::*;
 use crate::pci::testing::Messages;
 use crate::pci::tree::{BarKind, Identity};
@@ -86,6 +88,49 @@ fn a_function_that_uses_messages_leaves_the_wire_alone() {
     assert!(endpoint.bar_write(0, 12, &[0; 4]));
     endpoint.signal(0);
     assert_eq!(messages.routes()[0].signals(), 1);
+}
+
+/// A device that interrupts without a pause, on a thread of its own, while its driver changes its mind.
+#[test]
+fn class_22_kinds_of_interrupts_change_places_a_thousand_times_under_interrupts() {
+    const MSI_ON: DwordWrite = DwordWrite::whole(1 << 16);
+    const MSIX_ON: DwordWrite = DwordWrite::whole(1 << 31);
+    const OFF: DwordWrite = DwordWrite::whole(0);
+    let (endpoint, wire, messages) = parts();
+    assert!(endpoint.bar_write(0, 12, &[0; 4]));
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                endpoint.set_intx(true);
+                endpoint.signal(0);
+                endpoint.set_intx(false);
+            }
+        });
+        for _ in 0..1_000 {
+            for (register, write) in [(MSI, MSI_ON), (MSI, OFF), (MSIX, MSIX_ON), (MSIX, OFF)] {
+                let _ = endpoint.config_write(register, write);
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    // Nothing is left asserted or on its way, and one route was enough.
+    assert_eq!(wire.changes().last().copied().unwrap_or(false), false);
+    assert!(messages.routes().len() <= 1, "{} routes", messages.routes().len());
+    let before = messages.count();
+    endpoint.signal(0);
+    assert_eq!(messages.count(), before);
+
+    // Each kind works.
+    endpoint.set_intx(true);
+    endpoint.set_intx(false);
+    assert_eq!(wire.changes(), [true, false]);
+    let _ = endpoint.config_write(MSI, MSI_ON);
+    endpoint.signal(0);
+    let _ = endpoint.config_write(MSI, OFF);
+    let _ = endpoint.config_write(MSIX, MSIX_ON);
+    endpoint.signal(0);
+    assert_eq!(messages.count(), before + 2);
 }
 
 #[test]

@@ -262,6 +262,15 @@ mod tests {
     }
 
     #[test]
+    fn a_second_unit_on_a_root_complex_is_refused() {
+        let text = refused("[[viommu]]\n[[viommu]]\n");
+        assert!(text.starts_with("m.toml:2: viommu"), "{text}");
+        assert!(text.contains("iommu0"), "{text}");
+        let text = refused("[[root-complex]]\nid = \"a\"\n[[viommu]]\non = \"a\"\n[[viommu]]\non = \"a\"\n");
+        assert!(text.starts_with("m.toml:6: viommu.on = a"), "{text}");
+    }
+
+    #[test]
     fn what_one_unit_does_not_offer_none_does() {
         let two = "[[root-complex]]\n[[root-complex]]\n[[viommu]]\nxt = false\npasid-bits = 8\nats = true\n\
             page-table = \"v2\"\n[[viommu]]\non = \"rc1\"\npasid-bits = 16\nnpcache = true\n";

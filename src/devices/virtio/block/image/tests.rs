@@ -62,6 +62,24 @@ fn the_part_behind_the_last_whole_block_stays_hidden() {
 }
 
 #[test]
+fn an_image_that_looks_like_another_format_is_read_as_it_is() {
+    // A header of another format (version 3, big-endian) that names a file of the host as what it is based on.
+    let mut content = vec![0; 4096];
+    content[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    content[8..16].copy_from_slice(&0x200_u64.to_be_bytes());
+    content[16..20].copy_from_slice(&11_u32.to_be_bytes());
+    content[0x200..0x20b].copy_from_slice(b"/etc/passwd");
+    let mut file = NamedTempFile::new().expect("a file");
+    file.write_all(&content).expect("written");
+    let image = Image::open(&options(file.path())).expect("eight sectors");
+    assert_eq!(image.sectors(), 8);
+    let whole = Part::write(0, 4096);
+    let (read, result) = with_buffers(&[whole], &[0xee; 4096], |buffers| image.read(0, buffers));
+    result.expect("all of it is there");
+    assert!(read == content, "byte for byte");
+}
+
+#[test]
 fn a_writable_image_has_one_user() {
     let file = file(4096);
     let first = Image::open(&options(file.path())).expect("nobody has it");
