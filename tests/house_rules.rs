@@ -1,7 +1,7 @@
 //! Rules of the tree that no compiler checks: where unsafe may live, how long a file may grow, what a module
-//! may be called, and which crates may be there.
+//! may be called, which crates may be there, and which tests the documents may name.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -174,4 +174,121 @@ fn crates_with_known_defects_are_past_the_repaired_version() {
             assert!((next(), next(), next()) >= minimum, "{name} {version}: {defect}");
         }
     }
+}
+
+/// Names of the tests in `text`, those of macros for properties included.
+fn tests_of(text: &str) -> impl Iterator<Item = &str> {
+    let functions = text.split("#[test]").skip(1);
+    functions.filter_map(|rest| {
+        let (_, rest) = rest.split_once("fn ")?;
+        rest.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))
+            .next()
+    })
+}
+
+/// Every test of the project, and every fuzz target.
+fn tests() -> BTreeSet<String> {
+    let files = ["src", "tests"]
+        .map(|folder| sources(&root().join(folder)))
+        .concat();
+    let tests = files.iter().flat_map(|path| {
+        let text = fs::read_to_string(path).expect("a source file");
+        tests_of(&text).map(str::to_owned).collect::<Vec<_>>()
+    });
+    let targets = fs::read_dir(root().join("fuzz/fuzz_targets")).expect("a folder");
+    let targets = targets.filter_map(|entry| Some(entry.ok()?.path().file_stem()?.to_str()?.to_owned()));
+    tests.chain(targets).collect()
+}
+
+/// What stands in backticks in `text` and is made like the name of a function.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    let is_name = |word: &&str| {
+        !word.is_empty()
+            && word
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+    };
+    text.split('`').skip(1).step_by(2).filter(is_name)
+}
+
+fn document(name: &str) -> String {
+    fs::read_to_string(root().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+#[test]
+fn tests_that_documents_name_exist() {
+    // So many words make a sentence, which nothing but a test is called by.
+    const WORDS: usize = 4;
+    let tests = tests();
+    let folder = fs::read_dir(root().join("docs")).expect("a folder");
+    let pages =
+        folder.map(|entry| format!("docs/{}", entry.expect("readable").file_name().to_string_lossy()));
+    let names = [
+        "README.md",
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+        "fuzz/README.md",
+    ];
+    let absent: Vec<_> = names
+        .map(str::to_owned)
+        .into_iter()
+        .chain(pages)
+        .flat_map(|page| {
+            let text = document(&page);
+            let named = quoted(&text).filter(|word| word.split('_').count() >= WORDS);
+            let absent = named.filter(|word| !tests.contains(*word));
+            absent.map(|word| format!("{page}: {word}")).collect::<Vec<_>>()
+        })
+        .collect();
+    assert!(
+        absent.is_empty(),
+        "documents name tests that do not exist: {absent:#?}"
+    );
+}
+
+#[test]
+fn the_page_on_hostile_guests_names_only_tests_and_knows_every_class() {
+    let tests = tests();
+    let page = document("docs/hostile-guests.md");
+    let rows: Vec<Vec<&str>> = page
+        .lines()
+        .filter(|line| line.starts_with("| "))
+        .map(|line| line.split('|').map(str::trim).collect())
+        .collect();
+    // The last column, between the line's last bar and the one before.
+    let shown = rows
+        .iter()
+        .filter_map(|cells| cells.get(cells.len().checked_sub(2)?));
+    let absent: Vec<_> = shown
+        .flat_map(|cell| quoted(cell))
+        .filter(|name| !tests.contains(*name))
+        .collect();
+    assert!(absent.is_empty(), "no test and no fuzz target: {absent:?}");
+
+    let classes: BTreeSet<&str> = rows.iter().filter_map(|cells| cells.get(1).copied()).collect();
+    let unknown: Vec<_> = tests
+        .iter()
+        .filter(|name| {
+            let number = name
+                .strip_prefix("class_")
+                .and_then(|rest| rest.split('_').next());
+            number.is_some_and(|number| !classes.contains(number))
+        })
+        .collect();
+    assert!(
+        unknown.is_empty(),
+        "tests of classes that the page does not have: {unknown:?}"
+    );
+}
+
+#[test]
+fn names_of_tests_are_found_in_sources_and_documents() {
+    let source =
+        "#[test]\nfn one_thing() {}\n#[test]\n#[should_panic]\nfn another_thing() {}\nfn no_test() {}\n";
+    assert_eq!(
+        tests_of(source).collect::<Vec<_>>(),
+        ["one_thing", "another_thing"]
+    );
+    let page = "`one_thing`, `src/file.rs`, `a_row_of_...` and `another_thing`";
+    assert_eq!(quoted(page).collect::<Vec<_>>(), ["one_thing", "another_thing"]);
 }
