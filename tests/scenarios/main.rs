@@ -18,12 +18,15 @@ mod tree;
 mod vmlinux;
 
 mod acpi;
+mod backends;
 mod boot;
 mod devices;
 mod hostile;
 mod life;
 mod multiboot;
 mod refused;
+mod terminal;
 mod test_device;
 mod topologies;
 mod viommu;
+mod xen;

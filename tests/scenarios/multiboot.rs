@@ -57,13 +57,13 @@ const CODE: &[u8] = &[
     0xeb, 0xfd,                         // jmp hlt
 ];
 
-/// An ELF32 executable with the header and the code in its one segment.
-fn image() -> Vec<u8> {
+/// An ELF32 executable with the header and `code` in its one segment.
+pub(crate) fn image(code: &[u8]) -> Vec<u8> {
     let mut segment = Vec::new();
     for word in [MAGIC, FLAGS, 0_u32.wrapping_sub(MAGIC).wrapping_sub(FLAGS)] {
         segment.extend(word.to_le_bytes());
     }
-    segment.extend(CODE);
+    segment.extend(code);
     let size = u32::try_from(segment.len()).expect("small");
 
     // 32 bits, little-endian, version 1; an executable for the i386.
@@ -93,7 +93,7 @@ fn run(folder: tempfile::TempDir, arguments: &[&str]) -> Ended {
         fs::write(&path, content).expect("the folder takes a file");
         path
     };
-    let kernel = path("image", &image());
+    let kernel = path("image", &image(CODE));
     let module = path("module", b"what the module holds\n\0");
     let said = |option: &str, path: &Path| format!("{option}{}", path.display());
     let mut command = Command::new(binary());

@@ -14,6 +14,15 @@ pub(crate) struct Bridge {
 impl Bridge {
     /// A bridge called `name`, at most 12 characters, with `taps` tap interfaces. Needs root.
     pub(crate) fn new(name: &str, taps: usize) -> Self {
+        Self::with(name, taps, &[])
+    }
+
+    /// One with a tap that may have several queues.
+    pub(crate) fn of_several_queues(name: &str) -> Self {
+        Self::with(name, 1, &["multi_queue"])
+    }
+
+    fn with(name: &str, taps: usize, words: &[&str]) -> Self {
         let mut bridge = Self {
             name: name.to_owned(),
             taps: Vec::new(),
@@ -27,7 +36,7 @@ impl Bridge {
             let tap = format!("{name}t{at}");
             let _ = Command::new("ip").args(["link", "delete", &tap]).output();
             // As a VMM opens it: with a header per frame.
-            ip(&["tuntap", "add", &tap, "mode", "tap", "vnet_hdr"]);
+            ip(&[&["tuntap", "add", &tap, "mode", "tap", "vnet_hdr"][..], words].concat());
             ip(&["link", "set", &tap, "master", name, "up"]);
             bridge.taps.push(tap);
         }

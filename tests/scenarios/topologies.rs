@@ -57,6 +57,8 @@ fn is_seen_as_planned(guest: &'static str, toml: &str) {
     let plan = plan(toml);
     let console = Machine::new(guest).file(toml).script(LOOK).run().well().console;
     assert_eq!(console.section("picture"), planned_picture(&plan.pci));
+    // No function has virtual ones, which a guest could make appear beside the plan.
+    assert!(!console.section("functions").contains("SR-IOV"));
     let (seen, planned) = (listed(&console.section("functions")), planned(&plan.pci));
     for (address, function) in &planned {
         assert_eq!(seen.get(address), Some(function), "{address}");
