@@ -200,10 +200,10 @@ fn give_back() {
 
 /// Make the terminal raw again: the process goes on, in the foreground or not.
 fn take_again() {
-    if let Some(kept) = kept().as_ref().filter(|kept| is_ours(&kept.terminal)) {
-        if let Err(error) = kept.set(&kept.raw()) {
-            tracing::warn!(%error, "cannot put the terminal into raw mode again");
-        }
+    if let Some(kept) = kept().as_ref().filter(|kept| is_ours(&kept.terminal))
+        && let Err(error) = kept.set(&kept.raw())
+    {
+        tracing::warn!(%error, "cannot put the terminal into raw mode again");
     }
 }
 
