@@ -39,6 +39,8 @@ pub struct PortState {
     pub passes: bool,
     /// Whether device numbers behind it are part of function numbers.
     pub ari_forwarding: bool,
+    /// Whether requests from behind it that have an End-End TLP prefix, as PASIDs are, end here.
+    pub blocks_prefixes: bool,
 }
 
 /// A root port, an upstream port or a downstream port.
@@ -105,6 +107,7 @@ impl Port {
             windows: bridge.windows(),
             passes: link && !bridge.in_reset(),
             ari_forwarding: express.ari_forwarding(),
+            blocks_prefixes: express.blocks_prefixes(),
         }
     }
 }

@@ -26,6 +26,7 @@ pub struct Requester {
     /// Segment in the upper half, requester ID in the lower.
     id: AtomicU32,
     bus_master: AtomicBool,
+    prefixes_blocked: AtomicBool,
 }
 
 impl Requester {
@@ -64,6 +65,18 @@ impl Requester {
     /// The guest wrote Bus Master Enable.
     pub fn set_bus_master(&self, enabled: bool) {
         self.bus_master.store(enabled, Ordering::Release);
+    }
+
+    /// Whether requests with an End-End TLP prefix, as PASIDs are, are stopped on their way to the root complex (PCI
+    /// Express Base Specification 2.2.10.4).
+    #[must_use]
+    pub fn prefixes_blocked(&self) -> bool {
+        self.prefixes_blocked.load(Ordering::Acquire)
+    }
+
+    /// A switch on the way stops such requests from now on, or none does.
+    pub fn block_prefixes(&self, blocked: bool) {
+        self.prefixes_blocked.store(blocked, Ordering::Release);
     }
 }
 

@@ -298,6 +298,21 @@ fn paging() -> Bench {
 }
 
 #[test]
+fn behind_a_switch_that_blocks_prefixes_no_space_is_reached_and_all_else_is() {
+    let bench = paging();
+    let requester = bench.function.requester().clone();
+    requester.block_prefixes(true);
+    let refused = Status::READ_FAIL | Status::SOURCE_INVALID;
+    assert_eq!(bench.run(READ, Flags::PASID, 0x7000, 0, 8) & refused, refused);
+    let page = bench.run(REQUEST_PAGE, Flags::PASID, 0x7000, 0, 0);
+    assert_eq!(page, Status::PAGE_REQUEST_FAIL);
+    assert_eq!(bench.translate(0x7000, Flags::PASID).0, Status::TRANSLATE_FAIL);
+    assert_eq!(bench.driver.events().len(), 0);
+    requester.block_prefixes(false);
+    assert_eq!(bench.translate(0x7000, Flags::PASID).0, Status::TRANSLATE_SUCCESS);
+}
+
+#[test]
 fn each_process_address_space_is_another_memory() {
     let bench = paging();
     for flags in [Flags::PASID, Flags::PASID | TRANSLATED] {

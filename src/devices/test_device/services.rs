@@ -233,7 +233,9 @@ impl Services {
         }
         let mut request = Request::plain(requester.sbdf().bdf, Iova(at), access);
         if let Some(pasid) = route.pasid {
-            if !self.with::<ProcessAddressSpace>(ProcessAddressSpace::enabled) {
+            // A write that a switch stops is lost without an answer; to the device it counts as refused as well.
+            if !self.with::<ProcessAddressSpace>(ProcessAddressSpace::enabled) || requester.prefixes_blocked()
+            {
                 return Err(Refused);
             }
             request = request.in_space(Pasid::new(pasid).ok_or(Refused)?);

@@ -57,8 +57,14 @@ const PME_STATUS: u32 = 1 << 16;
 
 const COMPLETION_TIMEOUT_DISABLE: u32 = 1 << 4;
 const ARI_FORWARDING: u32 = 1 << 5;
-/// End-to-end TLP prefixes are understood, one per request.
-const END_END_PREFIX: u32 = 1 << 21 | 1 << 22;
+/// Three bits of Fmt, which prefixes need, and which all functions of a device say alike (7.5.3.15).
+const EXTENDED_FMT: u32 = 1 << 20;
+/// Requests with End-End TLP prefixes are understood.
+const END_END_PREFIX: u32 = 1 << 21;
+/// At most one of them per request; 0 in this field stands for four, which switches must have.
+const ONE_PREFIX: u32 = 1 << 22;
+/// Device Control 2, of ports: what leaves by this one has no End-End TLP prefix (7.5.3.16).
+const PREFIX_BLOCKING: u32 = 1 << 15;
 
 /// Device/Port Type (7.5.3.2).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -137,8 +143,15 @@ impl Express {
         registers[DEVICE_CONTROL] =
             Register::writable(DEVICE_CONTROL_RESET, DEVICE_CONTROL_WRITABLE).clears(DEVICE_STATUS_CLEARS);
         let ari = if port.faces_a_device() { ARI_FORWARDING } else { 0 };
-        registers[DEVICE_CAPABILITIES_2] = Register::read_only(COMPLETION_TIMEOUT_DISABLE | ari);
-        registers[DEVICE_CONTROL_2] = Register::writable(0, COMPLETION_TIMEOUT_DISABLE | ari);
+        // Every port forwards prefixes, up to four: whatever is behind it may use PASIDs.
+        let (prefixes, blocking) = if port.is_endpoint() {
+            (0, 0)
+        } else {
+            (END_END_PREFIX, PREFIX_BLOCKING)
+        };
+        registers[DEVICE_CAPABILITIES_2] =
+            Register::read_only(COMPLETION_TIMEOUT_DISABLE | ari | EXTENDED_FMT | prefixes);
+        registers[DEVICE_CONTROL_2] = Register::writable(0, COMPLETION_TIMEOUT_DISABLE | ari | blocking);
         if port.has_a_link() {
             let (reporting, control, active) = if port.faces_a_device() {
                 (LINK_ACTIVE_REPORTING, LINK_DISABLE, 0)
@@ -163,10 +176,10 @@ impl Express {
         }
     }
 
-    /// Of a device whose requests can have a prefix, as PASID needs it.
+    /// Of a device whose requests can have one prefix, as PASID needs it.
     #[must_use]
     pub fn with_end_end_prefix(mut self) -> Self {
-        let capabilities = self.registers[DEVICE_CAPABILITIES_2].get() | END_END_PREFIX;
+        let capabilities = self.registers[DEVICE_CAPABILITIES_2].get() | END_END_PREFIX | ONE_PREFIX;
         self.registers[DEVICE_CAPABILITIES_2] = Register::read_only(capabilities);
         self
     }
@@ -208,6 +221,14 @@ impl Express {
         self.registers[DEVICE_CONTROL_2].get() & ARI_FORWARDING != 0
     }
 
+    /// Whether requests from below end here when they have an End-End TLP prefix. Only the upstream port of a
+    /// switch stops them: the bit concerns what leaves by the port it is in, and by a port that faces a device
+    /// requests from below come in.
+    #[must_use]
+    pub fn blocks_prefixes(&self) -> bool {
+        self.port == PortType::UpstreamPort && self.registers[DEVICE_CONTROL_2].get() & PREFIX_BLOCKING != 0
+    }
+
     fn show_link(&mut self) {
         if !self.port.faces_a_device() {
             return;
@@ -247,7 +268,12 @@ impl Capability for Express {
             DEVICE_CONTROL if self.port.is_endpoint() && write.ones(INITIATE_FLR) != 0 => {
                 ConfigEffect::FUNCTION_RESET
             }
-            DEVICE_CONTROL_2 if changed & ARI_FORWARDING != 0 => ConfigEffect::ROUTING,
+            DEVICE_CONTROL_2 => {
+                let mut effect = ConfigEffect::empty();
+                effect.set(ConfigEffect::ROUTING, changed & ARI_FORWARDING != 0);
+                effect.set(ConfigEffect::DECODING, changed & PREFIX_BLOCKING != 0);
+                effect
+            }
             LINK_CONTROL if changed & LINK_DISABLE != 0 => {
                 self.show_link();
                 // A link that goes down resets what is behind it (6.6.1).
@@ -343,25 +369,53 @@ mod tests {
 
     #[test]
     fn prefixes_are_understood_only_where_that_was_said() {
-        let shown = |express: Express| express.read(dword(DEVICE_CAPABILITIES_2)) & END_END_PREFIX;
-        assert_eq!(shown(Express::endpoint(true)), 0);
+        let shown = |express: &Express| express.read(dword(DEVICE_CAPABILITIES_2)) >> 20 & 0xf;
+        assert_eq!(shown(&Express::endpoint(true)), 0b0001);
         let mut express = Express::endpoint(true).with_end_end_prefix();
         express.reset();
         let _ = express.write(dword(DEVICE_CAPABILITIES_2), DwordWrite::whole(0));
-        assert_eq!(shown(express), END_END_PREFIX);
+        assert_eq!(shown(&express), 0b0111);
+        // Four of them: the field is 0.
+        let ports = [
+            Express::root_port(None, 0),
+            Express::upstream_port(),
+            Express::downstream_port(None, 0),
+        ];
+        assert_eq!(ports.each_ref().map(shown), [0b0011; 3]);
+    }
+
+    #[test]
+    fn prefixes_are_blocked_where_requests_leave_a_switch_and_nowhere_else() {
+        let blocking = |mut express: Express| {
+            let effect = express.write(dword(DEVICE_CONTROL_2), DwordWrite::whole(PREFIX_BLOCKING));
+            let blocks = express.blocks_prefixes();
+            express.reset();
+            assert!(!express.blocks_prefixes());
+            (effect, blocks)
+        };
+        assert_eq!(blocking(Express::upstream_port()), (ConfigEffect::DECODING, true));
+        assert_eq!(
+            blocking(Express::root_port(None, 0)),
+            (ConfigEffect::DECODING, false)
+        );
+        assert_eq!(
+            blocking(Express::downstream_port(None, 0)),
+            (ConfigEffect::DECODING, false)
+        );
+        let device = Express::endpoint(false).with_end_end_prefix();
+        assert_eq!(blocking(device), (ConfigEffect::empty(), false));
     }
 
     #[test]
     fn ari_forwarding_exists_on_ports_that_face_a_device_only() {
         let mut port = Express::downstream_port(None, 0);
         let write = DwordWrite::whole(u32::MAX);
-        assert_eq!(port.write(dword(DEVICE_CONTROL_2), write), ConfigEffect::ROUTING);
+        let effect = port.write(dword(DEVICE_CONTROL_2), write);
+        assert_eq!(effect & ConfigEffect::ROUTING, ConfigEffect::ROUTING);
         assert!(port.ari_forwarding());
         let mut switch = Express::upstream_port();
-        assert_eq!(
-            switch.write(dword(DEVICE_CONTROL_2), write),
-            ConfigEffect::empty()
-        );
+        let effect = switch.write(dword(DEVICE_CONTROL_2), write);
+        assert_eq!(effect & ConfigEffect::ROUTING, ConfigEffect::empty());
         assert!(!switch.ari_forwarding());
     }
 
@@ -379,7 +433,7 @@ mod tests {
         writable[DEVICE_CONTROL] = DEVICE_CONTROL_WRITABLE & !DEVICE_CONTROL_RESET;
         writable[LINK_CONTROL] = LINK_CONTROL_WRITABLE | LINK_DISABLE;
         writable[ROOT_CONTROL] = ROOT_CONTROL_WRITABLE;
-        writable[DEVICE_CONTROL_2] = COMPLETION_TIMEOUT_DISABLE | ARI_FORWARDING;
+        writable[DEVICE_CONTROL_2] = COMPLETION_TIMEOUT_DISABLE | ARI_FORWARDING | PREFIX_BLOCKING;
         writable[LINK_CONTROL_2] = TARGET_SPEED & !4;
         assert_eq!(changed, writable);
     }

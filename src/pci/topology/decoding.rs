@@ -74,7 +74,7 @@ impl Decoding {
         }
     }
 
-    /// Look at the functions at `places` anew: what they answer, and whether they may issue requests.
+    /// Look at the functions at `places` anew: what they answer, and which requests of theirs get anywhere.
     pub(super) fn refresh(&mut self, topology: &Topology, places: Range<usize>) {
         let mut wanted = Vec::new();
         let mut released = false;
@@ -85,16 +85,16 @@ impl Decoding {
         for index in places {
             let place = &topology.places[index];
             path.retreat(topology, place.bus);
-            let above = path.command();
+            let (above, blocked) = (path.command(), path.blocks_prefixes());
             // A port has no BARs, so that it may be on its own way already.
             path.descend(topology, index);
             let Some(function) = &place.function else {
                 continue;
             };
             let command = function.command() & above;
-            function
-                .requester()
-                .set_bus_master(command.contains(Command::BUS_MASTER));
+            let requester = function.requester();
+            requester.set_bus_master(command.contains(Command::BUS_MASTER));
+            requester.block_prefixes(blocked);
             let windows = &topology.roots[topology.buses[place.bus].root].windows;
             let slots = &mut self.bars[index];
             slots.resize_with(function.bars().len(), Slot::default);
@@ -208,6 +208,11 @@ impl Path {
         self.ports
             .last()
             .map_or(Command::all(), |(_, _, command)| *command)
+    }
+
+    /// Whether any port on the way stops requests with a prefix.
+    fn blocks_prefixes(&self) -> bool {
+        self.ports.iter().any(|(_, state, _)| state.blocks_prefixes)
     }
 
     /// Back to where `bus` hangs. It does hang on the way: places are visited depth first.

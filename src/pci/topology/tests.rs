@@ -129,6 +129,31 @@ fn every_port_on_the_way_must_forward() {
 }
 
 #[test]
+fn a_switch_that_blocks_prefixes_stops_those_of_everything_behind_it_and_no_others() {
+    const PREFIX_BLOCKING: u32 = 1 << 15;
+    let machine = machine();
+    let blocked = || {
+        let names = ["near", "far0", "far1", "other"];
+        names.map(|name| {
+            let function = machine.topology.function(0, at(&machine, name)).expect("routed");
+            function.requester().prefixes_blocked()
+        })
+    };
+    machine.enable();
+    for name in ["rp0", "rp1", "down0"] {
+        machine.write(at(&machine, name), DEVICE_CONTROL_2, PREFIX_BLOCKING);
+    }
+    assert_eq!(blocked(), [false; 4]);
+    machine.write(at(&machine, "up"), DEVICE_CONTROL_2, PREFIX_BLOCKING);
+    assert_eq!(blocked(), [false, true, true, false]);
+    machine.write(at(&machine, "up"), DEVICE_CONTROL_2, 0);
+    assert_eq!(blocked(), [false; 4]);
+    machine.write(at(&machine, "up"), DEVICE_CONTROL_2, PREFIX_BLOCKING);
+    machine.topology.reset();
+    assert_eq!(blocked(), [false; 4]);
+}
+
+#[test]
 fn class_13_a_function_without_memory_decode_answers_nowhere_and_says_so_first() {
     let machine = machine();
     machine.enable();
