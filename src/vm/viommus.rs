@@ -98,7 +98,7 @@ impl<'a> Viommus<'a> {
     pub(super) fn place(&self, board: &mut Board, vm: &KvmVm) -> Result<(), RunError> {
         for (unit, planned) in self.units.iter().zip(&self.plan.viommus) {
             board.claim_mmio(unit.name(), planned.mmio, unit.clone())?;
-            let page = vm.read_only_page(Gpa(planned.mmio.start().0 + Reg::RUNNING_AT))?;
+            let page = vm.read_only_page(unit.name(), Gpa(planned.mmio.start().0 + Reg::RUNNING_AT))?;
             unit.show_registers(Box::new(Window(page)));
         }
         Ok(())

@@ -6,7 +6,7 @@ use super::request::{Access, Pasid, Request};
 use super::spec::dte::{Attribute, Dte, Host, Interrupt};
 use super::spec::registers::Control;
 use super::walk::{GuestTable, HostTable, Track};
-use crate::platform::addr::{Bdf, Gpa, Iova};
+use crate::platform::addr::{Bdf, Gpa, Iova, PAGE_SIZE};
 
 /// Pairs of reads before a half that changes all the time is taken as it is.
 const ATTEMPTS: usize = 8;
@@ -22,7 +22,7 @@ pub fn locate(configuration: &Configuration, device: Bdf) -> Option<Gpa> {
     let segment = usize::from(id.checked_shr(index_bits).unwrap_or(0));
     let index = u64::from(id) & ((1 << index_bits) - 1);
     let base = configuration.device_table[segment];
-    let entries = (u64::from(base.size()) + 1) * (4096 / Dte::LEN);
+    let entries = (u64::from(base.size()) + 1) * (PAGE_SIZE / Dte::LEN);
     (index < entries).then(|| Gpa((base.frame() << 12) + index * Dte::LEN))
 }
 

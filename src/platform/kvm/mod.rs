@@ -16,6 +16,7 @@ use std::path::Path;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Cap;
 
+use super::addr::PAGE_SIZE;
 use super::host::HostError;
 
 pub use irq::MsiDelivery;
@@ -158,6 +159,11 @@ impl Kvm {
             limit,
         })
     }
+}
+
+/// Bytes of a page, as this process counts its own memory.
+fn page() -> usize {
+    usize::try_from(PAGE_SIZE).expect("this program is 64-bit")
 }
 
 /// `No such file or directory`.

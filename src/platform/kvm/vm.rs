@@ -15,15 +15,12 @@ use super::doorbell::Ioeventfds;
 use super::irq::MsiDelivery;
 use super::sys::SlotKind;
 use super::vcpu::Vcpu;
-use super::{Kvm, KvmError, os, sys};
+use super::{Kvm, KvmError, os, page, sys};
 use crate::platform::addr::Gpa;
 use crate::platform::doorbell::DoorbellHost;
 use crate::platform::host::HostError;
 use crate::platform::irq::IOAPIC_INPUTS;
 use crate::platform::memory::GuestRam;
-
-/// Bytes of a page.
-const PAGE: usize = 0x1000;
 
 /// First of four pages that KVM needs on Intel hosts, between the local APICs' window and the end of 4 GiB: one for
 /// an identity map, three for a task state segment. Nothing of the guest's may lie there.
@@ -61,8 +58,10 @@ impl KvmVm {
         }
         let at = usize::try_from(INTEL_RESERVED).expect("this program is 64-bit");
         fd.set_identity_map_address(INTEL_RESERVED)
-            .and_then(|()| fd.set_tss_address(at + 0x1000))
-            .map_err(|error| HostError::new(format!("reserve {at:#x}-{:#x}", at + 0x3fff), os(error)))?;
+            .and_then(|()| fd.set_tss_address(at + page()))
+            .map_err(|error| {
+                HostError::new(format!("reserve {at:#x}-{:#x}", at + (4 * page() - 1)), os(error))
+            })?;
         enable(
             &fd,
             "KVM_CAP_SPLIT_IRQCHIP",
@@ -88,14 +87,14 @@ impl KvmVm {
         Vcpu::new(&self.machine, apic_id, self.run_area)
     }
 
-    /// A page at `at`, a multiple of 4 KiB where nothing else is mapped, that the guest reads without an exit.
-    /// Its writes to it are exits as they are to registers.
+    /// A page of `owner` at `at`, a multiple of 4 KiB where nothing else is mapped, that the guest reads without an
+    /// exit. Its writes to it are exits as they are to registers.
     ///
     /// # Errors
-    /// What the host refused, with the address.
-    pub fn read_only_page(&self, at: Gpa) -> Result<ReadOnlyPage, HostError> {
-        let failed = |source| HostError::new(format!("give the guest a page to read at {at}"), source);
-        let regions = GuestMemoryMmap::from_ranges(&[(GuestAddress(at.0), PAGE)])
+    /// What the host refused, with the owner and the address.
+    pub fn read_only_page(&self, owner: &str, at: Gpa) -> Result<ReadOnlyPage, HostError> {
+        let failed = |source| refused_page(owner, at, source);
+        let regions = GuestMemoryMmap::from_ranges(&[(GuestAddress(at.0), page())])
             .map_err(|error| failed(io::Error::other(error)))?;
         let page = GuestRam::new(regions);
         let mut memory = self.machine.memory.lock().unwrap_or_else(PoisonError::into_inner);
@@ -119,6 +118,14 @@ impl KvmVm {
             machine: self.machine.clone(),
         })
     }
+}
+
+/// The host does not give the guest a page of `owner` to read.
+fn refused_page(owner: &str, at: Gpa, source: io::Error) -> HostError {
+    HostError::new(
+        format!("give the guest a page of {owner} to read at {at}"),
+        source,
+    )
 }
 
 /// A page that the guest can only read.
@@ -145,4 +152,18 @@ fn enable(vm: &VmFd, name: &str, cap: u32, argument: u64) -> Result<(), HostErro
     };
     vm.enable_cap(&request)
         .map_err(|error| HostError::new(format!("enable {name} with {argument:#x}"), os(error)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_that_the_host_refuses_names_whose_it_is_and_where() {
+        let error = refused_page("iommu7", Gpa(0xfeb0_2000), io::ErrorKind::AlreadyExists.into());
+        assert_eq!(
+            error.to_string(),
+            "cannot give the guest a page of iommu7 to read at 0xfeb02000"
+        );
+    }
 }
