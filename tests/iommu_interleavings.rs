@@ -8,6 +8,8 @@
 )]
 #[path = "../src/iommu/amd/grace.rs"]
 mod grace;
+#[path = "../src/iommu/emulated/hearing.rs"]
+mod hearing;
 #[expect(
     unreachable_pub,
     dead_code,
@@ -41,8 +43,9 @@ mod sync {
 }
 
 use grace::Grace;
-use loom::sync::Arc;
+use hearing::{Hearing, Line};
 use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use loom::sync::{Arc, Mutex};
 use slot::{Announced, Slot};
 
 /// A cache of one entry over a page table of one entry, used as the unit uses its own.
@@ -200,5 +203,104 @@ fn two_waits_in_a_row_wait_for_late_arrivals() {
         }
         phase.store(3, Ordering::Release);
         visitor.join().expect("no panic");
+    });
+}
+
+/// A unit with a doorbell and nothing else, behind a hypervisor that puts writes aside while it is told to.
+#[derive(Default)]
+struct Bell {
+    hearing: Hearing,
+    /// Whether writes are put aside, and those that were.
+    hypervisor: Mutex<(bool, Vec<u64>)>,
+    /// Locked while writes are delivered, as the machine's ring is.
+    delivery: Mutex<()>,
+    tail: AtomicU64,
+    /// Commands run up to here.
+    head: Mutex<u64>,
+}
+
+impl Line for Bell {
+    fn put_aside(&self) -> bool {
+        self.hypervisor.lock().expect("no panic").0 = true;
+        true
+    }
+
+    fn let_through(&self) -> bool {
+        self.hypervisor.lock().expect("no panic").0 = false;
+        true
+    }
+
+    fn deliver(&self) {
+        let _delivery = self.delivery.lock().expect("no panic");
+        let waiting = std::mem::take(&mut self.hypervisor.lock().expect("no panic").1);
+        for tail in waiting {
+            self.tail.store(tail, Ordering::SeqCst);
+            self.hearing.arrived();
+        }
+    }
+}
+
+impl Bell {
+    fn run_commands(&self) {
+        *self.head.lock().expect("no panic") = self.tail.load(Ordering::SeqCst);
+    }
+
+    /// The guest rings: aside, or as an exit that runs the commands at once.
+    fn ring(&self, tail: u64) {
+        {
+            let mut hypervisor = self.hypervisor.lock().expect("no panic");
+            if hypervisor.0 {
+                hypervisor.1.push(tail);
+                return;
+            }
+        }
+        self.hearing.catch_up(self);
+        self.tail.store(tail, Ordering::SeqCst);
+        self.run_commands();
+    }
+
+    /// The thread polls once, and stops.
+    fn poll_once(&self) {
+        self.hearing.begin(self);
+        self.deliver();
+        if self.hearing.take_rung() {
+            self.run_commands();
+        }
+        self.hearing.end(self);
+        if self.hearing.take_rung() {
+            self.run_commands();
+        }
+    }
+}
+
+#[test]
+fn no_doorbell_is_lost_between_polling_and_exits() {
+    check(3, || {
+        let bell = Arc::new(Bell::default());
+        let poller = {
+            let bell = bell.clone();
+            loom::thread::spawn(move || bell.poll_once())
+        };
+        bell.ring(1);
+        bell.ring(2);
+        poller.join().expect("no panic");
+        assert_eq!(bell.tail.load(Ordering::SeqCst), 2);
+        assert_eq!(*bell.head.lock().expect("no panic"), 2);
+    });
+}
+
+#[test]
+fn no_exit_overtakes_a_doorbell_that_was_put_aside() {
+    check(3, || {
+        let bell = Arc::new(Bell::default());
+        let poller = {
+            let bell = bell.clone();
+            loom::thread::spawn(move || bell.poll_once())
+        };
+        bell.ring(1);
+        // Another register, always an exit.
+        bell.hearing.catch_up(&*bell);
+        assert_eq!(bell.tail.load(Ordering::SeqCst), 1);
+        poller.join().expect("no panic");
     });
 }

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use ravelin::vm::config::values::size_text;
 use ravelin::vm::plan::{
-    BlockPlan, BootPlan, BootProtocol, CharBackend, DeviceKind, MemoryBacking, MemoryPlan, NetBackend,
-    NetPlan, OnReboot, PageTable, Plan, ViommuMode, ViommuOffer, ViommuPlan,
+    BlockPlan, BootPlan, BootProtocol, CharBackend, DeviceKind, Doorbell, MemoryBacking, MemoryPlan,
+    NetBackend, NetPlan, OnReboot, PageTable, Plan, ViommuMode, ViommuOffer, ViommuPlan,
 };
 
 use super::topology;
@@ -169,6 +169,7 @@ fn viommu(viommu: &ViommuPlan) -> String {
     parts.extend((pasid_bits > 0).then(|| format!("{pasid_bits} PASID bits")));
     parts.extend(ats.then(|| "ATS".to_owned()));
     parts.extend(np_cache.then(|| "NpCache".to_owned()));
+    parts.extend((viommu.doorbell == Doorbell::Poll).then(|| "doorbell polled".to_owned()));
     format!(
         "AMD IOMMU, {mode}, on {} at {:04x}:{}, registers {}: {}",
         viommu.root_complex,

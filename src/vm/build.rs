@@ -80,7 +80,7 @@ impl<'a> Machine<'a> {
         // everything in it is in its place.
         let delivery = Arc::new(vm.delivery().clone());
         let messages: Arc<dyn MsiSink> = delivery.clone();
-        let viommus = Viommus::new(plan, &ram, &messages, &mut events)?;
+        let mut viommus = Viommus::new(plan, &ram, &messages, &mut events)?;
         let mut board = Board::new(viommus.ioapic_host(delivery), requests.clone(), &mut events)?;
         board.populate(plan, &mut events)?;
         viommus.place(&mut board, &vm)?;
@@ -105,7 +105,9 @@ impl<'a> Machine<'a> {
             eoi: board.ioapic.clone(),
             milestones: Arc::new(Milestones::new(started)),
         });
-        let crew = processors(plan, &kvm, &vm, &cpuid, entry, &surroundings, &notices)?;
+        let stations = stations(plan, &vm)?;
+        viommus.poll_doorbells(|| vm.coalesced_writes(&stations[0].vcpu))?;
+        let crew = processors(plan, &kvm, &cpuid, stations, entry, &surroundings, &notices)?;
         Ok(Self {
             crew,
             life: Life::default(),
@@ -146,26 +148,30 @@ fn load(images: &mut Images, ram: &GuestRam, plan: &Plan) -> Result<Entry, RunEr
     Ok(images.load(ram, |at| acpi::tables(plan, at), ecams)?)
 }
 
-/// Make the processors and start their threads.
-fn processors(
-    plan: &Plan,
-    kvm: &Kvm,
-    vm: &KvmVm,
-    supported: &kvm_bindings::CpuId,
-    entry: Entry,
-    surroundings: &Arc<Surroundings>,
-    notices: &Arc<Notices>,
-) -> Result<Crew, RunError> {
+/// Make the processors, at least one.
+fn stations(plan: &Plan, vm: &KvmVm) -> Result<Vec<Station>, HostError> {
     let pinning = plan.cpus.pinning.iter().cloned().chain(std::iter::repeat(None));
     let stations = plan.cpus.apic_ids.iter().zip(pinning);
-    let stations = stations
+    stations
         .map(|(&apic_id, pinning)| {
             Ok(Station {
                 vcpu: vm.vcpu(apic_id)?,
                 pinning,
             })
         })
-        .collect::<Result<Vec<_>, HostError>>()?;
+        .collect()
+}
+
+/// Start the processors' threads.
+fn processors(
+    plan: &Plan,
+    kvm: &Kvm,
+    supported: &kvm_bindings::CpuId,
+    stations: Vec<Station>,
+    entry: Entry,
+    surroundings: &Arc<Surroundings>,
+    notices: &Arc<Notices>,
+) -> Result<Crew, RunError> {
     let first = stations.first().expect("a plan has at least one processor");
     // Where nothing remaps messages, devices may name any of the processors directly.
     let direct = !plan.viommus.iter().any(|viommu| viommu.offer.intremap);

@@ -230,6 +230,7 @@ impl Machine<'_> {
     /// Stop the processors, so that nothing of the guest runs.
     pub fn pause(&mut self) -> Result<(), RunError> {
         self.crew.hold()?;
+        self.viommus.catch_up();
         self.life.step(Step::Pause)?;
         Ok(())
     }

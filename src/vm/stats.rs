@@ -136,6 +136,8 @@ struct ViommuReport {
     name: String,
     /// Writes to the command buffer's tail.
     doorbells: u64,
+    /// Those among them that were polled and cost no exit.
+    polled: u64,
     /// Commands carried out, by kind; kinds without any left out.
     commands: BTreeMap<&'static str, u64>,
     /// Errors that stopped the command processor.
@@ -282,6 +284,7 @@ impl ViommuReport {
         Self {
             name: name.to_owned(),
             doorbells: counts.doorbells,
+            polled: counts.polled,
             commands: commands.filter(|(_, count)| *count > 0).collect(),
             stops: counts.stops,
             hits: counts.hits,
@@ -425,6 +428,7 @@ Rss:                3000 kB
     fn what_an_iommu_did_is_counted_by_name() {
         let mut counts = Counts {
             doorbells: 2,
+            polled: 1,
             hits: 9,
             ..Counts::default()
         };
@@ -436,6 +440,7 @@ Rss:                3000 kB
         let expected = serde_json::json!({
             "name": "iommu0",
             "doorbells": 2,
+            "polled": 1,
             "commands": { "completion_wait": 3 },
             "stops": 0,
             "hits": 9,

@@ -9,15 +9,18 @@ use vmm_sys_util::epoll::EventSet;
 use super::RunError;
 use super::board::Board;
 use super::events::EventLoop;
-use super::plan::Plan;
+use super::plan::{Doorbell, Plan, ViommuPlan};
 use crate::iommu::agent::TranslationAgent;
 use crate::iommu::amd::processor::Follower;
 use crate::iommu::amd::spec::registers::Reg;
 use crate::iommu::amd::window::RegisterWindow;
-use crate::iommu::emulated::{EmulatedUnit, RemappingIoApic, RemappingSink, UnitParts};
+use crate::iommu::emulated::{
+    DoorbellThread, EmulatedUnit, LateWrites, RemappingIoApic, RemappingSink, UnitParts,
+};
 use crate::pci::tree::{NodeKind, RootComplex};
 use crate::platform::addr::{Gpa, Sbdf};
 use crate::platform::dma::{Dma, Requester};
+use crate::platform::doorbell::CoalescedWrites;
 use crate::platform::host::HostError;
 use crate::platform::irq::IoApicHost;
 use crate::platform::kvm::{KvmVm, ReadOnlyPage};
@@ -26,6 +29,8 @@ use crate::platform::msi::MsiSink;
 
 /// Every unit, in the order of the plan.
 pub(super) struct Viommus<'a> {
+    /// Of units whose doorbell is polled. They end before the units do.
+    doorbells: Vec<DoorbellThread>,
     plan: &'a Plan,
     units: Vec<Arc<EmulatedUnit>>,
 }
@@ -77,7 +82,34 @@ impl<'a> Viommus<'a> {
             events.add(Arc::new(Rest(unit.clone())));
             units.push(unit);
         }
-        Ok(Self { plan, units })
+        Ok(Self {
+            doorbells: Vec::new(),
+            plan,
+            units,
+        })
+    }
+
+    /// Have doorbells polled where the plan says so, by what `writes` gives: the hypervisor's ring of writes put
+    /// aside, which is asked for only then.
+    pub(super) fn poll_doorbells(
+        &mut self,
+        writes: impl FnOnce() -> Result<Arc<dyn CoalescedWrites>, HostError>,
+    ) -> Result<(), HostError> {
+        let polled = |(_, planned): &(_, &ViommuPlan)| planned.doorbell == Doorbell::Poll;
+        let mut units = self
+            .units
+            .iter()
+            .zip(&self.plan.viommus)
+            .filter(polled)
+            .peekable();
+        if units.peek().is_none() {
+            return Ok(());
+        }
+        let writes = LateWrites::new(writes()?);
+        for (unit, _) in units {
+            self.doorbells.push(DoorbellThread::start(unit.clone(), &writes)?);
+        }
+        Ok(())
     }
 
     /// What carries the IOAPIC's messages: `host`, behind the unit that remaps them where one does.
@@ -118,6 +150,11 @@ impl<'a> Viommus<'a> {
     /// Every unit.
     pub(super) fn iter(&self) -> impl Iterator<Item = &EmulatedUnit> {
         self.units.iter().map(|unit| &**unit)
+    }
+
+    /// See to it that the units have heard all that the guest told them. No processor runs.
+    pub(super) fn catch_up(&self) {
+        self.units.iter().for_each(|unit| unit.catch_up());
     }
 
     /// All as after power-on. No processor and no device runs.

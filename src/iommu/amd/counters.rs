@@ -15,6 +15,7 @@ struct Shard(AtomicU64);
 #[derive(Default)]
 pub struct Counters {
     doorbells: AtomicU64,
+    polled: AtomicU64,
     commands: [AtomicU64; 8],
     stops: AtomicU64,
     hits: [Shard; SHARDS],
@@ -27,6 +28,8 @@ pub struct Counters {
 pub struct Counts {
     /// Writes to the command buffer's tail.
     pub doorbells: u64,
+    /// Those among them that came late, by whoever polls, and cost no exit.
+    pub polled: u64,
     /// Commands carried out, by [`Command::KINDS`].
     pub commands: [u64; 8],
     /// Errors that stopped the command processor.
@@ -46,6 +49,11 @@ fn add(counter: &AtomicU64, more: u64) {
 impl Counters {
     pub(super) fn doorbell(&self) {
         add(&self.doorbells, 1);
+    }
+
+    pub(super) fn polled_doorbell(&self) {
+        add(&self.doorbells, 1);
+        add(&self.polled, 1);
     }
 
     /// Add commands of one run, by kind.
@@ -77,6 +85,7 @@ impl Counters {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Counts {
             doorbells: get(&self.doorbells),
+            polled: get(&self.polled),
             commands: self.commands.each_ref().map(get),
             stops: get(&self.stops),
             hits: self.hits.iter().map(|shard| get(&shard.0)).sum(),

@@ -215,19 +215,7 @@ impl<M: SystemMemory> Unit<M> {
 
     /// The guest writes `data` at `offset`. Where there is no register nothing happens.
     pub fn mmio_write(&self, offset: u64, data: &[u8]) -> Effects {
-        let reg = Reg::at(offset & !7);
-        let Some((reg, lanes)) = reg.zip(LaneWrite::new(within(offset), data)) else {
-            return Effects::default();
-        };
-        let (effect, interrupts) = {
-            let mut registers = self.change();
-            let effect = registers.write(reg, lanes);
-            if matches!(effect, Effect::Reconfigure { .. }) {
-                self.publish(&registers);
-            }
-            (effect, registers.take_interrupts())
-        };
-        let mut effects = Effects::of(interrupts);
+        let (effect, mut effects) = self.write_register(offset, data);
         match effect {
             Effect::None => {}
             Effect::ProgramMsi(msi) => effects.program_msi = Some(msi),
@@ -238,6 +226,34 @@ impl<M: SystemMemory> Unit<M> {
             Effect::Reconfigure { before } => effects.join(self.reconfigured(before)),
         }
         effects
+    }
+
+    /// The guest wrote `data` to the command buffer's tail at `offset`, and nobody has looked until now. Commands are
+    /// left, as the effects say, to whoever calls [`Unit::run_commands`]. At other offsets nothing happens.
+    pub fn late_doorbell(&self, offset: u64, data: &[u8]) -> Effects {
+        if Reg::at(offset & !7) != Some(Reg::CommandTail) {
+            return Effects::default();
+        }
+        let (effect, mut effects) = self.write_register(offset, data);
+        if effect == Effect::RunCommands {
+            self.counters.polled_doorbell();
+            effects.more_commands = true;
+        }
+        effects
+    }
+
+    /// Change a register: what that sets off, and the interrupts it released.
+    fn write_register(&self, offset: u64, data: &[u8]) -> (Effect, Effects) {
+        let reg = Reg::at(offset & !7);
+        let Some((reg, lanes)) = reg.zip(LaneWrite::new(within(offset), data)) else {
+            return (Effect::None, Effects::default());
+        };
+        let mut registers = self.change();
+        let effect = registers.write(reg, lanes);
+        if matches!(effect, Effect::Reconfigure { .. }) {
+            self.publish(&registers);
+        }
+        (effect, Effects::of(registers.take_interrupts()))
     }
 
     /// As after power-on.

@@ -11,18 +11,22 @@
 //! take a view of memory per request, and interrupts of the unit itself go out once the view is dropped.
 
 mod function;
+mod hearing;
 mod ioapic;
 mod messages;
+mod polling;
 #[cfg(test)]
 mod testing;
 
 pub use function::{CAPABILITY_AT, IDENTITY};
 pub use ioapic::RemappingIoApic;
 pub use messages::RemappingSink;
+pub use polling::{DoorbellThread, LateWrites};
 
 use std::cell::Cell;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use vm_memory::Permissions;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -35,6 +39,7 @@ use super::amd::processor::Follower;
 use super::amd::registers::Interrupt;
 use super::amd::request::{Access, Request};
 use super::amd::spec::registers::Reg;
+use super::amd::sync;
 use super::amd::window::RegisterWindow;
 use super::amd::{Effects, Unit};
 use crate::pci::endpoint::Endpoint;
@@ -46,6 +51,7 @@ use crate::platform::memory::GuestRam;
 use crate::platform::msi::{MsiMessage, MsiPort, MsiSink};
 
 use messages::Routes;
+use polling::Polling;
 
 /// Bytes of a unit's registers, and what their address is a multiple of (publication 48882, section 3.4).
 pub const MMIO_LEN: u64 = 0x4000;
@@ -79,7 +85,10 @@ pub struct UnitParts {
 /// A unit in a machine.
 pub struct EmulatedUnit {
     name: String,
+    mmio: GpaRange,
     unit: Unit<GuestRam>,
+    /// Set where a thread polls its doorbell.
+    polling: OnceLock<Polling>,
     /// It speaks translation services with functions.
     ats: bool,
     ram: GuestRam,
@@ -117,7 +126,9 @@ impl EmulatedUnit {
         unit.add_follower(routes.clone());
         let connected = Self {
             name: parts.name,
+            mmio: parts.mmio,
             unit,
+            polling: OnceLock::new(),
             ats,
             ram: parts.ram,
             endpoint,
@@ -180,9 +191,11 @@ impl EmulatedUnit {
             ("EFR", Reg::Efr),
             ("EFR2", Reg::Efr2),
         ];
+        self.catch_up();
         let registers = SHOWN.map(|(name, reg)| format!("{name} {:#x}", self.unit.register(reg)));
         let Counts {
             doorbells,
+            polled,
             commands,
             stops,
             hits,
@@ -191,7 +204,7 @@ impl EmulatedUnit {
         } = self.counts();
         let sum = |counts: &[u64]| counts.iter().sum::<u64>();
         format!(
-            "{}; {doorbells} doorbells, {} commands, {stops} stops, {hits} translations from the cache, {walks} by a \
+            "{}; {doorbells} doorbells, {polled} of them polled, {} commands, {stops} stops, {hits} translations from the cache, {walks} by a \
              walk, {} events",
             registers.join(", "),
             sum(&commands),
@@ -202,6 +215,9 @@ impl EmulatedUnit {
     /// Everything but the PCI function as after power-on. No processor runs, and no device: its requests
     /// would reach memory untranslated.
     pub fn reset(&self) {
+        if let Some(polling) = self.polling.get() {
+            polling.reset();
+        }
         self.unit.reset();
         // Nothing waits any more.
         let _ = self.more.read();
@@ -213,6 +229,13 @@ impl EmulatedUnit {
         let _ = self.more.read();
         let effects = self.unit.run_commands();
         self.perform(effects);
+    }
+
+    /// See to it that every doorbell the guest rang until now has arrived.
+    pub fn catch_up(&self) {
+        if let Some(polling) = self.polling.get() {
+            polling.catch_up();
+        }
     }
 
     /// Do what an access or a request set off. The caller is not in flight.
@@ -270,12 +293,17 @@ impl AsRawFd for EmulatedUnit {
 
 impl BusDevice for EmulatedUnit {
     fn read(&self, offset: u64, data: &mut [u8]) {
+        self.catch_up();
         self.unit.mmio_read(offset, data);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
+        self.catch_up();
         let effects = self.unit.mmio_write(offset, data);
         self.perform(effects);
+        if let Some(polling) = self.polling.get() {
+            polling.written(offset, Instant::now());
+        }
     }
 }
 

@@ -157,6 +157,21 @@ impl Rig {
         self.tail.set((at + 16) % 0x1000);
     }
 
+    /// Put a COMPLETION_WAIT into the ring that stores `value`, not 0, where [`Rig::flag`] looks.
+    pub(super) fn put_wait(&self, value: u64) {
+        self.put(1 << 60 | FLAG | 1, value);
+    }
+
+    /// What the last COMPLETION_WAIT stored.
+    pub(super) fn flag(&self) -> u64 {
+        self.load(FLAG)
+    }
+
+    /// What the doorbell is rung with.
+    pub(super) fn tail(&self) -> u64 {
+        self.tail.get()
+    }
+
     /// Ring the doorbell.
     pub(super) fn ring(&self) {
         self.write(0x2008, self.tail.get());

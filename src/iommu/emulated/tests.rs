@@ -354,6 +354,9 @@ fn its_state_is_told_in_one_line() {
     rig.cover();
     let state = rig.unit.state();
     assert!(state.contains("commands 0x800000000010000,"), "{state}");
-    assert!(state.contains("1 doorbells, 2 commands, 0 stops"), "{state}");
+    assert!(
+        state.contains("1 doorbells, 0 of them polled, 2 commands, 0 stops"),
+        "{state}"
+    );
     assert_eq!(state.lines().count(), 1);
 }

@@ -8,17 +8,22 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
 use kvm_bindings::{
-    KVM_MEM_READONLY, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
-    kvm_run, kvm_userspace_memory_region,
+    KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_MEM_READONLY, kvm_coalesced_mmio, kvm_coalesced_mmio_ring,
+    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi, kvm_run,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::mm::{MapFlags, ProtFlags};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
+use crate::platform::addr::{Gpa, PAGE_SIZE};
+use crate::platform::doorbell::CoalescedWrite;
 use crate::platform::memory::GuestRam;
+
+use super::page;
 
 /// What a guest may do with a memory slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,6 +85,25 @@ pub(super) struct InternalError {
     pub(super) valid: usize,
 }
 
+/// Map `len` bytes of `vcpu`'s file from byte `offset` on, to be read and written.
+fn map(vcpu: &VcpuFd, len: usize, offset: u64) -> io::Result<NonNull<u8>> {
+    // SAFETY: `vcpu` is open and stays so until this function returns, which is how long the borrow lives.
+    let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+    // SAFETY: the kernel chooses the address, so no mapping is replaced; the pages belong to the
+    // processor's file, which the mapping keeps open.
+    let at = unsafe {
+        rustix::mm::mmap(
+            ptr::null_mut(),
+            len,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::SHARED,
+            fd,
+            offset,
+        )
+    }?;
+    NonNull::new(at.cast()).ok_or(io::ErrorKind::OutOfMemory.into())
+}
+
 /// A second mapping of a processor's run area, for what must be reached while the first is borrowed or from
 /// other threads.
 pub(super) struct RunArea {
@@ -99,22 +123,8 @@ impl RunArea {
         if len < size_of::<kvm_run>() {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        // SAFETY: `vcpu` is open and stays so until this function returns, which is how long the borrow lives.
-        let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
-        // SAFETY: the kernel chooses the address, so no mapping is replaced; the pages belong to the
-        // processor's file, which the mapping keeps open.
-        let at = unsafe {
-            rustix::mm::mmap(
-                ptr::null_mut(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                fd,
-                0,
-            )
-        }?;
-        let at = NonNull::new(at.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { at, len })
+        let at = map(vcpu, len, 0)?;
+        Ok(Self { at: at.cast(), len })
     }
 
     /// Make the next, or the present, run return without entering the guest; or allow entry again.
@@ -149,6 +159,65 @@ impl RunArea {
             data,
             valid,
         }
+    }
+}
+
+/// Entries of the ring, which is a page (KVM_COALESCED_MMIO_MAX).
+const RING_ENTRIES: u64 =
+    (PAGE_SIZE - size_of::<kvm_coalesced_mmio_ring>() as u64) / size_of::<kvm_coalesced_mmio>() as u64;
+
+/// The ring of guest writes that the kernel put aside. It belongs to the machine; any processor's file shows it.
+pub(super) struct CoalescedRing {
+    at: NonNull<kvm_coalesced_mmio_ring>,
+}
+
+// SAFETY: the ring is plain memory shared with the kernel, and nothing of it is tied to a thread. Only its one
+// owner takes from it, by `&mut`.
+unsafe impl Send for CoalescedRing {}
+
+impl CoalescedRing {
+    /// Map the ring of `vcpu`'s machine, of which this must be the only one.
+    pub(super) fn map(vcpu: &VcpuFd) -> io::Result<Self> {
+        let offset = u64::from(KVM_COALESCED_MMIO_PAGE_OFFSET) * PAGE_SIZE;
+        let at = map(vcpu, page(), offset)?;
+        Ok(Self { at: at.cast() })
+    }
+
+    /// The oldest entry.
+    pub(super) fn take(&mut self) -> Option<CoalescedWrite> {
+        let ring = self.at.as_ptr();
+        // SAFETY: `at` is a live mapping of the ring's page; `first` and `last` are only ever accessed atomically
+        // by us, and the kernel writes `last` alone.
+        let (first, last) = unsafe {
+            (
+                AtomicU32::from_ptr(&raw mut (*ring).first),
+                AtomicU32::from_ptr(&raw mut (*ring).last),
+            )
+        };
+        let index = first.load(Ordering::Relaxed);
+        // The kernel fills an entry before it moves `last` over it.
+        if index == last.load(Ordering::Acquire) || u64::from(index) >= RING_ENTRIES {
+            return None;
+        }
+        // SAFETY: `index` is below the number of entries in the page, which is mapped; the kernel does not touch
+        // this entry until `first` has moved over it. Any bytes are valid integers.
+        let entry = unsafe {
+            let entries = (&raw const (*ring).coalesced_mmio).cast::<kvm_coalesced_mmio>();
+            ptr::read_volatile(entries.add(index as usize))
+        };
+        let next = index + 1;
+        let wraps = u64::from(next) == RING_ENTRIES;
+        first.store(if wraps { 0 } else { next }, Ordering::Release);
+        let len = usize::try_from(entry.len).unwrap_or(usize::MAX);
+        Some(CoalescedWrite::new(Gpa(entry.phys_addr), entry.data, len))
+    }
+}
+
+impl Drop for CoalescedRing {
+    fn drop(&mut self) {
+        // SAFETY: `at` is what `map` got, for as many bytes, nothing borrows from the mapping, and it is unmapped once.
+        let unmapped = unsafe { rustix::mm::munmap(self.at.as_ptr().cast(), page()) };
+        unmapped.expect("a mapping that mmap made can be unmapped");
     }
 }
 

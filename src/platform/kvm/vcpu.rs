@@ -13,7 +13,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::os;
-use super::sys::{InternalError, RunArea};
+use super::sys::{CoalescedRing, InternalError, RunArea};
 use super::vm::Machine;
 use crate::platform::host::HostError;
 
@@ -174,6 +174,11 @@ impl Vcpu {
     #[must_use]
     pub fn apic_id(&self) -> u32 {
         self.apic_id
+    }
+
+    /// The ring of guest writes that its machine's kernel part puts aside.
+    pub(super) fn coalesced_ring(&self) -> io::Result<CoalescedRing> {
+        CoalescedRing::map(&self.fd)
     }
 
     /// The means to stop it from other threads.

@@ -8,16 +8,17 @@ use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
     KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap,
 };
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::coalesced::KvmCoalescedWrites;
 use super::doorbell::Ioeventfds;
 use super::irq::MsiDelivery;
 use super::sys::SlotKind;
 use super::vcpu::Vcpu;
 use super::{Kvm, KvmError, os, page, sys};
 use crate::platform::addr::Gpa;
-use crate::platform::doorbell::DoorbellHost;
+use crate::platform::doorbell::{CoalescedWrites, DoorbellHost};
 use crate::platform::host::HostError;
 use crate::platform::irq::IOAPIC_INPUTS;
 use crate::platform::memory::GuestRam;
@@ -109,6 +110,26 @@ impl KvmVm {
     #[must_use]
     pub fn delivery(&self) -> &MsiDelivery {
         &self.delivery
+    }
+
+    /// What puts guest writes aside. Once per machine: the kernel's ring has one reader.
+    ///
+    /// # Errors
+    /// When this host's KVM has no such ring.
+    pub fn coalesced_writes(&self, vcpu: &Vcpu) -> Result<Arc<dyn CoalescedWrites>, HostError> {
+        let refused = |source| HostError::new("map KVM's ring of guest writes put aside", source);
+        if !self.machine.fd.check_extension(Cap::CoalescedMmio) {
+            let missing = io::Error::new(
+                io::ErrorKind::Unsupported,
+                "this host's KVM lacks KVM_CAP_COALESCED_MMIO; say doorbell=exit",
+            );
+            return Err(refused(missing));
+        }
+        let ring = vcpu.coalesced_ring().map_err(refused)?;
+        Ok(Arc::new(KvmCoalescedWrites {
+            machine: self.machine.clone(),
+            ring: Mutex::new(ring),
+        }))
     }
 
     /// How guest writes become eventfd signals.

@@ -6,7 +6,7 @@ use std::num::{NonZeroU16, NonZeroU32};
 
 use crate::pci::assign::Slot;
 use crate::platform::addr::Sbdf;
-use crate::vm::plan::{BootProtocol, CharBackend, CpuSet, MacAddress, OnReboot, PageTable};
+use crate::vm::plan::{BootProtocol, CharBackend, CpuSet, Doorbell, MacAddress, OnReboot, PageTable};
 
 use super::section::{Required, section};
 use super::values::{
@@ -256,6 +256,9 @@ section! {
         ats = "ats": Option<Switch>,
         /// Whether the guest is to announce new mappings as well, as shadowed tables need (default off).
         np_cache = "npcache": Option<Switch>,
+        /// How it hears of commands: by an exit each time, or by poll, with a host thread that polls while the guest
+        /// is busy (default exit).
+        doorbell = "doorbell": Option<Doorbell>,
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::pci::assign::Slot;
 use crate::platform::addr::Sbdf;
-use crate::vm::plan::{BootProtocol, CharBackend, CpuSet, MacAddress, OnReboot, PageTable};
+use crate::vm::plan::{BootProtocol, CharBackend, CpuSet, Doorbell, MacAddress, OnReboot, PageTable};
 
 use super::near;
 use super::section::Word;
@@ -382,6 +382,11 @@ choice!(OnReboot {
 choice!(NetBackendName {
     "none" => Self::None,
     "tap" => Self::Tap,
+});
+
+choice!(Doorbell {
+    "exit" => Self::Exit,
+    "poll" => Self::Poll,
 });
 
 choice!(PageTable {

@@ -203,6 +203,18 @@ pub struct ViommuPlan {
     pub offer: ViommuOffer,
     /// Whether the IOAPIC's messages pass it.
     pub remaps_ioapic: bool,
+    /// How it hears of commands.
+    pub doorbell: Doorbell,
+}
+
+/// How an IOMMU hears that commands wait for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Doorbell {
+    /// Each time by an exit.
+    Exit,
+    /// By a thread that polls while the guest is busy.
+    Poll,
 }
 
 /// What the IOMMUs of a machine offer.

@@ -97,6 +97,8 @@ impl Reg {
     pub const RUNNING_LEN: u64 = 0x40;
     /// Where these begin: a page of MMIO that reading changes nothing of.
     pub const RUNNING_AT: u64 = 0x2000;
+    /// Where the command buffer's tail is: the doorbell.
+    pub const COMMAND_TAIL_AT: u64 = 0x2008;
 
     /// The quadword at `offset`, which must be a multiple of 8; `None` where there is no register.
     #[must_use]
@@ -118,7 +120,7 @@ impl Reg {
             0x0180 => Self::XtGa,
             0x01a0 => Self::Efr2,
             0x2000 => Self::CommandHead,
-            0x2008 => Self::CommandTail,
+            Self::COMMAND_TAIL_AT => Self::CommandTail,
             0x2010 => Self::EventHead,
             0x2018 => Self::EventTail,
             0x2020 => Self::Status,

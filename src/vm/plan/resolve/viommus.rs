@@ -9,7 +9,7 @@ use crate::vm::config::section::{Section, Source};
 use crate::vm::config::sections::Viommu;
 use crate::vm::config::values::{Switch, ViommuMode as Said};
 use crate::vm::layout::Mapped;
-use crate::vm::plan::{CpuPlan, PageTable, ViommuMode, ViommuOffer, ViommuPlan};
+use crate::vm::plan::{CpuPlan, Doorbell, PageTable, ViommuMode, ViommuOffer, ViommuPlan};
 
 /// The widest process address space IDs: Linux stops at more.
 const MOST_PASID_BITS: u16 = 16;
@@ -36,7 +36,8 @@ pub(super) fn resolve(
     }
     let mut plans = Vec::with_capacity(config.viommus.len());
     for (index, viommu) in config.viommus.iter().enumerate() {
-        plans.push(plan(index, mode(viommu)?, offer, mapped));
+        let doorbell = viommu.doorbell.unwrap_or(Doorbell::Exit);
+        plans.push(plan(index, mode(viommu)?, offer, doorbell, mapped));
     }
     if offer.intremap {
         let index = ioapic_unit(&plans).ok_or_else(|| {
@@ -139,6 +140,7 @@ fn plan(
     index: usize,
     (mode, because): (ViommuMode, Option<&'static str>),
     offer: ViommuOffer,
+    doorbell: Doorbell,
     mapped: &Mapped,
 ) -> ViommuPlan {
     let (root, name, bdf) = find(&mapped.pci, index);
@@ -159,6 +161,7 @@ fn plan(
             .collect(),
         offer,
         remaps_ioapic: false,
+        doorbell,
     }
 }
 
@@ -313,6 +316,16 @@ mod tests {
         );
         let without = plans(&format!("{elsewhere}intremap = false\n"));
         assert!(!without[0].remaps_ioapic);
+    }
+
+    #[test]
+    fn each_units_doorbell_is_its_own() {
+        let roots = "[[root-complex]]\n".repeat(2);
+        let units = plans(&format!(
+            "{roots}[[viommu]]\n[[viommu]]\non = \"rc1\"\ndoorbell = \"poll\"\n"
+        ));
+        let doorbells: Vec<_> = units.iter().map(|unit| unit.doorbell).collect();
+        assert_eq!(doorbells, [Doorbell::Exit, Doorbell::Poll]);
     }
 
     #[test]

@@ -1,0 +1,327 @@
+//! The thread's steps, taken by hand beside a hypervisor that puts writes aside when told to.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::*;
+use crate::iommu::emulated::testing::Rig;
+
+/// KVM in miniature: a ring with some room, and ranges whose writes go there.
+#[derive(Default)]
+struct Hypervisor {
+    ring: Mutex<VecDeque<CoalescedWrite>>,
+    aside: Mutex<Vec<GpaRange>>,
+    refuses: AtomicBool,
+}
+
+/// Writes the ring has room for.
+const ROOM: usize = 8;
+
+impl Hypervisor {
+    fn answer(&self) -> Result<(), HostError> {
+        if self.refuses.load(Ordering::Relaxed) {
+            return Err(HostError::new("do it", std::io::Error::other("no")));
+        }
+        Ok(())
+    }
+
+    /// A guest's write: whether it was put aside.
+    fn takes(&self, write: CoalescedWrite) -> bool {
+        let aside = self.aside.lock().expect("not poisoned");
+        let mut ring = self.ring.lock().expect("not poisoned");
+        let takes = aside.iter().any(|range| range.contains(write.at)) && ring.len() < ROOM;
+        if takes {
+            ring.push_back(write);
+        }
+        takes
+    }
+
+    fn waiting(&self) -> usize {
+        self.ring.lock().expect("not poisoned").len()
+    }
+}
+
+impl CoalescedWrites for Hypervisor {
+    fn put_aside(&self, range: GpaRange) -> Result<(), HostError> {
+        self.answer()?;
+        self.aside.lock().expect("not poisoned").push(range);
+        Ok(())
+    }
+
+    fn let_through(&self, range: GpaRange) -> Result<(), HostError> {
+        self.answer()?;
+        self.aside
+            .lock()
+            .expect("not poisoned")
+            .retain(|other| *other != range);
+        Ok(())
+    }
+
+    fn take(&self) -> Option<CoalescedWrite> {
+        self.ring.lock().expect("not poisoned").pop_front()
+    }
+}
+
+/// Control: commands are carried out.
+const COMMAND_BUFFER_ON: u64 = 1 << 12;
+
+/// A running unit whose doorbell can be polled, by hand.
+struct Bench {
+    rig: Rig,
+    hypervisor: Arc<Hypervisor>,
+}
+
+fn bench() -> Bench {
+    let (rig, hypervisor) = (Rig::running(), Arc::new(Hypervisor::default()));
+    let writes = LateWrites::new(hypervisor.clone());
+    let range = rig.unit.polling_by(&writes).line.range;
+    writes.units().push((range, Arc::downgrade(&rig.unit)));
+    Bench { rig, hypervisor }
+}
+
+impl Bench {
+    fn polling(&self) -> &Polling {
+        self.rig.unit.polling().expect("made with it")
+    }
+
+    /// The guest writes a register of the unit; whether that was an exit.
+    fn writes(&self, offset: u64, value: u64) -> bool {
+        let at = Gpa(self.rig.unit.mmio.start().0 + offset);
+        let exits = !self
+            .hypervisor
+            .takes(CoalescedWrite::new(at, value.to_le_bytes(), 8));
+        if exits {
+            self.rig.write(offset, value);
+        }
+        exits
+    }
+
+    /// The guest rings for all that is in its ring; whether that was an exit.
+    fn rings(&self) -> bool {
+        self.writes(0x2008, self.rig.tail())
+    }
+
+    /// The guest's next command is a COMPLETION_WAIT that stores `value`.
+    fn puts_wait(&self, value: u64) {
+        self.rig.put_wait(value);
+    }
+
+    /// As the thread begins, once the guest is busy.
+    fn begin(&self) {
+        self.polling().state().wanted = true;
+        assert!(self.polling().begin());
+    }
+
+    fn look(&self) -> bool {
+        self.polling().look(&self.rig.unit)
+    }
+
+    fn heads(&self) -> (u64, u64) {
+        (self.rig.read(0x2000), self.rig.tail())
+    }
+}
+
+#[test]
+fn an_idle_guests_doorbell_is_an_exit_and_its_commands_run_there() {
+    let bench = bench();
+    bench.puts_wait(7);
+    assert!(bench.rings());
+    assert_eq!(bench.rig.flag(), 7);
+    assert!(!bench.polling().state().wanted);
+}
+
+#[test]
+fn many_doorbells_in_a_short_time_make_a_guest_busy_and_few_or_slow_ones_do_not() {
+    let (mut state, start) = (State::default(), Instant::now());
+    assert!((1..BUSY).all(|_| !state.rang(start)));
+    assert!(state.rang(start + BURST));
+    let mut state = State::default();
+    let slow = |ring| start + BURST / (BUSY - 2) * ring;
+    assert!((0..1000).all(|ring| !state.rang(slow(ring))));
+}
+
+#[test]
+fn only_the_doorbell_makes_a_guest_busy() {
+    let bench = bench();
+    let now = Instant::now();
+    (0..100).for_each(|_| bench.polling().written(0x2000, now));
+    (0..100).for_each(|_| bench.polling().written(0x2010, now));
+    assert!(!bench.polling().state().wanted);
+    (0..BUSY).for_each(|_| bench.polling().written(0x2008, now));
+    assert!(bench.polling().state().wanted);
+}
+
+#[test]
+fn a_busy_guests_doorbell_is_no_exit_and_its_commands_run_at_the_next_look() {
+    let bench = bench();
+    bench.begin();
+    bench.puts_wait(7);
+    assert!(!bench.rings());
+    assert_eq!(bench.rig.flag(), 0);
+    assert!(bench.look());
+    assert_eq!(bench.rig.flag(), 7);
+    assert!(!bench.look());
+    let counts = bench.rig.unit.counts();
+    assert_eq!((counts.doorbells, counts.polled), (1, 1));
+}
+
+#[test]
+fn what_the_guest_does_after_a_late_doorbell_takes_effect_after_it() {
+    let bench = bench();
+    bench.begin();
+    bench.puts_wait(7);
+    assert!(!bench.rings());
+    // A read that is an exit finds the tail written before it; the commands come in their time.
+    assert_eq!(bench.rig.read(0x2008), bench.rig.tail());
+    // Switched off and put elsewhere, the command buffer is empty, whatever was rung before.
+    let (control, base) = (bench.rig.read(0x18), bench.rig.read(0x08));
+    for (register, value) in [
+        (0x18, control & !COMMAND_BUFFER_ON),
+        (0x08, base),
+        (0x18, control),
+    ] {
+        assert!(bench.writes(register, value));
+    }
+    assert_eq!((bench.rig.read(0x2000), bench.rig.read(0x2008)), (0, 0));
+    assert!(bench.look());
+    assert_eq!(bench.rig.flag(), 0);
+}
+
+#[test]
+fn a_doorbell_that_finds_the_ring_full_takes_effect_behind_those_in_it() {
+    let bench = bench();
+    bench.begin();
+    for value in 1..=ROOM as u64 {
+        bench.puts_wait(value);
+        assert!(!bench.rings());
+    }
+    bench.puts_wait(99);
+    assert!(bench.rings());
+    assert_eq!((bench.hypervisor.waiting(), bench.rig.flag()), (0, 99));
+    let (head, tail) = bench.heads();
+    assert_eq!(head, tail);
+}
+
+#[test]
+fn the_write_before_the_thread_sleeps_is_heard() {
+    let bench = bench();
+    bench.begin();
+    bench.puts_wait(7);
+    assert!(!bench.rings());
+    bench.polling().end();
+    assert!(!bench.polling().goes_on());
+    assert!(bench.polling().hearing.take_rung());
+    bench.rig.unit.run_commands();
+    assert_eq!(bench.rig.flag(), 7);
+    bench.puts_wait(8);
+    assert!(bench.rings());
+    assert_eq!(bench.rig.flag(), 8);
+}
+
+#[test]
+fn a_host_that_refuses_to_put_writes_aside_leaves_them_exits() {
+    let bench = bench();
+    bench.hypervisor.refuses.store(true, Ordering::Relaxed);
+    bench.begin();
+    assert!(!bench.polling().goes_on());
+    bench.puts_wait(7);
+    assert!(bench.rings());
+    assert_eq!(bench.rig.flag(), 7);
+}
+
+#[test]
+fn a_host_that_refuses_to_let_writes_through_has_them_polled_on() {
+    let bench = bench();
+    bench.begin();
+    bench.hypervisor.refuses.store(true, Ordering::Relaxed);
+    bench.puts_wait(7);
+    assert!(!bench.rings());
+    bench.polling().end();
+    assert!(bench.polling().goes_on());
+    bench.puts_wait(8);
+    assert!(!bench.rings());
+    assert!(bench.look());
+    assert_eq!(bench.rig.flag(), 8);
+}
+
+#[test]
+fn a_reset_forgets_what_was_rung_and_nothing_comes_after_it() {
+    let bench = bench();
+    bench.begin();
+    bench.puts_wait(7);
+    assert!(!bench.rings());
+    bench.rig.unit.reset();
+    assert_eq!((bench.hypervisor.waiting(), bench.rig.read(0x2008)), (0, 0));
+    assert!(!bench.look());
+    assert_eq!(bench.rig.flag(), 0);
+    assert!(!bench.polling().goes_on());
+}
+
+#[test]
+fn late_writes_to_nobody_and_to_other_registers_are_dropped() {
+    let bench = bench();
+    bench.begin();
+    let start = bench.rig.unit.mmio.start().0;
+    let mut ring = bench.hypervisor.ring.lock().expect("not poisoned");
+    for at in [0, start - 1, start + 0x18, start + 0x2010, u64::MAX] {
+        ring.push_back(CoalescedWrite::new(Gpa(at), [0; 8], 8));
+    }
+    drop(ring);
+    let control = bench.rig.read(0x18);
+    assert!(!bench.look());
+    assert_eq!((bench.rig.read(0x18), bench.hypervisor.waiting()), (control, 0));
+}
+
+#[test]
+fn a_long_ring_is_worked_off_look_by_look() {
+    let bench = bench();
+    bench.begin();
+    for _ in 0..255 {
+        bench.rig.put(6 << 60 | 0xff << 24, 0);
+    }
+    assert!(!bench.rings());
+    let looks = (0..100).take_while(|_| bench.look());
+    assert!((2..100).contains(&looks.count()));
+    let (head, tail) = bench.heads();
+    assert_eq!(head, tail);
+}
+
+/// A guest that waits for each of its commands, with the thread at work: every one is answered, whichever way its
+/// doorbell went, through bursts that wake the thread and pauses in which it falls asleep.
+#[test]
+fn every_command_is_answered_whether_the_thread_sleeps_or_polls() {
+    let (rig, hypervisor) = (Rig::running(), Arc::new(Hypervisor::default()));
+    let writes = LateWrites::new(hypervisor.clone());
+    let thread = DoorbellThread::start(rig.unit.clone(), &writes).expect("a thread");
+    let bench = Bench { rig, hypervisor };
+    let start = Instant::now();
+    let in_time = || assert!(start.elapsed() < Duration::from_secs(60), "the thread is stuck");
+    let until = |what: &dyn Fn() -> bool| {
+        while !what() {
+            in_time();
+            std::thread::yield_now();
+        }
+    };
+    let (mut exits, mut value) = (0, 0);
+    let mut command = || {
+        value += 1;
+        bench.puts_wait(value);
+        exits += u64::from(bench.rings());
+        until(&|| bench.rig.flag() == value);
+    };
+    while bench.rig.unit.counts().polled < 300 {
+        until(&|| !bench.polling().goes_on());
+        // As often as it takes to be thought busy, however slow this machine is.
+        bench.polling().state().burst = None;
+        while !bench.polling().state().wanted && !bench.polling().goes_on() {
+            in_time();
+            command();
+        }
+        until(&|| bench.polling().goes_on() || !bench.polling().state().wanted);
+        (0..100).for_each(|_| command());
+    }
+    let counts = bench.rig.unit.counts();
+    assert_eq!((counts.doorbells, counts.polled + exits), (value, value));
+    drop(thread);
+    assert!(!bench.polling().goes_on());
+}
