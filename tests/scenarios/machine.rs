@@ -88,7 +88,7 @@ impl Machine {
 
     /// What the guest's init runs; its functions are those of the console's prelude.
     pub(crate) fn script(mut self, script: &str) -> Self {
-        self.script = Some(format!("{PRELUDE}\n{script}"));
+        self.script = Some(scenario(script));
         self
     }
 
@@ -160,22 +160,33 @@ impl Machine {
     }
 
     fn initramfs(&self, base: &Path) -> PathBuf {
-        let mut bytes = fs::read(base).expect("the guest's initramfs is readable");
-        bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
         let script = self.script.as_ref().map(|script| ("scenario", script.as_bytes()));
         let files = self
             .files
             .iter()
             .map(|(path, content)| (path.as_str(), content.as_slice()));
-        let mut archive = Archive::default();
-        for (path, content) in script.into_iter().chain(files) {
-            archive.file(path, content);
-        }
-        bytes.extend(archive.finish());
         let path = self.path("initramfs");
-        fs::write(&path, bytes).expect("the folder takes an initramfs");
+        fs::write(&path, initramfs(base, script.into_iter().chain(files)))
+            .expect("the folder takes an initramfs");
         path
     }
+}
+
+/// The initramfs `base` with further executable files.
+pub(crate) fn initramfs<'a>(base: &Path, files: impl Iterator<Item = (&'a str, &'a [u8])>) -> Vec<u8> {
+    let mut bytes = fs::read(base).expect("the guest's initramfs is readable");
+    bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
+    let mut archive = Archive::default();
+    for (path, content) in files {
+        archive.file(path, content);
+    }
+    bytes.extend(archive.finish());
+    bytes
+}
+
+/// What the guest's init runs: `script`, with the functions of the console's prelude.
+pub(crate) fn scenario(script: &str) -> String {
+    format!("{PRELUDE}\n{script}")
 }
 
 /// What a thread reads of a pipe, and whether the pipe has ended.
