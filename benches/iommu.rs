@@ -1,10 +1,11 @@
 //! How fast the IOMMU translates and obeys: `cargo bench --bench iommu`.
 //!
-//! Beside a hit of the cache stands a plain access to guest memory, taken in the same run, because only ratios
-//! travel between machines.
+//! Beside a hit of the cache stand a plain access to guest memory and one through the IOMMU of the vm-memory crate,
+//! with the same mappings, taken in the same run, because only ratios travel between machines. `scripts/bench iommu`
+//! makes rows of it.
 
 use std::hint::black_box;
-use std::sync::Arc;
+use std::sync::{Arc, RwLock, RwLockReadGuard};
 
 use criterion::{Criterion, Throughput};
 use ravelin::iommu::amd::Unit;
@@ -12,7 +13,8 @@ use ravelin::iommu::amd::features::{Features, Wanted};
 use ravelin::iommu::amd::request::{Access, Request};
 use ravelin::platform::addr::{Bdf, Gpa, Iova};
 use ravelin::platform::memory::GuestRam;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::iommu::{Error, IotlbIterator};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Iommu, IommuMemory, Iotlb, Permissions};
 
 const RING: u64 = 0x10_0000;
 const DEVICE_TABLE: u64 = 0x20_0000;
@@ -29,6 +31,43 @@ fn put(ram: &GuestRam, at: u64, value: u64) {
     ram.write_obj(Gpa(at), &value).expect("RAM");
 }
 
+/// Where page number `page` is mapped to. Backwards, so that no cache can take several pages for one.
+fn frame(page: u64) -> u64 {
+    0x100_0000 + ((PAGES - 1 - page) << 12)
+}
+
+/// vm-memory's own, with every mapping in its cache.
+#[derive(Debug)]
+struct Peer(RwLock<Iotlb>);
+
+impl Iommu for Peer {
+    type IotlbGuard<'a> = RwLockReadGuard<'a, Iotlb>;
+
+    fn translate(
+        &self,
+        iova: GuestAddress,
+        length: usize,
+        access: Permissions,
+    ) -> Result<IotlbIterator<Self::IotlbGuard<'_>>, Error> {
+        let cache = self.0.read().expect("nobody panics");
+        Iotlb::lookup(cache, iova, length, access).map_err(|_| Error::IommuMisconfigured {
+            reason: "every mapping is in the cache".to_owned(),
+        })
+    }
+}
+
+/// Memory behind it, with the mappings of [`unit`].
+fn peer(ram: &GuestRam) -> IommuMemory<GuestMemoryMmap, Peer> {
+    let mut cache = Iotlb::new();
+    for page in 0..PAGES {
+        let (at, to) = (GuestAddress(page << 12), GuestAddress(frame(page)));
+        cache
+            .set_mapping(at, to, 0x1000, Permissions::ReadWrite)
+            .expect("a mapping");
+    }
+    IommuMemory::new(ram.backend().clone(), Peer(RwLock::new(cache)), true, ())
+}
+
 /// A unit that is on, and a device with `PAGES` pages of 4 KiB in a table of four levels.
 fn unit() -> (GuestRam, Unit<GuestRam>) {
     let ranges = [(GuestAddress(0), 64 << 20)];
@@ -42,11 +81,7 @@ fn unit() -> (GuestRam, Unit<GuestRam>) {
         )
     });
     (0..PAGES).for_each(|page| {
-        put(
-            &ram,
-            TABLES + 0x3000 + page * 8,
-            pointer((0x100_0000) + (page << 12), 0),
-        );
+        put(&ram, TABLES + 0x3000 + page * 8, pointer(frame(page), 0));
     });
     let entry = DEVICE_TABLE + u64::from(device().requester_id()) * 32;
     put(&ram, entry, TABLES | 4 << 9 | 3 << 61 | 3);
@@ -87,8 +122,29 @@ fn translate(criterion: &mut Criterion) {
     group.bench_function("direct access of eight bytes", |bencher| {
         bencher.iter(|| {
             for page in 0..PAGES {
-                let at = Gpa(0x100_0000 + (page << 12) + 0x120);
+                let at = Gpa(frame(page) + 0x120);
                 black_box(ram.read_obj::<u64>(black_box(at))).expect("RAM");
+            }
+        });
+    });
+    let peer = peer(&ram);
+    group.bench_function("hit of vm-memory's", |bencher| {
+        bencher.iter(|| {
+            for page in 0..PAGES {
+                let at = GuestAddress(page << 12 | 0x120);
+                let slice = peer
+                    .get_slices(black_box(at), 8, Permissions::Read)
+                    .expect("mapped")
+                    .next();
+                black_box(slice).expect("mapped").expect("RAM");
+            }
+        });
+    });
+    group.bench_function("access of eight bytes through vm-memory's", |bencher| {
+        bencher.iter(|| {
+            for page in 0..PAGES {
+                let at = GuestAddress(page << 12 | 0x120);
+                black_box(peer.read_obj::<u64>(black_box(at))).expect("mapped");
             }
         });
     });

@@ -1,0 +1,38 @@
+# The rows of `scripts/bench iommu`. With `-v part=micro` those that need no lab.
+
+function both(threads, granule, text) {
+    row("unmap-" threads "-" granule, "unmap " text, "us", 10, "ratio", 0.6)
+    row("map-" threads "-" granule, "map " text, "us", 10, "ratio", 0.6)
+}
+
+function lab(threads,    text) {
+    text = threads == 1 ? ", 1 thread" : ", threads " threads""
+    both(threads, 1, "4 KiB" text)
+    both(threads, 16, "64 KiB" text)
+    both(threads, 512, "2 MiB" text)
+    # One for the invalidation and one for the wait behind it; a twentieth for all else that exits meanwhile.
+    row("exits-" threads "-1", "exits, map and unmap" text, "exits", 100, "value", 2.1)
+    row("poll-exits-" threads "-1", "the same, doorbell polled" text, "exits", 100, "value", 0.3)
+    row("poll-unmap-" threads "-1", "unmap 4 KiB, polled" text, "us", 10, "", 0)
+    row("lazy-unmap-" threads "-1", "unmap 4 KiB, lazy" text, "us", 10, "ratio", 0.6)
+    row("v2-unmap-" threads "-1", "unmap 4 KiB, v2 tables" text, "us", 10, "", 0)
+}
+
+END {
+    over = median("ravelin", "access-ps") - median("direct", "access-ps")
+    begin_report()
+    row("hit-ps", "hit of the cache", "ns", 1000, "value", 10)
+    row("lookup-ps", "hit, beside vm-memory", "ns", 1000, "ratio", 0.05, \
+        over <= 1500 ? sprintf("%.1f ns over direct access", over / 1000) : "")
+    row("access-ps", "hit and access of 8 bytes", "ns", 1000, "", 0)
+    row("hit-2-ps", "hit, 2 threads, each", "ns", 1000, "value", 20)
+    row("miss-ps", "miss, four levels", "ns", 1000, "value", 150)
+    # 15 million a second.
+    row("command-ps", "an invalidation command", "ns", 1000, "value", 66.7)
+    row("wait-ps", "a command, each second a wait", "ns", 1000, "", 0)
+    if (part != "micro") {
+        lab(1)
+        lab(2)
+    }
+    end_report()
+}
