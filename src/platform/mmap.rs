@@ -1,11 +1,14 @@
-//! What the kernel is told about mappings of guest RAM: page size, population and NUMA node.
+//! Mappings of this process: what the kernel is told about those of guest RAM (page size, population and NUMA node),
+//! and memory of devices.
 
-#![expect(unsafe_code, reason = "advice on mappings is given by raw address")]
+#![expect(unsafe_code, reason = "mappings are made and advised on by raw address")]
 
 use std::ffi::c_void;
 use std::io;
+use std::os::fd::AsFd;
+use std::ptr::{self, NonNull};
 
-use rustix::mm::Advice;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 use vm_memory::MmapRegion;
 
 /// Give `advice` on all of `region`.
@@ -57,4 +60,79 @@ pub(super) fn bind_to_node(region: &MmapRegion, node: u32) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// A stretch of a device's memory, mapped into this process so that a guest can be given it.
+///
+/// Nothing here ever accesses it: reading a register may change the device, and a device that is gone answers with a
+/// signal.
+#[derive(Debug)]
+pub struct DeviceMemory {
+    at: NonNull<c_void>,
+    len: usize,
+}
+
+// SAFETY: the address is never dereferenced by this process; it only names the mapping to the kernel.
+unsafe impl Send for DeviceMemory {}
+// SAFETY: as above.
+unsafe impl Sync for DeviceMemory {}
+
+impl DeviceMemory {
+    /// Map `len` bytes (a multiple of 4 KiB, not 0) from `offset` of `device` on.
+    pub fn map(device: &impl AsFd, offset: u64, len: u64) -> io::Result<Self> {
+        let len = usize::try_from(len).map_err(io::Error::other)?;
+        // SAFETY: the kernel chooses the address, so no mapping is replaced, and nothing refers to the new one.
+        let at = unsafe {
+            rustix::mm::mmap(
+                ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                device,
+                offset,
+            )
+        }?;
+        let at = NonNull::new(at).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { at, len })
+    }
+
+    /// Where it is in this process, for the kernel.
+    pub(in crate::platform) fn address(&self) -> u64 {
+        self.at.as_ptr() as u64
+    }
+
+    /// Bytes.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "an empty mapping cannot be made")]
+    pub fn len(&self) -> u64 {
+        self.len as u64
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        // SAFETY: `at` and `len` are what `map` got, nothing borrows from the mapping, and it is unmapped once.
+        let unmapped = unsafe { rustix::mm::munmap(self.at.as_ptr(), self.len) };
+        unmapped.expect("a mapping that mmap made can be unmapped");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_of_a_file_is_mapped_at_an_address_of_the_kernels_choice() {
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(0x2000).expect("room");
+        let memory = DeviceMemory::map(&file, 0x1000, 0x1000).expect("mapped");
+        assert_eq!((memory.len(), memory.address() % 0x1000), (0x1000, 0));
+    }
+
+    #[test]
+    fn what_cannot_be_mapped_is_refused() {
+        let file = tempfile::tempfile().expect("a file");
+        assert!(DeviceMemory::map(&file, 0x10, 0x1000).is_err(), "an odd offset");
+        assert!(DeviceMemory::map(&file, 0, 0).is_err(), "nothing");
+    }
 }

@@ -4,6 +4,7 @@
 
 pub mod addr;
 pub mod bus;
+pub mod device_memory;
 pub mod dma;
 pub mod doorbell;
 pub mod host;

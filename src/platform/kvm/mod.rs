@@ -5,6 +5,7 @@
 //! kick makes a running processor return. Nothing above this module looks at `kvm_run`.
 
 mod coalesced;
+mod device_memory;
 mod doorbell;
 mod irq;
 mod sys;

@@ -20,6 +20,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::platform::addr::{Gpa, PAGE_SIZE};
+use crate::platform::device_memory::DeviceMemory;
 use crate::platform::doorbell::CoalescedWrite;
 use crate::platform::memory::GuestRam;
 
@@ -54,6 +55,33 @@ pub(super) fn add_slot(vm: &VmFd, slot: u32, ram: &GuestRam, index: usize, kind:
     };
     // SAFETY: `host` is the start of a live mapping of `memory_size` bytes, which vm-memory made; the owner
     // of `vm` holds that mapping until after `vm` is closed, so the guest can reach nothing but it.
+    unsafe { vm.set_user_memory_region(slot) }.map_err(|error| io::Error::from_raw_os_error(error.errno()))
+}
+
+/// Make `memory` memory slot `slot` of `vm`, at `at`.
+///
+/// The caller keeps `memory` mapped until the slot is removed or `vm` is closed; the slot's handle owns both.
+pub(super) fn add_device_slot(vm: &VmFd, slot: u32, at: Gpa, memory: &DeviceMemory) -> io::Result<()> {
+    let slot = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: at.0,
+        memory_size: memory.len(),
+        userspace_addr: memory.address(),
+    };
+    // SAFETY: the addresses are a live mapping of `memory_size` bytes of a device, which this process itself never
+    // accesses; its owner holds it until after the slot is removed, so the guest can reach nothing else.
+    unsafe { vm.set_user_memory_region(slot) }.map_err(|error| io::Error::from_raw_os_error(error.errno()))
+}
+
+/// Remove memory slot `slot` of `vm`, which is at `at`.
+pub(super) fn remove_slot(vm: &VmFd, slot: u32, at: Gpa) -> io::Result<()> {
+    let slot = kvm_userspace_memory_region {
+        slot,
+        guest_phys_addr: at.0,
+        ..Default::default()
+    };
+    // SAFETY: a length of zero removes the slot: the guest reaches less than before.
     unsafe { vm.set_user_memory_region(slot) }.map_err(|error| io::Error::from_raw_os_error(error.errno()))
 }
 

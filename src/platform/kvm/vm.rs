@@ -1,8 +1,9 @@
 //! One virtual machine: its memory slots, its interrupt controllers and its processors.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
@@ -12,12 +13,14 @@ use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::coalesced::KvmCoalescedWrites;
+use super::device_memory::DeviceSlots;
 use super::doorbell::Ioeventfds;
 use super::irq::MsiDelivery;
 use super::sys::SlotKind;
 use super::vcpu::Vcpu;
 use super::{Kvm, KvmError, os, page, sys};
 use crate::platform::addr::Gpa;
+use crate::platform::device_memory::DeviceMemoryHost;
 use crate::platform::doorbell::{CoalescedWrites, DoorbellHost};
 use crate::platform::host::HostError;
 use crate::platform::irq::IOAPIC_INPUTS;
@@ -31,8 +34,36 @@ pub const INTEL_RESERVED: u64 = 0xfeff_c000;
 /// descriptor is closed first, since fields are dropped in order.
 pub(super) struct Machine {
     pub(super) fd: VmFd,
-    /// RAM, and behind it the pages that the guest can only read; each region is a slot.
+    /// RAM, and the pages that the guest can only read.
     memory: Mutex<Vec<GuestRam>>,
+    slots: Mutex<SlotNumbers>,
+}
+
+impl Machine {
+    /// The numbers of its memory slots.
+    pub(super) fn slots(&self) -> MutexGuard<'_, SlotNumbers> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Which memory slots are in use.
+#[derive(Default)]
+pub(super) struct SlotNumbers(BTreeSet<u32>);
+
+impl SlotNumbers {
+    /// The lowest number that is free. The kernel refuses one beyond what it has.
+    pub(super) fn take(&mut self) -> u32 {
+        let free = (0..)
+            .find(|slot| !self.0.contains(slot))
+            .expect("2^32 slots are never in use");
+        self.0.insert(free);
+        free
+    }
+
+    /// Slot number `slot` is gone.
+    pub(super) fn give_back(&mut self, slot: u32) {
+        self.0.remove(&slot);
+    }
 }
 
 /// A virtual machine.
@@ -52,8 +83,9 @@ impl KvmVm {
             .fd
             .create_vm()
             .map_err(|error| HostError::new("create a virtual machine", os(error)))?;
+        let mut slots = SlotNumbers::default();
         for (index, range) in ram.ranges().enumerate() {
-            let slot = u32::try_from(index).expect("a plan has a handful of RAM ranges");
+            let slot = slots.take();
             sys::add_slot(&fd, slot, ram, index, SlotKind::Ram)
                 .map_err(|source| HostError::new(format!("give the guest RAM at {range}"), source))?;
         }
@@ -75,6 +107,7 @@ impl KvmVm {
         let machine = Arc::new(Machine {
             fd,
             memory: Mutex::new(vec![ram.clone()]),
+            slots: Mutex::new(slots),
         });
         Ok(Self {
             delivery: MsiDelivery::new(machine.clone()),
@@ -99,8 +132,7 @@ impl KvmVm {
             .map_err(|error| failed(io::Error::other(error)))?;
         let page = GuestRam::new(regions);
         let mut memory = self.machine.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        let slots: usize = memory.iter().map(|part| part.ranges().count()).sum();
-        let slot = u32::try_from(slots).expect("a machine has a few hundred pages at most");
+        let slot = self.machine.slots().take();
         sys::add_slot(&self.machine.fd, slot, &page, 0, SlotKind::ReadOnly).map_err(failed)?;
         memory.push(page.clone());
         Ok(ReadOnlyPage { page, at })
@@ -130,6 +162,14 @@ impl KvmVm {
             machine: self.machine.clone(),
             ring: Mutex::new(ring),
         }))
+    }
+
+    /// How memory of devices gets to the guest.
+    #[must_use]
+    pub fn device_memory(&self) -> Arc<dyn DeviceMemoryHost> {
+        Arc::new(DeviceSlots {
+            machine: self.machine.clone(),
+        })
     }
 
     /// How guest writes become eventfd signals.
@@ -186,5 +226,13 @@ mod tests {
             error.to_string(),
             "cannot give the guest a page of iommu7 to read at 0xfeb02000"
         );
+    }
+
+    #[test]
+    fn a_slot_that_was_given_back_is_taken_again_first() {
+        let mut slots = SlotNumbers::default();
+        assert_eq!([slots.take(), slots.take(), slots.take()], [0, 1, 2]);
+        slots.give_back(1);
+        assert_eq!([slots.take(), slots.take()], [1, 3]);
     }
 }
