@@ -91,6 +91,14 @@ pub trait Function: Send + Sync {
         Command::of_dword(self.config_read(1))
     }
 
+    /// Whether the function may issue requests and messages: its own Bus Master Enable, and that of every port above.
+    ///
+    /// The requester says the same from here on; this is for functions whose requests do not pass it. Called as
+    /// [`Function::bar_moved`] is, whenever it may have changed.
+    fn bus_mastering(&self, allowed: bool) {
+        let _ = allowed;
+    }
+
     /// A guest read of `data.len()` bytes, `offset` bytes into the BAR of register `bar`. The access lies
     /// inside the BAR.
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {

@@ -92,9 +92,11 @@ impl Decoding {
                 continue;
             };
             let command = function.command() & above;
+            let bus_master = command.contains(Command::BUS_MASTER);
             let requester = function.requester();
-            requester.set_bus_master(command.contains(Command::BUS_MASTER));
+            requester.set_bus_master(bus_master);
             requester.block_prefixes(blocked);
+            function.bus_mastering(bus_master);
             let windows = &topology.roots[topology.buses[place.bus].root].windows;
             let slots = &mut self.bars[index];
             slots.resize_with(function.bars().len(), Slot::default);
