@@ -1,0 +1,119 @@
+//! The host's IOMMUs as its kernel gives them out: /dev/iommu and the address spaces made there.
+//!
+//! Documentation/userspace-api/iommufd.rst. An object of the kernel's lives exactly as long as its handle here.
+//! What the kernel is asked passes one seam, [`Requests`], so that tests refuse any of it.
+
+mod ioas;
+#[cfg(any(test, fuzzing))]
+pub mod testing;
+mod uapi;
+
+use std::fs::File;
+use std::io;
+use std::ops::RangeInclusive;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::platform::host::HostError;
+use crate::platform::memory::GuestRam;
+
+pub use ioas::{Ioas, Memlock};
+
+/// Where it is.
+pub const NODE: &str = "/dev/iommu";
+
+/// What is asked of /dev/iommu.
+pub trait Requests: Send + Sync {
+    /// Make an address space with nothing in it; its number.
+    fn alloc(&self) -> io::Result<u32>;
+
+    /// Destroy object `id`, which nothing uses any more.
+    fn destroy(&self, id: u32) -> io::Result<()>;
+
+    /// Map region number `region` of `ram` where the guest has it. `ram` stays until the address space is destroyed.
+    fn map(&self, ioas: u32, ram: &GuestRam, region: usize) -> io::Result<()>;
+
+    /// What may be mapped, with the devices attached now.
+    fn windows(&self, ioas: u32) -> io::Result<Vec<RangeInclusive<u64>>>;
+}
+
+/// An open /dev/iommu.
+pub struct Iommufd {
+    file: File,
+}
+
+impl Iommufd {
+    /// Open [`NODE`].
+    ///
+    /// # Errors
+    /// What the host refused, and what to do about it.
+    pub fn open() -> Result<Arc<Self>, HostError> {
+        Self::open_at(Path::new(NODE))
+    }
+
+    fn open_at(path: &Path) -> Result<Arc<Self>, HostError> {
+        let file = File::options().read(true).write(true).open(path);
+        let file = file.map_err(|source| {
+            let what = match source.kind() {
+                io::ErrorKind::NotFound => {
+                    "; is the module iommufd loaded, and was the host's kernel built with CONFIG_IOMMUFD?"
+                }
+                io::ErrorKind::PermissionDenied => "; it belongs to root unless a udev rule says otherwise",
+                _ => "",
+            };
+            HostError::new(format!("open {}{what}", path.display()), source)
+        })?;
+        Ok(Arc::new(Self { file }))
+    }
+}
+
+impl AsFd for Iommufd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Requests for Iommufd {
+    fn alloc(&self) -> io::Result<u32> {
+        uapi::alloc(&self.file)
+    }
+
+    fn destroy(&self, id: u32) -> io::Result<()> {
+        uapi::destroy(&self.file, id)
+    }
+
+    fn map(&self, ioas: u32, ram: &GuestRam, region: usize) -> io::Result<()> {
+        uapi::map_ram(&self.file, ioas, ram, region)
+    }
+
+    fn windows(&self, ioas: u32) -> io::Result<Vec<RangeInclusive<u64>>> {
+        uapi::windows(&self.file, ioas)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_without_the_node_is_told_what_makes_it() {
+        let error = Iommufd::open_at(Path::new("/nonexistent/iommu"))
+            .err()
+            .expect("absent");
+        assert_eq!(
+            error.to_string(),
+            "cannot open /nonexistent/iommu; is the module iommufd loaded, and was the host's kernel built with \
+             CONFIG_IOMMUFD?"
+        );
+    }
+
+    #[test]
+    fn a_file_that_is_no_iommufd_refuses_every_request() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("iommu");
+        std::fs::write(&path, "").expect("written");
+        let iommufd = Iommufd::open_at(&path).expect("a file");
+        assert!(iommufd.alloc().is_err() && iommufd.windows(1).is_err() && iommufd.destroy(1).is_err());
+    }
+}

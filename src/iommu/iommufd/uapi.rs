@@ -1,0 +1,170 @@
+//! The requests of /dev/iommu.
+//!
+//! Documentation/userspace-api/iommufd.rst and include/uapi/linux/iommufd.h. Every structure begins with its own
+//! size, up to which the kernel reads and writes it.
+
+#![expect(
+    unsafe_code,
+    reason = "requests to the kernel, some of which carry addresses of this process"
+)]
+
+use std::fs::File;
+use std::io;
+use std::ops::RangeInclusive;
+use std::os::fd::AsRawFd;
+use std::ptr;
+
+use iommufd_bindings::iommufd as abi;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+use crate::platform::memory::GuestRam;
+
+/// A structure of /dev/iommu's and the request it belongs to.
+trait Request {
+    /// The request's number behind the type `;` (0x3b).
+    const NUMBER: u32;
+}
+
+macro_rules! requests {
+    ($($structure:ident: $number:ident,)+) => {$(
+        impl Request for abi::$structure {
+            const NUMBER: u32 = abi::$number;
+        }
+    )+};
+}
+
+requests! {
+    iommu_destroy: IOMMUFD_CMD_DESTROY,
+    iommu_ioas_alloc: IOMMUFD_CMD_IOAS_ALLOC,
+    iommu_ioas_iova_ranges: IOMMUFD_CMD_IOAS_IOVA_RANGES,
+    iommu_ioas_map: IOMMUFD_CMD_IOAS_MAP,
+}
+
+/// Bytes of a request's structure, as its first field says them.
+fn size_of_request<T: Request>() -> u32 {
+    u32::try_from(size_of::<T>()).expect("a request has a few dozen bytes")
+}
+
+/// Issue the request `T` belongs to.
+///
+/// # Safety
+/// The structure's first field is its size, and every address in it stays valid for the length that goes with it
+/// for as long as the request's effect lasts.
+unsafe fn issue<T: Request>(iommufd: &File, argument: &mut T) -> io::Result<()> {
+    let request = libc::c_ulong::from(u32::from(abi::IOMMUFD_TYPE) << 8 | T::NUMBER);
+    // SAFETY: the descriptor is open for as long as `iommufd` lives; `argument` is a live, exclusive structure of
+    // the kind this request reads and writes, and what it points at the caller vouches for.
+    let result = unsafe { libc::ioctl(iommufd.as_raw_fd(), request, ptr::from_mut(argument)) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Make an address space; its number.
+pub(super) fn alloc(iommufd: &File) -> io::Result<u32> {
+    let mut argument = abi::iommu_ioas_alloc {
+        size: size_of_request::<abi::iommu_ioas_alloc>(),
+        flags: 0,
+        out_ioas_id: 0,
+    };
+    // SAFETY: the size is the structure's, and there is no address in it.
+    unsafe { issue(iommufd, &mut argument) }?;
+    Ok(argument.out_ioas_id)
+}
+
+/// Destroy the object with number `id`.
+pub(super) fn destroy(iommufd: &File, id: u32) -> io::Result<()> {
+    let mut argument = abi::iommu_destroy {
+        size: size_of_request::<abi::iommu_destroy>(),
+        id,
+    };
+    // SAFETY: the size is the structure's, and there is no address in it.
+    unsafe { issue(iommufd, &mut argument) }
+}
+
+/// Map region number `region` of `ram` to the guest's own addresses of it, for reading and writing.
+///
+/// The caller keeps `ram` alive until it is unmapped or the address space destroyed; [`super::Ioas`] owns both.
+pub(super) fn map_ram(iommufd: &File, ioas: u32, ram: &GuestRam, region: usize) -> io::Result<()> {
+    let region = ram.backend().iter().nth(region).ok_or(io::ErrorKind::NotFound)?;
+    let memory = region
+        .get_host_address(MemoryRegionAddress(0))
+        .map_err(io::Error::other)?;
+    let mut argument = abi::iommu_ioas_map {
+        size: size_of_request::<abi::iommu_ioas_map>(),
+        flags: abi::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE
+            | abi::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE
+            | abi::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA,
+        ioas_id: ioas,
+        __reserved: 0,
+        user_va: memory as u64,
+        length: region.len(),
+        iova: region.start_addr().0,
+    };
+    // SAFETY: the size is the structure's; `user_va` is the start of a live mapping of `length` bytes, which is guest
+    // RAM: nothing in this process refers to it but by volatile copies, so that devices may write there at any time.
+    unsafe { issue(iommufd, &mut argument) }
+}
+
+/// Most windows that an address space is asked for: a host reserves a handful of ranges.
+const MOST_WINDOWS: usize = 256;
+
+/// The addresses that may be mapped in the address space `ioas`, with the devices it has now.
+pub(super) fn windows(iommufd: &File, ioas: u32) -> io::Result<Vec<RangeInclusive<u64>>> {
+    let mut ranges = vec![abi::iommu_iova_range { start: 0, last: 0 }; MOST_WINDOWS];
+    let mut argument = abi::iommu_ioas_iova_ranges {
+        size: size_of_request::<abi::iommu_ioas_iova_ranges>(),
+        ioas_id: ioas,
+        num_iovas: u32::try_from(ranges.len()).expect("a few hundred"),
+        __reserved: 0,
+        allowed_iovas: ranges.as_mut_ptr() as u64,
+        out_iova_alignment: 0,
+    };
+    // SAFETY: the size is the structure's; `allowed_iovas` is the start of `num_iovas` ranges that live until the
+    // request returns, and its effect ends there.
+    unsafe { issue(iommufd, &mut argument) }?;
+    let count = usize::try_from(argument.num_iovas).unwrap_or(usize::MAX);
+    Ok(ranges
+        .iter()
+        .take(count)
+        .map(|range| range.start..=range.last)
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_have_the_numbers_and_sizes_of_the_kernels_interface() {
+        assert_eq!(
+            (abi::iommu_destroy::NUMBER, size_of::<abi::iommu_destroy>()),
+            (0x80, 8)
+        );
+        assert_eq!(
+            (abi::iommu_ioas_alloc::NUMBER, size_of::<abi::iommu_ioas_alloc>()),
+            (0x81, 12)
+        );
+        assert_eq!(
+            (
+                abi::iommu_ioas_iova_ranges::NUMBER,
+                size_of::<abi::iommu_ioas_iova_ranges>()
+            ),
+            (0x84, 32)
+        );
+        assert_eq!(
+            (abi::iommu_ioas_map::NUMBER, size_of::<abi::iommu_ioas_map>()),
+            (0x85, 40)
+        );
+    }
+
+    #[test]
+    fn a_file_that_is_not_dev_iommu_refuses_with_the_kernels_reason() {
+        let file = tempfile::tempfile().expect("a file");
+        let enotty = |result: io::Result<()>| result.expect_err("no such request").raw_os_error();
+        assert_eq!(enotty(alloc(&file).map(drop)), Some(libc::ENOTTY));
+        assert_eq!(enotty(destroy(&file, 1)), Some(libc::ENOTTY));
+        assert_eq!(enotty(windows(&file, 1).map(drop)), Some(libc::ENOTTY));
+    }
+}
