@@ -20,6 +20,7 @@ pub mod reset;
 pub mod rtc;
 pub mod serial;
 pub mod test_device;
+pub mod vfio;
 pub mod virtio;
 
 /// What the machine asks of every device, whatever else it is.

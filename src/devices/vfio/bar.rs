@@ -1,0 +1,139 @@
+//! A BAR as the guest reaches it: pages that are the device's own memory, and pages that are trapped.
+//!
+//! Trapped are the MSI-X table and its pending bits with all of their pages, what the host does not let map, and BARs
+//! that are smaller than a page. Everything else costs the guest no exit.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::host::{HostFunction, PAGE, Region};
+use crate::guest_warn;
+use crate::pci::bar::BarSpec;
+use crate::pci::tree::BarKind;
+use crate::platform::addr::Gpa;
+use crate::platform::device_memory::{DeviceMemory, DeviceMemoryHost, MappedDeviceMemory};
+
+/// The mapped pages of one BAR.
+pub(super) struct MappedBar {
+    /// Its register.
+    pub(super) index: u8,
+    spans: Vec<(u64, Arc<DeviceMemory>)>,
+    /// What the guest has of them now.
+    live: Mutex<Vec<Box<dyn MappedDeviceMemory>>>,
+}
+
+impl MappedBar {
+    /// The BAR `spec` of `host`, of which `trapped` are not mapped.
+    pub(super) fn new(name: &str, host: &dyn HostFunction, spec: &BarSpec, trapped: &[Range<u64>]) -> Self {
+        let region = Region::Bar(spec.index);
+        let mappable = match spec.kind {
+            BarKind::Io => Vec::new(),
+            BarKind::Mem32 { .. } | BarKind::Mem64 { .. } => host.region(region).mappable,
+        };
+        let mut mapped = Vec::new();
+        for (offset, len) in spans(&mappable, trapped) {
+            match host.map(region, offset, len) {
+                Ok(memory) => mapped.push((offset, memory)),
+                // It works without, an exit per access.
+                Err(error) => tracing::warn!(
+                    name, bar = spec.index, offset, len, %error,
+                    "the host does not map a stretch of the BAR; every access to it will cost an exit"
+                ),
+            }
+        }
+        Self {
+            index: spec.index,
+            spans: mapped,
+            live: Mutex::default(),
+        }
+    }
+
+    /// The guest has the BAR at `at` from here on, or nowhere.
+    pub(super) fn moved(&self, name: &str, memory: &dyn DeviceMemoryHost, at: Option<Gpa>) {
+        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        live.clear();
+        let Some(at) = at else { return };
+        for (offset, span) in &self.spans {
+            let Some(at) = at.checked_add(*offset) else {
+                continue;
+            };
+            match memory.map(at, span) {
+                Ok(mapped) => live.push(mapped),
+                Err(error) => {
+                    let error: &(dyn std::error::Error + 'static) = &error;
+                    guest_warn!(name, error, "accesses to a stretch of a BAR cost an exit each");
+                }
+            }
+        }
+    }
+}
+
+/// The pages of `mappable` that have nothing of `trapped` in them, as offset and length, ascending.
+fn spans(mappable: &[(u64, u64)], trapped: &[Range<u64>]) -> Vec<(u64, u64)> {
+    let mut holes: Vec<Range<u64>> = trapped
+        .iter()
+        .filter(|range| !range.is_empty())
+        .map(|range| range.start & !(PAGE - 1)..range.end.next_multiple_of(PAGE))
+        .collect();
+    holes.sort_by_key(|hole| hole.start);
+    let mut found = Vec::new();
+    for (start, len) in mappable {
+        let mut at = start.next_multiple_of(PAGE);
+        let end = start.saturating_add(*len) & !(PAGE - 1);
+        for hole in &holes {
+            let until = hole.start.min(end);
+            if at < until {
+                found.push((at, until - at));
+            }
+            at = at.max(hole.end);
+        }
+        if at < end {
+            found.push((at, end - at));
+        }
+    }
+    found.sort_unstable();
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_anything_to_trap_all_is_one_span() {
+        assert_eq!(spans(&[(0, 0x2_0000)], &[]), [(0, 0x2_0000)]);
+        assert_eq!(spans(&[], &[0..0x10]), []);
+    }
+
+    #[test]
+    fn the_pages_of_table_and_pending_bits_are_left_out_in_either_order() {
+        let expected = [(0, 0x2000), (0x4000, 0x1000), (0x6000, 0x2000)];
+        assert_eq!(spans(&[(0, 0x8000)], &[0x2ff0..0x3010, 0x5800..0x5808]), expected);
+        // Pending bits before the table.
+        assert_eq!(spans(&[(0, 0x8000)], &[0x5800..0x5808, 0x2ff0..0x3010]), expected);
+    }
+
+    #[test]
+    fn a_bar_that_is_all_table_or_smaller_than_a_page_has_no_span() {
+        assert_eq!(
+            spans(&[(0, 0x4000)], &[0..0x50, 0x2000..0x2008]),
+            [(0x1000, 0x1000), (0x3000, 0x1000)]
+        );
+        assert_eq!(spans(&[(0, 0x1000)], &[0x20..0x30]), []);
+        assert_eq!(spans(&[(0, 0x80)], &[]), []);
+    }
+
+    #[test]
+    fn holes_of_a_sparse_region_stay_holes_and_odd_ends_are_cut_to_pages() {
+        assert_eq!(
+            spans(&[(0x3800, 0x2000), (0, 0x1800)], &[0x0..0x0]),
+            [(0, 0x1000), (0x4000, 0x1000)]
+        );
+    }
+
+    #[test]
+    fn a_table_at_the_end_takes_the_last_pages() {
+        assert_eq!(spans(&[(0, 0x4000)], &[0x3000..0x4000]), [(0, 0x3000)]);
+        assert_eq!(spans(&[(u64::MAX - 0xfff, 0x1000)], &[]), []);
+    }
+}

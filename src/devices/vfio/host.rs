@@ -1,0 +1,94 @@
+//! The seam to the host: everything that is ever asked of a function that is passed through.
+//!
+//! [`super::cdev::Cdev`] asks the kernel; tests put a function of their own behind it, whose registers and failures
+//! they choose.
+
+use std::io;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::platform::device_memory::DeviceMemory;
+
+/// Bytes of a page, in which memory is mapped.
+pub const PAGE: u64 = 0x1000;
+
+/// A stretch of a function's own addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Region {
+    /// The BAR of this register, 0 to 5.
+    Bar(u8),
+    /// Configuration space.
+    Config,
+}
+
+/// What a region is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RegionInfo {
+    /// Bytes; 0 for a region that is not there.
+    pub size: u64,
+    /// Stretches that may be mapped, as offset and length; empty when none may.
+    pub mappable: Vec<(u64, u64)>,
+}
+
+/// A kind of interrupt of a function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Interrupt {
+    /// By wire, a level.
+    Intx,
+    /// By MSI.
+    Msi,
+    /// By MSI-X.
+    Msix,
+}
+
+/// What interrupts of one kind a function has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct InterruptInfo {
+    /// How many.
+    pub count: u32,
+    /// Whether vectors can be added while others are in use.
+    pub grows: bool,
+}
+
+/// A function of the host, open and bound, and attached to an address space from [`HostFunction::attach`] on.
+///
+/// Dropping it detaches, resets and closes it. Every refusal leaves the function as it was.
+pub trait HostFunction: Send + Sync {
+    /// What `region` is. Never changes.
+    fn region(&self, region: Region) -> RegionInfo;
+
+    /// What interrupts of `kind` there are. Never changes.
+    fn interrupt(&self, kind: Interrupt) -> InterruptInfo;
+
+    /// Whether [`HostFunction::reset`] can work.
+    fn resets(&self) -> bool;
+
+    /// Read `data.len()` bytes at `offset` of `region`.
+    fn read(&self, region: Region, offset: u64, data: &mut [u8]) -> io::Result<()>;
+
+    /// Write `data` at `offset` of `region`.
+    fn write(&self, region: Region, offset: u64, data: &[u8]) -> io::Result<()>;
+
+    /// Map `len` bytes from `offset` of `region` on, both multiples of 4 KiB.
+    fn map(&self, region: Region, offset: u64, len: u64) -> io::Result<Arc<DeviceMemory>>;
+
+    /// Signal `eventfds` when the vectors of `kind` from `first` on interrupt; `None` for nothing. Interrupts of this
+    /// kind are on from here on.
+    fn set_interrupts(&self, kind: Interrupt, first: u32, eventfds: &[Option<&EventFd>]) -> io::Result<()>;
+
+    /// Interrupts of `kind` are off from here on, all of them.
+    fn disable_interrupts(&self, kind: Interrupt) -> io::Result<()>;
+
+    /// The wire may interrupt again, which it did once.
+    fn unmask_intx(&self) -> io::Result<()>;
+
+    /// Back to the state after power-on.
+    fn reset(&self) -> io::Result<()>;
+
+    /// Requests of the function reach the address space with number `ioas` from here on, and no other.
+    fn attach(&self, ioas: u32) -> io::Result<()>;
+
+    /// Requests of the function reach nothing from here on.
+    fn detach(&self) -> io::Result<()>;
+}

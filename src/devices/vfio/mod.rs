@@ -1,0 +1,446 @@
+//! A PCI function of the host, passed through to the guest.
+//!
+//! The guest's view of configuration space, BARs and interrupts is ours ([`survey`], [`bar`], [`interrupts`]); its
+//! accesses to the device's memory and the device's requests and messages are the hardware's own. The device reaches
+//! guest RAM and nothing else: its requests pass the host's IOMMU, and it is attached to an address space before it is
+//! part of a machine.
+//!
+//! The device decodes its BARs from the beginning to the end, so that no access of the guest's can meet a device that
+//! does not answer; whether the guest reaches them is decided by what is mapped for it. It may issue requests while
+//! the guest's Bus Master Enable, and that of every port above, says so.
+
+mod bar;
+pub mod cdev;
+mod config;
+pub mod host;
+mod interrupts;
+mod survey;
+#[cfg(any(test, fuzzing))]
+pub mod testing;
+#[cfg(test)]
+mod tests;
+mod uapi;
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::devices::ioapic::Resample;
+use crate::guest_warn;
+use crate::iommu::iommufd::Ioas;
+use crate::pci::access::{DwordWrite, read_dwords, write_dwords};
+use crate::pci::bar::{BarSpec, Bars};
+use crate::pci::tree::{Identity, Pin};
+use crate::pci::{CONFIG_DWORDS, Command, ConfigEffect, Function};
+use crate::platform::addr::Gpa;
+use crate::platform::device_memory::DeviceMemoryHost;
+use crate::platform::dma::Requester;
+use crate::platform::host::HostError;
+use crate::platform::irq::IrqLine;
+use crate::platform::msi::MsiPort;
+
+use bar::MappedBar;
+use config::{ConfigTable, Forward};
+use host::{HostFunction, Interrupt, Region};
+use interrupts::{Interrupts, Structure, structure_at, trapped};
+use survey::{BARS, BARS_END, COMMAND, D3_HOT, Given, INITIATE_FLR, Image, MsiPlace, MsixPlace, POWER_STATE};
+
+/// What a passed function is made of.
+pub struct VfioParts {
+    /// What messages call it.
+    pub name: String,
+    /// The function, attached to the guest's RAM.
+    pub host: Arc<dyn HostFunction>,
+    /// The address space it is attached to.
+    pub space: Arc<Ioas>,
+    /// How the guest knows it.
+    pub identity: Identity,
+    /// Its BARs as planned.
+    pub bars: Vec<BarSpec>,
+    /// What puts its memory where the guest has it.
+    pub memory: Arc<dyn DeviceMemoryHost>,
+    /// The way out for messages, and whose they are.
+    pub msi: MsiPort,
+    /// The wire, if there is one.
+    pub intx: Option<(Pin, IrqLine)>,
+    /// On a root complex's first bus, not behind a port.
+    pub on_root_bus: bool,
+}
+
+/// A passed function.
+pub struct VfioFunction {
+    name: String,
+    host: Arc<dyn HostFunction>,
+    memory: Arc<dyn DeviceMemoryHost>,
+    requester: Arc<Requester>,
+    bars: Vec<BarSpec>,
+    mapped: Vec<MappedBar>,
+    interrupts: Interrupts,
+    power: Option<u16>,
+    device_control: Option<u16>,
+    msi: Option<MsiPlace>,
+    msix: Option<MsixPlace>,
+    registers: Mutex<Registers>,
+    /// The device may issue requests.
+    bus_master: AtomicBool,
+    /// What it is attached to; goes after the function.
+    _space: Arc<Ioas>,
+}
+
+struct Registers {
+    table: ConfigTable,
+    bars: Bars,
+}
+
+impl VfioFunction {
+    /// The function that `parts` say, not decoding and silent.
+    ///
+    /// # Errors
+    /// When the device does not answer, is not what was planned, or the host refuses something.
+    pub fn new(parts: VfioParts) -> Result<Arc<Self>, HostError> {
+        let VfioParts { name, host, .. } = parts;
+        let image = read_image(&name, &*host)?;
+        let mut sizes = [0; 6];
+        let mut decodes = Command::empty();
+        let mut bars = Bars::default();
+        for spec in &parts.bars {
+            let size = host.region(Region::Bar(spec.index)).size;
+            if size != spec.size {
+                let reason = format!(
+                    "the host has {size:#x} bytes there, {:#x} were planned",
+                    spec.size
+                );
+                let action = format!("pass BAR {} of {name} through", spec.index);
+                return Err(HostError::new(action, io::Error::other(reason)));
+            }
+            if let Some(slot) = sizes.get_mut(usize::from(spec.index)) {
+                *slot = size;
+            }
+            decodes |= spec.address_space();
+            bars.add(*spec);
+        }
+        let (pin, line) = parts.intx.unzip();
+        let given = Given {
+            identity: parts.identity,
+            decodes,
+            pin: pin.filter(|_| host.interrupt(Interrupt::Intx).count > 0),
+            on_root_bus: parts.on_root_bus,
+            resets: host.resets(),
+            msi: host.interrupt(Interrupt::Msi).count,
+            msix: host.interrupt(Interrupt::Msix).count,
+            bars: sizes,
+        };
+        let survey = survey::survey(&image, &given);
+        let mapped = parts
+            .bars
+            .iter()
+            .map(|spec| MappedBar::new(&name, &*host, spec, &trapped(survey.msix, spec.index)))
+            .collect();
+        let places = (survey.msi, survey.msix);
+        let interrupts = Interrupts::new(&name, host.clone(), parts.msi.clone(), places, line)?;
+        if !host.resets() {
+            tracing::warn!(
+                name,
+                "the host cannot reset this function: what one guest leaves in it the next finds"
+            );
+        }
+        let function = Self {
+            name,
+            host,
+            memory: parts.memory,
+            requester: parts.msi.requester().clone(),
+            bars: parts.bars,
+            mapped,
+            interrupts,
+            power: survey.power,
+            device_control: survey.device_control,
+            msi: survey.msi,
+            msix: survey.msix,
+            registers: Mutex::new(Registers {
+                table: survey.table,
+                bars,
+            }),
+            bus_master: AtomicBool::new(false),
+            _space: parts.space,
+        };
+        function
+            .write_command(false)
+            .map_err(|source| HostError::new(format!("switch the BARs of {} on", function.name), source))?;
+        function.interrupts.follow(&function.registers().table);
+        Ok(Arc::new(function))
+    }
+
+    /// What the host signals for the function's wire: [`VfioFunction::wire_interrupted`] is to be called when it is
+    /// readable. `None` without a wire.
+    #[must_use]
+    pub fn wire(&self) -> Option<RawFd> {
+        self.interrupts.wire()
+    }
+
+    /// The host's wire interrupted.
+    pub fn wire_interrupted(&self) {
+        self.interrupts.wire_interrupted();
+    }
+
+    fn registers(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Dword number `dword` of the device; all ones when it does not answer.
+    fn device_dword(&self, dword: u16) -> u32 {
+        let mut bytes = [0xff; 4];
+        self.device_read(Region::Config, u64::from(dword) * 4, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    fn device_read(&self, region: Region, offset: u64, data: &mut [u8]) {
+        if let Err(error) = self.host.read(region, offset, data) {
+            data.fill(0xff);
+            guest_warn!(name = self.name, ?region, offset, %error, "the function does not answer a read");
+        }
+    }
+
+    fn device_write(&self, region: Region, offset: u64, data: &[u8]) {
+        if let Err(error) = self.host.write(region, offset, data) {
+            guest_warn!(name = self.name, ?region, offset, %error, "the function does not take a write");
+        }
+    }
+
+    /// Let the device hear of a write to its configuration space.
+    fn forward(&self, dword: u16, forward: Forward) {
+        let old = self.device_dword(dword);
+        for (lane, bytes) in forward.pieces(old) {
+            self.device_write(Region::Config, u64::from(dword) * 4 + lane as u64, &bytes);
+        }
+    }
+
+    /// The device decodes, and issues requests or not.
+    fn write_command(&self, bus_master: bool) -> io::Result<()> {
+        const AT: u64 = COMMAND as u64 * 4;
+        let mut bytes = [0; 2];
+        self.host.read(Region::Config, AT, &mut bytes)?;
+        let mut command = Command::from_bits_retain(u16::from_le_bytes(bytes));
+        for bar in &self.bars {
+            command |= bar.address_space();
+        }
+        command.set(Command::BUS_MASTER, bus_master);
+        self.host.write(Region::Config, AT, &command.bits().to_le_bytes())
+    }
+
+    /// What a write to `dword`, which our bits followed from `old`, sets off.
+    fn effect(&self, registers: &mut Registers, dword: u16, old: u32, write: DwordWrite) -> ConfigEffect {
+        let new = registers.table.value(dword);
+        let mut effect = ConfigEffect::empty();
+        if dword == COMMAND {
+            let changed = Command::of_dword(old ^ new);
+            let decoding = Command::IO | Command::MEMORY | Command::BUS_MASTER;
+            effect.set(ConfigEffect::DECODING, changed.intersects(decoding));
+            effect.set(ConfigEffect::INTERRUPTS, changed.contains(Command::INTX_DISABLE));
+        }
+        if self.power == Some(dword) && old != new {
+            if matches!(new & POWER_STATE, 0 | D3_HOT) {
+                effect |= ConfigEffect::DECODING;
+            } else {
+                // A write of a state that is not supported is discarded (PCI Express Base Specification 7.5.2.2).
+                registers.table.restore(dword, old);
+            }
+        }
+        if self.device_control == Some(dword) && self.host.resets() && write.ones(INITIATE_FLR) != 0 {
+            effect |= ConfigEffect::FUNCTION_RESET;
+        }
+        let in_msi = self
+            .msi
+            .is_some_and(|place| (place.dword..place.end()).contains(&dword));
+        let in_msix = self.msix.is_some_and(|place| place.dword == dword);
+        effect.set(
+            ConfigEffect::INTERRUPTS,
+            effect.contains(ConfigEffect::INTERRUPTS) || (in_msi || in_msix) && old != new,
+        );
+        effect
+    }
+
+    fn command_of(&self, registers: &Registers) -> Command {
+        let command = Command::of_dword(registers.table.value(COMMAND));
+        let asleep = self
+            .power
+            .is_some_and(|dword| registers.table.value(dword) & POWER_STATE == D3_HOT);
+        if asleep {
+            command - (Command::IO | Command::MEMORY | Command::BUS_MASTER)
+        } else {
+            command
+        }
+    }
+
+    /// Whether any of `len` bytes at `offset` of BAR `bar` are the MSI-X table or its pending bits.
+    fn is_trapped(&self, bar: u8, offset: u64, len: usize) -> Option<MsixPlace> {
+        let end = offset.saturating_add(len as u64);
+        let overlaps = trapped(self.msix, bar)
+            .iter()
+            .any(|range| range.start < end && offset < range.end);
+        self.msix.filter(|_| overlaps)
+    }
+}
+
+/// Read configuration space once: 4 KiB, or what there is of it.
+fn read_image(name: &str, host: &dyn HostFunction) -> Result<Image, HostError> {
+    let whole = u64::from(CONFIG_DWORDS) * 4;
+    let len = host.region(Region::Config).size.min(whole);
+    let mut bytes = vec![0; usize::try_from(len).expect("4096 at most")];
+    let refused = |source| HostError::new(format!("read the configuration space of {name}"), source);
+    host.read(Region::Config, 0, &mut bytes).map_err(refused)?;
+    let (dwords, _) = bytes.as_chunks::<4>();
+    let image: Vec<u32> = dwords.iter().map(|dword| u32::from_le_bytes(*dword)).collect();
+    // The IDs of a virtual function read all ones, its class does not.
+    match image.get(2) {
+        None => Err(refused(io::Error::other(format!(
+            "it has {len} bytes; a header has 64"
+        )))),
+        Some(&u32::MAX) => Err(refused(io::Error::other(
+            "it answers all ones: the device is gone or off",
+        ))),
+        Some(_) => Ok(Image(image)),
+    }
+}
+
+impl Function for VfioFunction {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn config_read(&self, dword: u16) -> u32 {
+        if (BARS..BARS_END).contains(&dword) {
+            let [index, _] = (dword - BARS).to_le_bytes();
+            return self.registers().bars.read(index);
+        }
+        self.registers().table.read(dword, || self.device_dword(dword))
+    }
+
+    fn config_write(&self, dword: u16, write: DwordWrite) -> ConfigEffect {
+        let mut registers = self.registers();
+        if (BARS..BARS_END).contains(&dword) {
+            let [index, _] = (dword - BARS).to_le_bytes();
+            let changed = registers.bars.write(index, write);
+            let decodes = self
+                .command_of(&registers)
+                .intersects(Command::IO | Command::MEMORY);
+            return if changed && decodes {
+                ConfigEffect::DECODING
+            } else {
+                ConfigEffect::empty()
+            };
+        }
+        let old = registers.table.value(dword);
+        let forward = registers.table.write(dword, write);
+        let effect = self.effect(&mut registers, dword, old, write);
+        if let Some(forward) = forward {
+            self.forward(dword, forward);
+        }
+        if effect.contains(ConfigEffect::INTERRUPTS) {
+            self.interrupts.follow(&registers.table);
+        }
+        effect
+    }
+
+    fn requester(&self) -> &Arc<Requester> {
+        &self.requester
+    }
+
+    fn bars(&self) -> &[BarSpec] {
+        &self.bars
+    }
+
+    fn command(&self) -> Command {
+        self.command_of(&self.registers())
+    }
+
+    fn bus_mastering(&self, allowed: bool) {
+        if self.bus_master.swap(allowed, Ordering::AcqRel) != allowed
+            && let Err(error) = self.write_command(allowed)
+        {
+            guest_warn!(name = self.name, allowed, %error, "the function does not take Bus Master Enable");
+        }
+    }
+
+    fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
+        let Some(place) = self.is_trapped(bar, offset, data.len()) else {
+            return self.device_read(Region::Bar(bar), offset, data);
+        };
+        read_dwords(offset, data, |dword| match structure_at(place, bar, dword * 4) {
+            Some((Structure::Table, index)) => self.interrupts.read_table(index),
+            Some((Structure::Pending, index)) => self.interrupts.read_pending(index),
+            None => {
+                let mut bytes = [0xff; 4];
+                self.device_read(Region::Bar(bar), dword * 4, &mut bytes);
+                u32::from_le_bytes(bytes)
+            }
+        });
+    }
+
+    fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) {
+        let Some(place) = self.is_trapped(bar, offset, data.len()) else {
+            return self.device_write(Region::Bar(bar), offset, data);
+        };
+        // Beside the structures, in the same access, nothing is written: no driver means to.
+        write_dwords(offset, data, |dword, write| {
+            if let Some((Structure::Table, index)) = structure_at(place, bar, dword * 4) {
+                self.interrupts.write_table(index, write);
+            }
+        });
+    }
+
+    fn bar_moved(&self, bar: u8, at: Option<Gpa>) {
+        if let Some(mapped) = self.mapped.iter().find(|mapped| mapped.index == bar) {
+            mapped.moved(&self.name, &*self.memory, at);
+        }
+    }
+
+    fn reset(&self) {
+        let mut registers = self.registers();
+        self.interrupts.off();
+        // No request of before the reset is under way after it.
+        self.bus_master.store(false, Ordering::Release);
+        let silenced = self.write_command(false);
+        let reset = if self.host.resets() {
+            self.host.reset()
+        } else {
+            Ok(())
+        };
+        // The host puts registers back as they were; whether it does that with every reset, nobody has to know.
+        let decoding = self.write_command(false);
+        if let Err(error) = silenced.and(reset).and(decoding) {
+            guest_warn!(name = self.name, %error, "the host does not reset the function");
+        }
+        registers.table.reset();
+        registers.bars.reset();
+        self.interrupts.follow(&registers.table);
+    }
+}
+
+impl Resample for VfioFunction {
+    fn interrupt_ended(&self) {
+        self.interrupts.wire_ended();
+    }
+}
+
+impl Drop for VfioFunction {
+    fn drop(&mut self) {
+        // What is left of the guest's mappings goes first, then the function is silenced, reset and detached.
+        for mapped in &self.mapped {
+            mapped.moved(&self.name, &*self.memory, None);
+        }
+        self.interrupts.off();
+        let silenced = self.write_command(false);
+        let reset = if self.host.resets() {
+            self.host.reset()
+        } else {
+            Ok(())
+        };
+        if let Err(error) = silenced.and(reset) {
+            tracing::warn!(name = self.name, %error, "the host does not reset the function; closing it does");
+        }
+        if let Err(error) = self.host.detach() {
+            tracing::warn!(name = self.name, %error, "the host does not detach the function; closing it does");
+        }
+    }
+}

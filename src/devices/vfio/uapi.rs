@@ -1,0 +1,95 @@
+//! The requests of a VFIO device.
+//!
+//! Documentation/driver-api/vfio.rst and include/uapi/linux/vfio.h. Every structure that is used here consists of
+//! 32-bit words (64-bit fields are two of them), begins with its own size in bytes, and holds no address.
+
+#![expect(unsafe_code, reason = "requests to the kernel")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use vfio_bindings::bindings::vfio as abi;
+
+/// A request whose structure is such words. No other may be added: [`issue`] relies on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Request {
+    /// VFIO_DEVICE_GET_INFO.
+    GetInfo = 7,
+    /// VFIO_DEVICE_GET_REGION_INFO.
+    GetRegionInfo = 8,
+    /// VFIO_DEVICE_GET_IRQ_INFO.
+    GetIrqInfo = 9,
+    /// VFIO_DEVICE_SET_IRQS.
+    SetIrqs = 10,
+    /// VFIO_DEVICE_BIND_IOMMUFD.
+    BindIommufd = 18,
+    /// VFIO_DEVICE_ATTACH_IOMMUFD_PT.
+    AttachIommufd = 19,
+    /// VFIO_DEVICE_DETACH_IOMMUFD_PT.
+    DetachIommufd = 20,
+}
+
+const fn number(request: u32) -> libc::c_ulong {
+    (abi::VFIO_TYPE as libc::c_ulong) << 8 | (abi::VFIO_BASE + request) as libc::c_ulong
+}
+
+/// Issue `request` on `device` with the structure `words`, whose first word becomes its size.
+pub(super) fn issue(device: &File, request: Request, words: &mut [u32]) -> io::Result<()> {
+    let size = u32::try_from(size_of_val(words)).map_err(io::Error::other)?;
+    *words.first_mut().ok_or(io::ErrorKind::InvalidInput)? = size;
+    // SAFETY: the descriptor is open for as long as `device` lives; each of these requests reads and writes at most as
+    // many bytes as the structure's first word says, which is the length of the live, exclusive `words`, and what is in
+    // it is no address.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), number(request as u32), words.as_mut_ptr()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Reset `device`.
+pub(super) fn reset(device: &File) -> io::Result<()> {
+    // SAFETY: the descriptor is open for as long as `device` lives; the request takes no argument.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), number(VFIO_DEVICE_RESET)) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// VFIO_DEVICE_RESET.
+const VFIO_DEVICE_RESET: u32 = 11;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_have_the_numbers_of_the_kernels_interface() {
+        assert_eq!(number(Request::GetInfo as u32), 0x3b6b);
+        assert_eq!(number(VFIO_DEVICE_RESET), 0x3b6f);
+        assert_eq!(number(Request::BindIommufd as u32), 0x3b76);
+        assert_eq!(number(Request::DetachIommufd as u32), 0x3b78);
+    }
+
+    #[test]
+    fn a_file_that_is_no_device_refuses_with_the_kernels_reason() {
+        let file = tempfile::tempfile().expect("a file");
+        let refused = issue(&file, Request::GetInfo, &mut [0; 6]).expect_err("no device");
+        assert_eq!(refused.raw_os_error(), Some(libc::ENOTTY));
+        assert_eq!(
+            reset(&file).expect_err("no device").raw_os_error(),
+            Some(libc::ENOTTY)
+        );
+    }
+
+    #[test]
+    fn the_first_word_is_the_size() {
+        let file = tempfile::tempfile().expect("a file");
+        let mut words = [7; 5];
+        assert!(issue(&file, Request::SetIrqs, &mut words).is_err());
+        assert_eq!(words, [20, 7, 7, 7, 7]);
+        assert!(issue(&file, Request::SetIrqs, &mut []).is_err());
+    }
+}
