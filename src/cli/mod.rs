@@ -14,6 +14,7 @@ use clap::Parser;
 
 use ravelin::vm::config::images;
 use ravelin::vm::config::said::{ConfigError, Place};
+use ravelin::vm::host_functions::{self, HostFunctions};
 use ravelin::vm::host_report::{HostReport, Probed};
 use ravelin::vm::plan::Plan;
 use ravelin::vm::{self, RunError, RunOptions, logging};
@@ -97,6 +98,7 @@ fn checked(machine: &MachineArguments) -> Result<Plan, Failure> {
     let config = machine.load()?;
     let plan = Plan::resolve(&config)?;
     images::check(&config)?;
+    host_functions::check(&config, &HostFunctions::here())?;
     Ok(plan)
 }
 

@@ -137,6 +137,7 @@ fn device(kind: &DeviceKind) -> String {
         DeviceKind::Net(net) => nic(net),
         DeviceKind::Console(console) => format!("console on {}", stream(&console.backend)),
         DeviceKind::Rng(_) => "entropy source".to_owned(),
+        DeviceKind::Vfio(vfio) => format!("the host's function {}", vfio.host),
         DeviceKind::Test(test) => format!("test device, {} MSI-X vectors", test.msix_vectors),
     }
 }

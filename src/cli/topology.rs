@@ -134,6 +134,7 @@ fn what(plan: &Plan, kind: NodeKind) -> &'static str {
         DeviceKind::Console(_) => "virtio console",
         DeviceKind::Rng(_) => "virtio entropy source",
         DeviceKind::Test(_) => "test device",
+        DeviceKind::Vfio(_) => "host function",
     }
 }
 

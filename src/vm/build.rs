@@ -12,6 +12,7 @@ use super::boot::{Entry, Images, acpi, cpuid};
 use super::events::{EventLoop, Signals};
 use super::functions::{self, Connections};
 use super::lifecycle::Life;
+use super::passed::Passed;
 use super::plan::{CharBackend, DeviceKind, MemoryBacking, MemoryPlan, Plan};
 use super::stats::Milestones;
 use super::vcpu_loop::{Crew, Notices, Station, Surroundings};
@@ -64,6 +65,7 @@ impl<'a> Machine<'a> {
         let ram = ram::allocate(&plan.memory.regions, &ram_options(&plan.memory))?;
         let vm = KvmVm::new(&kvm, &ram)?;
         kvm::allow_kicks()?;
+        let passed = Passed::open(plan, &ram)?;
 
         // The operator's way in, before devices that may make their terminal raw.
         let signals = Signals::stop()?;
@@ -93,6 +95,8 @@ impl<'a> Machine<'a> {
                 ram: &ram,
                 messages,
                 doorbells: vm.doorbells(),
+                passed: &passed,
+                device_memory: vm.device_memory(),
             },
         )?;
         board.open_config_space(plan, &topology)?;

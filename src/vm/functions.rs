@@ -1,17 +1,23 @@
 //! PCI functions from the plan: every node of the tree becomes what it says it is.
 
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::os::fd::{OwnedFd, RawFd};
+use std::sync::{Arc, Weak};
 
+use event_manager::{EventOps, EventSubscriber, Events};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+
+use vmm_sys_util::epoll::EventSet;
 
 use super::RunError;
 use super::board::Board;
 use super::events::EventLoop;
+use super::passed::Passed;
 use super::plan::{DeviceKind, DevicePlan, NetBackend, NetPlan, Plan};
 use super::viommus::{Upstream, Viommus};
 use crate::devices::board_bridge::BoardBridge;
+use crate::devices::ioapic::Resample;
 use crate::devices::test_device::{TestDevice, TestDeviceParts};
+use crate::devices::vfio::{VfioFunction, VfioParts};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::block::{Block, BlockConfig};
 use crate::devices::virtio::console::Console;
@@ -19,10 +25,12 @@ use crate::devices::virtio::net::{self, Net, NetConfig};
 use crate::devices::virtio::pci::{VirtioPci, VirtioPciParts};
 use crate::devices::virtio::rng::Rng;
 use crate::pci::Function;
+use crate::pci::bar::BarSpec;
 use crate::pci::port::PortInterrupts;
 use crate::pci::topology::{Topology, TopologyBuilder};
-use crate::pci::tree::{Node, NodeKind, RootComplex};
+use crate::pci::tree::{Bar, Node, NodeKind, RootComplex};
 use crate::platform::addr::Sbdf;
+use crate::platform::device_memory::DeviceMemoryHost;
 use crate::platform::dma::Requester;
 use crate::platform::doorbell::DoorbellHost;
 use crate::platform::host::HostError;
@@ -37,6 +45,8 @@ pub(super) struct Connections<'a> {
     pub(super) ram: &'a GuestRam,
     pub(super) messages: Arc<dyn MsiSink>,
     pub(super) doorbells: Arc<dyn DoorbellHost>,
+    pub(super) passed: &'a Passed,
+    pub(super) device_memory: Arc<dyn DeviceMemoryHost>,
 }
 
 /// Build the whole hierarchy of `plan`, its devices opened and attached.
@@ -104,7 +114,11 @@ fn attach(
                 .devices
                 .get(index)
                 .expect("a plan's endpoints name its devices");
-            builder.attach(at, endpoint(planned, connections, place, node)?)?;
+            let function = match &planned.kind {
+                DeviceKind::Vfio(_) => host_function(index, planned, connections, place, node)?,
+                _ => endpoint(planned, connections, place, node)?,
+            };
+            builder.attach(at, function)?;
         }
     }
     let behind = node.bridge.iter().flat_map(|bridge| &bridge.children);
@@ -174,6 +188,7 @@ fn endpoint(
             upstream.tell_of_invalidations(device.follower());
             return Ok(device);
         }
+        DeviceKind::Vfio(vfio) => unreachable!("{} is no device of ours", vfio.host),
     };
     let parts = VirtioPciParts {
         dma,
@@ -184,6 +199,63 @@ fn endpoint(
         access_platform: upstream.translates(),
     };
     Ok(VirtioPci::new(device, parts)?)
+}
+
+/// The host's function that device number `index` of the plan is.
+fn host_function(
+    index: usize,
+    planned: &DevicePlan,
+    connections: &mut Connections<'_>,
+    place: Place<'_>,
+    node: &Node,
+) -> Result<Arc<dyn Function>, RunError> {
+    let (host, space) = connections
+        .passed
+        .function(index)
+        .expect("every function of the host in a plan is opened");
+    let requester = Arc::new(Requester::new(place.of(node)));
+    let spec = |bar: &Bar| BarSpec {
+        index: bar.index,
+        kind: bar.kind,
+        size: bar.size,
+    };
+    let function = VfioFunction::new(VfioParts {
+        name: planned.name.clone(),
+        host,
+        space,
+        identity: node.identity,
+        bars: node.bars.iter().map(spec).collect(),
+        memory: connections.device_memory.clone(),
+        msi: MsiPort::new(requester, place.upstream.messages.clone()),
+        intx: node.intx.map(|intx| (intx.pin, connections.board.wire(intx.gsi))),
+        on_root_bus: place.on_root_bus,
+    })?;
+    if let (Some(wire), Some(intx)) = (function.wire(), node.intx) {
+        let listener: Weak<dyn Resample> = Arc::downgrade(&function) as Weak<dyn Resample>;
+        connections.board.ioapic.resample(intx.gsi, listener);
+        connections.events.add(Arc::new(HostWire {
+            wire,
+            function: function.clone(),
+        }));
+    }
+    Ok(function)
+}
+
+/// The event loop's end of a function's wire.
+struct HostWire {
+    wire: RawFd,
+    function: Arc<VfioFunction>,
+}
+
+impl EventSubscriber for HostWire {
+    fn process(&self, _events: Events, _ops: &mut EventOps) {
+        self.function.wire_interrupted();
+    }
+
+    fn init(&self, ops: &mut EventOps) {
+        ops.add(Events::new_raw(self.wire, EventSet::IN))
+            .expect("the descriptor is open and watched once");
+    }
 }
 
 fn net_backend(name: &str, plan: &NetPlan) -> Result<net::NetBackend, HostError> {

@@ -5,13 +5,12 @@
 use std::num::{NonZeroU16, NonZeroU32};
 
 use crate::pci::assign::Slot;
-use crate::platform::addr::Sbdf;
 use crate::vm::plan::{BootProtocol, CharBackend, CpuSet, Doorbell, MacAddress, OnReboot, PageTable};
 
 use super::section::{Required, section};
 use super::values::{
-    BusRange, Descriptor, HostPath, HugePages, Interface, Name, NetBackendName, Serial, Size, Switch, Text,
-    ViommuMode,
+    BusRange, Descriptor, HostFunction, HostPath, HugePages, Interface, Name, NetBackendName, Serial, Size,
+    Switch, Text, ViommuMode,
 };
 
 section! {
@@ -263,13 +262,13 @@ section! {
 }
 
 section! {
-    /// A PCI function of the host, passed through. Not built in this version.
+    /// A PCI function of the host, passed through.
     pub struct VfioDevice is several "vfio-device", main "host" {
-        /// The function, like 0000:41:00.0.
-        host = "host": Required<Sbdf>,
+        /// The function, like 0000:41:00.0, or its folder in sysfs; bound to vfio-pci.
+        host = "host": Required<HostFunction>,
         /// What it is called (default vfio0, vfio1, ...).
         id = "id": Option<Name>,
-        /// The vIOMMU it is behind.
+        /// The vIOMMU it is behind; not built in this version.
         viommu = "viommu": Option<Name>,
         /// The port it is behind; without port and on, the first root complex.
         port = "port": Option<Name>,

@@ -221,10 +221,20 @@ impl Word for Slot {
     }
 }
 
-impl Word for Sbdf {
+/// A PCI function of the host, by its address or its folder in sysfs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostFunction(pub Sbdf);
+
+impl Word for HostFunction {
     fn read(text: &str) -> Result<Self, String> {
-        text.parse().map_err(|_| {
-            "not a PCI address of the host; write SEGMENT:BUS:DEVICE.FUNCTION, like 0000:41:00.0".to_owned()
+        let name = match text.strip_prefix("/sys/") {
+            Some(path) => path.trim_end_matches('/').rsplit('/').next().unwrap_or(path),
+            None => text,
+        };
+        name.parse().map(Self).map_err(|_| {
+            "not a PCI address of the host; write SEGMENT:BUS:DEVICE.FUNCTION, like 0000:41:00.0, or the folder \
+             /sys/bus/pci/devices/0000:41:00.0"
+                .to_owned()
         })
     }
 }

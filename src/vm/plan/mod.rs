@@ -1,7 +1,7 @@
 //! The whole machine, decided: every address, BDF, name and choice resolved, and nothing opened.
 //!
-//! A [`Plan`] comes from a `Config` alone, so that two runs of the same configuration give
-//! equal plans and tests compare them. Whoever builds from it may rely on it: references exist, ranges do not
+//! A [`Plan`] comes from a `Config`, and from what the host's functions in it look like, so that two runs of the same
+//! configuration give equal plans and tests compare them. Whoever builds from it may rely on it: references exist, ranges do not
 //! overlap, numbers are in their fields' ranges. What only the host can tell (whether a file opens, whether
 //! KVM has enough address bits) is not decided here.
 
@@ -16,7 +16,7 @@ use serde::{Serialize, Serializer};
 
 use crate::iommu::amd::features::{Features, Wanted};
 use crate::pci::tree::{PciTree, RootComplex};
-use crate::platform::addr::{Bdf, GpaRange};
+use crate::platform::addr::{Bdf, GpaRange, Sbdf};
 
 use super::layout::Layout;
 
@@ -296,6 +296,8 @@ pub enum DeviceKind {
     Rng(RngPlan),
     /// A function for testing.
     Test(TestPlan),
+    /// A function of the host.
+    Vfio(VfioPlan),
 }
 
 /// A virtio disk on a raw image or a block device.
@@ -377,6 +379,13 @@ pub struct RngPlan {}
 pub struct TestPlan {
     /// MSI-X vectors, 1 to 2048.
     pub msix_vectors: u16,
+}
+
+/// A function of the host, passed through.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct VfioPlan {
+    /// Where it is on the host.
+    pub host: Sbdf,
 }
 
 /// What a stream of characters is connected to.

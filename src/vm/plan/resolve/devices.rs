@@ -7,8 +7,8 @@ use crate::devices::test_device;
 use crate::devices::virtio;
 use crate::devices::virtio::queue::LARGEST_QUEUE;
 use crate::pci::assign::{FunctionSpec, Parent, Slot};
-use crate::pci::bar::BarSpec;
-use crate::pci::tree::{Identity, NodeKind};
+use crate::pci::tree::NodeKind;
+use crate::platform::addr::Sbdf;
 use crate::vm::config::Config;
 use crate::vm::config::said::ConfigError;
 use crate::vm::config::section::{Section, Source};
@@ -16,8 +16,10 @@ use crate::vm::config::sections::{Console, Disk, Net, TestDevice};
 use crate::vm::config::values::{Name, NetBackendName, Switch};
 use crate::vm::plan::{
     BlockPlan, CharBackend, ConsolePlan, CpuPlan, DeviceKind, DevicePlan, MacAddress, NetBackend, NetPlan,
-    RngPlan, TestPlan,
+    RngPlan, TestPlan, VfioPlan,
 };
+
+use crate::vm::host_functions::{Face, HostFunctions};
 
 use super::resolved;
 use super::topology::NamesOf;
@@ -52,13 +54,15 @@ pub(super) fn resolve<'a>(
     config: &'a Config,
     names_of: &NamesOf,
     cpus: &CpuPlan,
+    host: &HostFunctions,
 ) -> Result<(Vec<DevicePlan>, Vec<Endpoint<'a>>), ConfigError> {
     let (mut devices, mut endpoints) = (Vec::new(), Vec::new());
     macro_rules! add {
         ($said:expr, $name:expr, $kind:expr) => {
             let kind = $kind;
             let place = (&$said.port, &$said.on, $said.slot);
-            endpoints.push(endpoint(devices.len(), $name, &kind, place, $said.source()));
+            let face = face(&kind);
+            endpoints.push(endpoint(devices.len(), $name, face, place, $said.source()));
             devices.push(DevicePlan {
                 name: $name.clone(),
                 kind,
@@ -87,26 +91,42 @@ pub(super) fn resolve<'a>(
     for (test, name) in config.test_devices.iter().zip(&names_of.test_devices) {
         add!(test, name, DeviceKind::Test(self::test(test)?));
     }
+    let mut passed: BTreeMap<Sbdf, &String> = BTreeMap::new();
+    for (said, name) in config.vfio_devices.iter().zip(&names_of.vfio_devices) {
+        let at = said.host.0.0;
+        let wrong = |problem| said.source().wrong("host", problem);
+        if let Some(other) = passed.insert(at, name) {
+            return Err(wrong(format!(
+                "{other} is this function too, and it can be passed once"
+            )));
+        }
+        let face = host.face(at).map_err(wrong)?;
+        let place = (&said.port, &said.on, said.slot);
+        endpoints.push(endpoint(devices.len(), name, face, place, said.source()));
+        devices.push(DevicePlan {
+            name: name.clone(),
+            kind: DeviceKind::Vfio(VfioPlan { host: at }),
+        });
+    }
     Ok((devices, endpoints))
 }
 
 fn endpoint<'a>(
     index: usize,
     name: &str,
-    kind: &DeviceKind,
+    face: Face,
     (port, on, slot): (&'a Option<Name>, &'a Option<Name>, Option<Slot>),
     source: &'a Source,
 ) -> Endpoint<'a> {
-    let (identity, bars) = face(kind);
     Endpoint {
         function: FunctionSpec {
             name: name.to_owned(),
             kind: NodeKind::Endpoint(index),
-            identity,
+            identity: face.identity,
             parent: Parent::Root(0),
             slot,
-            bars,
-            intx: true,
+            bars: face.bars,
+            intx: face.intx,
         },
         port: port.as_ref(),
         on: on.as_ref(),
@@ -114,15 +134,21 @@ fn endpoint<'a>(
     }
 }
 
-/// How a guest knows it, and what it decodes.
-fn face(kind: &DeviceKind) -> (Identity, Vec<BarSpec>) {
-    let virtio = |kind| (virtio::pci::identity(kind), vec![virtio::pci::BAR]);
+/// How a guest knows a device of ours, and what it decodes.
+fn face(kind: &DeviceKind) -> Face {
+    let of = |identity, bars| Face {
+        identity,
+        bars,
+        intx: true,
+    };
+    let virtio = |kind| of(virtio::pci::identity(kind), vec![virtio::pci::BAR]);
     match kind {
         DeviceKind::Block(_) => virtio(virtio::Kind::Block),
         DeviceKind::Net(_) => virtio(virtio::Kind::Net),
         DeviceKind::Console(_) => virtio(virtio::Kind::Console),
         DeviceKind::Rng(_) => virtio(virtio::Kind::Rng),
-        DeviceKind::Test(_) => (test_device::IDENTITY, test_device::bars()),
+        DeviceKind::Test(_) => of(test_device::IDENTITY, test_device::bars()),
+        DeviceKind::Vfio(vfio) => unreachable!("{} shows what it is by itself", vfio.host),
     }
 }
 

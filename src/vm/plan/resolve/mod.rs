@@ -1,6 +1,7 @@
 //! From what was said to the [`Plan`]: every default filled in, every name looked up, everything placed.
 //!
-//! Pure: no file is opened and no host is asked. Whatever cannot be is an error that names the key, where it
+//! Nothing is opened, and nothing of the host is asked but what functions to be passed through look like: the
+//! same configuration gives the same plan. Whatever cannot be is an error that names the key, where it
 //! was said, and what could be.
 
 mod cpus;
@@ -16,24 +17,32 @@ use crate::vm::config::Config;
 use crate::vm::config::said::ConfigError;
 use crate::vm::config::section::{Section, Source};
 use crate::vm::config::sections::{Memory, RootComplex};
+use crate::vm::host_functions::HostFunctions;
 use crate::vm::layout::{self, LayoutError};
 
-use super::{BoardPlan, BootModule, BootPlan, BootProtocol, CharBackend, DeviceKind, OnReboot, Plan};
+use super::{
+    BoardPlan, BootModule, BootPlan, BootProtocol, CharBackend, DeviceKind, OnReboot, Plan, ViommuPlan,
+};
 
 use names::Names;
 
 impl Plan {
-    /// Decide the machine that `config` asks for.
+    /// Decide the machine that `config` asks for, on this host.
     pub fn resolve(config: &Config) -> Result<Self, ConfigError> {
-        refuse_unbuilt(config)?;
+        Self::resolve_on(config, &HostFunctions::here())
+    }
+
+    /// Decide the machine that `config` asks for; functions to be passed through are those of `host`.
+    pub fn resolve_on(config: &Config, host: &HostFunctions) -> Result<Self, ConfigError> {
         let cpus = cpus::resolve(config.cpus.as_ref())?;
         let mut names = Names::default();
         let names_of = topology::name_all(config, &mut names)?;
-        let (devices, endpoints) = devices::resolve(config, &names_of, &cpus)?;
+        let (devices, endpoints) = devices::resolve(config, &names_of, &cpus, host)?;
         let spec = topology::specify(config, &names_of, &names, endpoints)?;
         let size = memory::size(config.memory.as_ref())?;
         let mapped = layout::map(size, &spec).map_err(|error| blame(&error, config, &names))?;
         let viommus = viommus::resolve(config, &mapped, &cpus)?;
+        refuse_unconfined(config, &names_of.vfio_devices, &viommus)?;
         let serial = serial(config, &devices)?;
         Ok(Self {
             cpus,
@@ -49,11 +58,23 @@ impl Plan {
     }
 }
 
-/// What the keys exist for but no code does yet is refused, not ignored.
-fn refuse_unbuilt(config: &Config) -> Result<(), ConfigError> {
-    if let Some(device) = config.vfio_devices.first() {
-        let problem = "passing host functions through is not built in this version";
-        return Err(device.source().wrong("host", problem));
+/// A function of the host is not put behind an IOMMU that could not confine it.
+fn refuse_unconfined(config: &Config, names: &[String], viommus: &[ViommuPlan]) -> Result<(), ConfigError> {
+    for (device, name) in config.vfio_devices.iter().zip(names) {
+        let covering = viommus.iter().find(|viommu| viommu.covers.contains(name));
+        let source = device.source();
+        if let Some(viommu) = covering {
+            let problem = format!(
+                "{name} would be behind {}, which cannot confine functions of the host in this version; put it on a \
+                 root complex without an IOMMU",
+                viommu.name
+            );
+            return Err(source.wrong("host", problem));
+        }
+        if device.viommu.is_some() {
+            let problem = "functions of the host behind an IOMMU of the guest are not built in this version";
+            return Err(source.wrong("viommu", problem));
+        }
     }
     Ok(())
 }

@@ -21,6 +21,7 @@ pub(super) enum What {
     Console,
     EntropySource,
     TestDevice,
+    HostFunction,
 }
 
 /// With its article, as messages need it.
@@ -38,6 +39,7 @@ impl fmt::Display for What {
             Self::Console => "a console",
             Self::EntropySource => "an entropy source",
             Self::TestDevice => "a test device",
+            Self::HostFunction => "a function of the host",
         })
     }
 }

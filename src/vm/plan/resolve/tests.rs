@@ -427,10 +427,6 @@ fn what_is_not_built_is_refused_and_not_ignored() {
         refused("[[viommu]]\nmode = \"sim\"\n"),
         "m.toml:2: viommu.mode = sim: not built in this version; say emulated or auto"
     );
-    assert_eq!(
-        refused("[[vfio-device]]\nhost = \"0000:41:00.0\"\n"),
-        "m.toml:2: vfio-device.host = 0000:41:00.0: passing host functions through is not built in this version"
-    );
 }
 
 #[test]

@@ -43,6 +43,7 @@ pub(super) struct NamesOf {
     pub(super) consoles: Vec<String>,
     pub(super) rngs: Vec<String>,
     pub(super) test_devices: Vec<String>,
+    pub(super) vfio_devices: Vec<String>,
 }
 
 /// Give everything its name.
@@ -103,6 +104,7 @@ pub(super) fn name_all<'a>(config: &'a Config, names: &mut Names<'a>) -> Result<
         consoles: named!(consoles, Console, "console"),
         rngs: named!(rngs, EntropySource, "rng"),
         test_devices: named!(test_devices, TestDevice, "test"),
+        vfio_devices: named!(vfio_devices, HostFunction, "vfio"),
     })
 }
 

@@ -1,0 +1,311 @@
+//! Recorded hosts: a NIC of two functions in one group, a bridge, and what is wrong with each.
+
+use std::os::unix::fs::symlink;
+
+use super::*;
+use crate::vm::plan::Plan;
+
+/// A tree that looks like a host's file systems.
+struct Recorded(tempfile::TempDir);
+
+const NIC: &str = "0000:41:00.0";
+const SECOND: &str = "0000:41:00.1";
+const NIC_RESOURCES: &str = "0x00000000fea00000 0x00000000fea1ffff 0x0000000000040200\n\
+    0x000000000000c000 0x000000000000c01f 0x0000000000040101\n\
+    0x0000000000000000 0x0000000000000000 0x0000000000000000\n\
+    0x000000c000000000 0x000000c000003fff 0x000000000014220c\n\
+    0x0000000000000000 0x0000000000000000 0x0000000000000000\n\
+    0x0000000000000000 0x0000000000000000 0x0000000000000000\n\
+    0x00000000fea20000 0x00000000fea3ffff 0x0000000000046200\n";
+
+impl Recorded {
+    fn new() -> Self {
+        Self(tempfile::tempdir().expect("a folder"))
+    }
+
+    fn file(&self, path: &str, content: impl AsRef<[u8]>) -> &Self {
+        let path = self.0.path().join(path);
+        fs::create_dir_all(path.parent().expect("below the root")).expect("made");
+        fs::write(path, content).expect("written");
+        self
+    }
+
+    fn link(&self, path: &str, target: &str) -> &Self {
+        let path = self.0.path().join(path);
+        fs::create_dir_all(path.parent().expect("below the root")).expect("made");
+        let _replaced = fs::remove_file(&path);
+        symlink(target, path).expect("linked");
+        self
+    }
+
+    fn function(&self, at: &str, class: &str, header_type: u8) -> &Self {
+        let home = format!("sys/bus/pci/devices/{at}");
+        let mut header = [0; 64];
+        header[HEADER_TYPE] = header_type;
+        header[INTERRUPT_PIN] = 1;
+        self.file(&format!("{home}/vendor"), "0x8086\n")
+            .file(&format!("{home}/device"), "0x10d3\n")
+            .file(&format!("{home}/class"), class)
+            .file(&format!("{home}/revision"), "0x02\n")
+            .file(&format!("{home}/subsystem_vendor"), "0x8086\n")
+            .file(&format!("{home}/subsystem_device"), "0xa01f\n")
+            .file(&format!("{home}/resource"), NIC_RESOURCES)
+            .file(&format!("{home}/config"), header)
+            .link(&format!("{home}/iommu_group"), "../../../kernel/iommu_groups/12")
+            .file(&format!("sys/kernel/iommu_groups/12/devices/{at}"), "")
+    }
+
+    fn bound(&self, at: &str, driver: &str) -> &Self {
+        self.link(
+            &format!("sys/bus/pci/devices/{at}/driver"),
+            &format!("../../drivers/{driver}"),
+        )
+    }
+
+    fn node(&self, at: &str, name: &str) -> &Self {
+        self.bound(at, "vfio-pci")
+            .file(&format!("sys/bus/pci/devices/{at}/vfio-dev/{name}"), "")
+            .file(&format!("dev/vfio/devices/{name}"), "")
+            .file("dev/iommu", "")
+    }
+
+    fn face(&self, at: &str) -> Result<Face, String> {
+        HostFunctions::below(self.0.path()).face(at.parse().expect("an address"))
+    }
+
+    fn usable(&self, at: &str) -> Result<(), String> {
+        HostFunctions::below(self.0.path()).usable(at.parse().expect("an address"))
+    }
+}
+
+fn nic() -> Recorded {
+    let host = Recorded::new();
+    host.function(NIC, "0x020000\n", 0x80);
+    host
+}
+
+#[test]
+fn a_function_is_what_sysfs_says() {
+    let face = nic().face(NIC).expect("a NIC");
+    assert_eq!((face.identity.vendor, face.identity.device), (0x8086, 0x10d3));
+    assert_eq!((face.identity.class, face.identity.revision), (0x02_0000, 2));
+    assert_eq!(
+        (face.identity.subsystem_vendor, face.identity.subsystem),
+        (0x8086, 0xa01f)
+    );
+    assert!(face.intx);
+    let bars: Vec<_> = face
+        .bars
+        .iter()
+        .map(|bar| (bar.index, bar.kind, bar.size))
+        .collect();
+    assert_eq!(
+        bars,
+        [
+            (0, BarKind::Mem32 { prefetchable: false }, 0x2_0000),
+            (1, BarKind::Io, 0x20),
+            (3, BarKind::Mem64 { prefetchable: true }, 0x4000),
+        ]
+    );
+}
+
+#[test]
+fn a_function_that_is_not_there_or_a_bridge_is_refused() {
+    let host = nic();
+    assert!(
+        host.face("0000:42:00.0")
+            .expect_err("absent")
+            .contains("no function there")
+    );
+    host.function("0000:40:01.0", "0x060400\n", 1);
+    assert!(
+        host.face("0000:40:01.0")
+            .expect_err("a bridge")
+            .contains("it is a bridge")
+    );
+    host.function("0000:40:02.0", "0x020000\n", 1);
+    assert!(
+        host.face("0000:40:02.0")
+            .expect_err("a lie")
+            .contains("it is a bridge")
+    );
+}
+
+#[test]
+fn files_that_say_nothing_are_named() {
+    let host = nic();
+    let home = format!("sys/bus/pci/devices/{NIC}");
+    host.file(&format!("{home}/config"), [0; 63]);
+    assert!(
+        host.face(NIC)
+            .expect_err("short")
+            .ends_with("/config cannot be read")
+    );
+    host.function(NIC, "x\n", 0);
+    assert!(
+        host.face(NIC)
+            .expect_err("no class")
+            .ends_with("/class cannot be read")
+    );
+}
+
+#[test]
+fn bars_that_no_function_can_have_are_refused_by_number() {
+    let line = |start: u64, last: u64, flags: u64| format!("{start:#x} {last:#x} {flags:#x}\n");
+    let refused = [
+        line(0, 0x2fff, MEMORY),
+        line(0x1000, 0, MEMORY),
+        line(0, u64::MAX, MEMORY | MEMORY_64),
+        line(0, 0x1ff, IO),
+        line(0, 7, MEMORY),
+    ];
+    for text in refused {
+        assert!(
+            bars(&text).expect_err(&text).starts_with("its BAR 0 lies at"),
+            "{text}"
+        );
+    }
+    let last = format!(
+        "{}{}",
+        line(0, 0, 0).repeat(5),
+        line(0, 0xfff, MEMORY | MEMORY_64)
+    );
+    assert!(bars(&last).expect_err("no room").starts_with("its BAR 5"));
+    assert!(
+        bars("nonsense\n")
+            .expect_err("text")
+            .contains("not three numbers")
+    );
+    assert_eq!(bars(""), Ok(vec![]));
+}
+
+#[test]
+fn a_function_of_another_driver_is_refused_with_the_command_that_helps() {
+    let host = nic();
+    assert_eq!(
+        host.usable(NIC).expect_err("unbound"),
+        "no driver has it; `scripts/bind-vfio bind 0000:41:00.0` gives it to vfio-pci"
+    );
+    host.bound(NIC, "e1000e");
+    assert!(
+        host.usable(NIC)
+            .expect_err("bound")
+            .starts_with("the driver e1000e has it; ")
+    );
+    host.node(NIC, "vfio0");
+    assert_eq!(host.usable(NIC), Ok(()));
+}
+
+#[test]
+fn the_function_of_the_group_that_is_in_the_way_is_named_with_its_driver() {
+    let host = nic();
+    host.node(NIC, "vfio0")
+        .function(SECOND, "0x020000\n", 0x80)
+        .function("0000:40:01.0", "0x060400\n", 1)
+        .bound("0000:40:01.0", "pcieport");
+    assert_eq!(host.usable(NIC), Ok(()));
+    host.bound(SECOND, "e1000e");
+    assert_eq!(
+        host.usable(NIC).expect_err("not alone"),
+        "0000:41:00.1 is in the same IOMMU group, 12, and the driver e1000e has it; `scripts/bind-vfio bind \
+         0000:41:00.1` gives it to vfio-pci"
+    );
+    host.node(SECOND, "vfio1");
+    assert_eq!(host.usable(NIC), Ok(()));
+}
+
+#[test]
+fn without_an_iommu_or_a_node_nothing_is_passed() {
+    let host = nic();
+    host.node(NIC, "vfio0");
+    fs::remove_file(host.0.path().join("dev/iommu")).expect("there");
+    let text = host.usable(NIC).expect_err("no iommufd");
+    assert!(
+        text.contains("dev/iommu is not there; load the module iommufd"),
+        "{text}"
+    );
+    host.file("dev/iommu", "");
+    fs::remove_file(host.0.path().join("dev/vfio/devices/vfio0")).expect("there");
+    let text = host.usable(NIC).expect_err("no node");
+    assert!(
+        text.contains("vfio0 is not there; load the module vfio-pci"),
+        "{text}"
+    );
+    fs::remove_file(
+        host.0
+            .path()
+            .join(format!("sys/bus/pci/devices/{NIC}/iommu_group")),
+    )
+    .expect("there");
+    assert!(
+        host.usable(NIC)
+            .expect_err("no IOMMU")
+            .starts_with("no IOMMU translates for it")
+    );
+}
+
+/// The plan of a machine file on a host with the NIC.
+fn planned(text: &str) -> Result<Plan, String> {
+    let config = Config::parse(Path::new("m.toml"), text).expect("a machine file");
+    let host = nic();
+    Plan::resolve_on(&config, &HostFunctions::below(host.0.path())).map_err(|error| error.to_string())
+}
+
+#[test]
+fn a_planned_function_has_the_devices_face_in_the_place_that_was_said() {
+    let text = "[[root-port]]\n[[vfio-device]]\nhost = \"0000:41:00.0\"\nport = \"rp0\"\nid = \"nic\"\n";
+    let plan = planned(text).expect("possible");
+    let (_, node) = plan
+        .pci
+        .nodes()
+        .find(|(_, node)| node.name == "nic")
+        .expect("planned");
+    assert_eq!(
+        (node.bdf.to_string(), node.identity.device),
+        ("01:00.0".to_owned(), 0x10d3)
+    );
+    let bars: Vec<_> = node.bars.iter().map(|bar| (bar.index, bar.size)).collect();
+    assert_eq!(bars, [(0, 0x2_0000), (1, 0x20), (3, 0x4000)]);
+    assert!(node.intx.is_some());
+}
+
+#[test]
+fn a_folder_in_sysfs_names_a_function_as_its_address_does() {
+    let by = |host: &str| planned(&format!("[[vfio-device]]\nhost = \"{host}\"\n")).map(|plan| plan.devices);
+    let address = by(NIC).expect("possible");
+    assert_eq!(
+        by("/sys/bus/pci/devices/0000:41:00.0/").expect("possible"),
+        address
+    );
+    assert_eq!(by("41:00.0").expect("possible"), address);
+    assert_eq!(
+        by("0000:42:00.0").expect_err("absent"),
+        "m.toml:2: vfio-device.host = 0000:42:00.0: this host has no function there; `lspci -D` lists those it has"
+    );
+}
+
+#[test]
+fn the_same_function_twice_is_refused() {
+    let twice = format!("[[vfio-device]]\nhost = \"{NIC}\"\n").repeat(2);
+    assert_eq!(
+        planned(&twice).expect_err("twice"),
+        "m.toml:4: vfio-device.host = 0000:41:00.0: vfio0 is this function too, and it can be passed once"
+    );
+}
+
+#[test]
+fn a_function_is_refused_where_an_iommu_of_the_guest_could_not_confine_it() {
+    let device = format!("[[vfio-device]]\nhost = \"{NIC}\"\n");
+    let text = planned(&format!("{device}[[viommu]]\n")).expect_err("covered");
+    assert!(
+        text.contains("vfio0 would be behind iommu0, which cannot confine"),
+        "{text}"
+    );
+    let beside = format!("[[root-complex]]\n[[root-complex]]\n[[viommu]]\non = \"rc1\"\n{device}");
+    assert!(planned(&beside).is_ok());
+    let asked = planned(&format!("{device}viommu = \"iommu0\"\n")).expect_err("not built");
+    assert!(
+        asked.contains("vfio-device.viommu = iommu0: functions of the host behind"),
+        "{asked}"
+    );
+}
