@@ -1,6 +1,6 @@
 //! PCI functions from the plan: every node of the tree becomes what it says it is.
 
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 
 use event_manager::{EventOps, EventSubscriber, Events};
@@ -230,31 +230,28 @@ fn host_function(
         intx: node.intx.map(|intx| (intx.pin, connections.board.wire(intx.gsi))),
         on_root_bus: place.on_root_bus,
     })?;
-    if let (Some(wire), Some(intx)) = (function.wire(), node.intx) {
+    if let Some(intx) = node.intx {
         let listener: Weak<dyn Resample> = Arc::downgrade(&function) as Weak<dyn Resample>;
         connections.board.ioapic.resample(intx.gsi, listener);
-        connections.events.add(Arc::new(HostWire {
-            wire,
-            function: function.clone(),
-        }));
     }
+    connections.events.add(Arc::new(HostSignals(function.clone())));
     Ok(function)
 }
 
-/// The event loop's end of a function's wire.
-struct HostWire {
-    wire: RawFd,
-    function: Arc<VfioFunction>,
-}
+/// The event loop's end of what the host signals of a function.
+struct HostSignals(Arc<VfioFunction>);
 
-impl EventSubscriber for HostWire {
+impl EventSubscriber for HostSignals {
     fn process(&self, _events: Events, _ops: &mut EventOps) {
-        self.function.wire_interrupted();
+        // The operator has been told of them; the guest goes on.
+        let _notices = self.0.signalled();
     }
 
     fn init(&self, ops: &mut EventOps) {
-        ops.add(Events::new_raw(self.wire, EventSet::IN))
-            .expect("the descriptor is open and watched once");
+        for descriptor in self.0.descriptors() {
+            ops.add(Events::new_raw(descriptor, EventSet::IN))
+                .expect("the descriptor is open and watched once");
+        }
     }
 }
 

@@ -99,10 +99,15 @@ fn spans(mappable: &[(u64, u64)], trapped: &[Range<u64>]) -> Vec<(u64, u64)> {
 mod tests {
     use super::*;
 
+    /// One stretch that is trapped.
+    fn trap(start: u64, end: u64) -> Vec<Range<u64>> {
+        std::iter::once(start..end).collect()
+    }
+
     #[test]
     fn without_anything_to_trap_all_is_one_span() {
         assert_eq!(spans(&[(0, 0x2_0000)], &[]), [(0, 0x2_0000)]);
-        assert_eq!(spans(&[], &[0..0x10]), []);
+        assert_eq!(spans(&[], &trap(0, 0x10)), []);
     }
 
     #[test]
@@ -119,21 +124,21 @@ mod tests {
             spans(&[(0, 0x4000)], &[0..0x50, 0x2000..0x2008]),
             [(0x1000, 0x1000), (0x3000, 0x1000)]
         );
-        assert_eq!(spans(&[(0, 0x1000)], &[0x20..0x30]), []);
+        assert_eq!(spans(&[(0, 0x1000)], &trap(0x20, 0x30)), []);
         assert_eq!(spans(&[(0, 0x80)], &[]), []);
     }
 
     #[test]
     fn holes_of_a_sparse_region_stay_holes_and_odd_ends_are_cut_to_pages() {
         assert_eq!(
-            spans(&[(0x3800, 0x2000), (0, 0x1800)], &[0x0..0x0]),
+            spans(&[(0x3800, 0x2000), (0, 0x1800)], &trap(0, 0)),
             [(0, 0x1000), (0x4000, 0x1000)]
         );
     }
 
     #[test]
     fn a_table_at_the_end_takes_the_last_pages() {
-        assert_eq!(spans(&[(0, 0x4000)], &[0x3000..0x4000]), [(0, 0x3000)]);
+        assert_eq!(spans(&[(0, 0x4000)], &trap(0x3000, 0x4000)), [(0, 0x3000)]);
         assert_eq!(spans(&[(u64::MAX - 0xfff, 0x1000)], &[]), []);
     }
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use vfio_bindings::bindings::vfio as abi;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::host::{HostFunction, Interrupt, InterruptInfo, PAGE, Region, RegionInfo};
+use super::host::{HostFunction, Interrupt, InterruptInfo, Notice, PAGE, Region, RegionInfo};
 use super::uapi::{self, Request};
 use crate::iommu::iommufd::Iommufd;
 use crate::platform::addr::Sbdf;
@@ -127,16 +127,9 @@ impl Cdev {
             .ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
-    fn set_irqs(
-        &self,
-        kind: Interrupt,
-        flags: u32,
-        first: u32,
-        count: usize,
-        data: &[u32],
-    ) -> io::Result<()> {
+    fn set_irqs(&self, index: u32, flags: u32, first: u32, count: usize, data: &[u32]) -> io::Result<()> {
         let count = u32::try_from(count).map_err(io::Error::other)?;
-        let mut words = vec![0, flags, irq_index(kind), first, count];
+        let mut words = vec![0, flags, index, first, count];
         words.extend_from_slice(data);
         uapi::issue(&self.device, Request::SetIrqs, &mut words)
     }
@@ -267,17 +260,26 @@ impl HostFunction for Cdev {
         let number = |fd: &Option<&EventFd>| fd.map_or(-1, |fd| fd.as_raw_fd()).cast_unsigned();
         let numbers: Vec<u32> = eventfds.iter().map(number).collect();
         let flags = abi::VFIO_IRQ_SET_DATA_EVENTFD | abi::VFIO_IRQ_SET_ACTION_TRIGGER;
-        self.set_irqs(kind, flags, first, numbers.len(), &numbers)
+        self.set_irqs(irq_index(kind), flags, first, numbers.len(), &numbers)
     }
 
     fn disable_interrupts(&self, kind: Interrupt) -> io::Result<()> {
         let flags = abi::VFIO_IRQ_SET_DATA_NONE | abi::VFIO_IRQ_SET_ACTION_TRIGGER;
-        self.set_irqs(kind, flags, 0, 0, &[])
+        self.set_irqs(irq_index(kind), flags, 0, 0, &[])
     }
 
     fn unmask_intx(&self) -> io::Result<()> {
         let flags = abi::VFIO_IRQ_SET_DATA_NONE | abi::VFIO_IRQ_SET_ACTION_UNMASK;
-        self.set_irqs(Interrupt::Intx, flags, 0, 1, &[])
+        self.set_irqs(irq_index(Interrupt::Intx), flags, 0, 1, &[])
+    }
+
+    fn notify(&self, notice: Notice, eventfd: &EventFd) -> io::Result<()> {
+        let index = match notice {
+            Notice::Error => abi::VFIO_PCI_ERR_IRQ_INDEX,
+            Notice::Wanted => abi::VFIO_PCI_REQ_IRQ_INDEX,
+        };
+        let flags = abi::VFIO_IRQ_SET_DATA_EVENTFD | abi::VFIO_IRQ_SET_ACTION_TRIGGER;
+        self.set_irqs(index, flags, 0, 1, &[eventfd.as_raw_fd().cast_unsigned()])
     }
 
     fn reset(&self) -> io::Result<()> {

@@ -51,6 +51,15 @@ pub struct InterruptInfo {
     pub grows: bool,
 }
 
+/// What the host has to say about a function while a guest has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Notice {
+    /// It reported an error that it does not recover from by itself.
+    Error,
+    /// The host wants it back: its driver is being unbound, or it is being removed.
+    Wanted,
+}
+
 /// A function of the host, open and bound, and attached to an address space from [`HostFunction::attach`] on.
 ///
 /// Dropping it detaches, resets and closes it. Every refusal leaves the function as it was.
@@ -82,6 +91,9 @@ pub trait HostFunction: Send + Sync {
 
     /// The wire may interrupt again, which it did once.
     fn unmask_intx(&self) -> io::Result<()>;
+
+    /// Signal `eventfd` when the host has `notice` to give.
+    fn notify(&self, notice: Notice, eventfd: &EventFd) -> io::Result<()>;
 
     /// Back to the state after power-on.
     fn reset(&self) -> io::Result<()>;

@@ -14,6 +14,7 @@ pub mod cdev;
 mod config;
 pub mod host;
 mod interrupts;
+mod notices;
 mod survey;
 #[cfg(any(test, fuzzing))]
 pub mod testing;
@@ -42,8 +43,9 @@ use crate::platform::msi::MsiPort;
 
 use bar::MappedBar;
 use config::{ConfigTable, Forward};
-use host::{HostFunction, Interrupt, Region};
+use host::{HostFunction, Interrupt, Notice, Region};
 use interrupts::{Interrupts, Structure, structure_at, trapped};
+use notices::Notices;
 use survey::{BARS, BARS_END, COMMAND, D3_HOT, Given, INITIATE_FLR, Image, MsiPlace, MsixPlace, POWER_STATE};
 
 /// What a passed function is made of.
@@ -77,6 +79,7 @@ pub struct VfioFunction {
     bars: Vec<BarSpec>,
     mapped: Vec<MappedBar>,
     interrupts: Interrupts,
+    notices: Notices,
     power: Option<u16>,
     device_control: Option<u16>,
     msi: Option<MsiPlace>,
@@ -139,6 +142,7 @@ impl VfioFunction {
             .collect();
         let places = (survey.msi, survey.msix);
         let interrupts = Interrupts::new(&name, host.clone(), parts.msi.clone(), places, line)?;
+        let notices = Notices::new(&name, &*host)?;
         if !host.resets() {
             tracing::warn!(
                 name,
@@ -153,6 +157,7 @@ impl VfioFunction {
             bars: parts.bars,
             mapped,
             interrupts,
+            notices,
             power: survey.power,
             device_control: survey.device_control,
             msi: survey.msi,
@@ -171,16 +176,18 @@ impl VfioFunction {
         Ok(Arc::new(function))
     }
 
-    /// What the host signals for the function's wire: [`VfioFunction::wire_interrupted`] is to be called when it is
-    /// readable. `None` without a wire.
+    /// What the host signals of this function: [`VfioFunction::signalled`] is to be called when one of them is
+    /// readable.
     #[must_use]
-    pub fn wire(&self) -> Option<RawFd> {
-        self.interrupts.wire()
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        let wire = self.interrupts.wire().into_iter();
+        wire.chain(self.notices.descriptors()).collect()
     }
 
-    /// The host's wire interrupted.
-    pub fn wire_interrupted(&self) {
+    /// The host's wire may have interrupted, or the host has something to say, which the operator is told.
+    pub fn signalled(&self) -> Vec<Notice> {
         self.interrupts.wire_interrupted();
+        self.notices.take(&self.name)
     }
 
     fn registers(&self) -> MutexGuard<'_, Registers> {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::host::{HostFunction, Interrupt, InterruptInfo, Region, RegionInfo};
+use super::host::{HostFunction, Interrupt, InterruptInfo, Notice, Region, RegionInfo};
 use crate::platform::addr::Gpa;
 use crate::platform::device_memory::{DeviceMemory, DeviceMemoryHost, MappedDeviceMemory};
 use crate::platform::host::HostError;
@@ -26,6 +26,8 @@ pub enum Asked {
     DisableInterrupts,
     /// [`HostFunction::unmask_intx`].
     Unmask,
+    /// [`HostFunction::notify`].
+    Notify,
     /// [`HostFunction::reset`].
     Reset,
     /// [`HostFunction::attach`].
@@ -69,6 +71,7 @@ struct State {
     refused: BTreeMap<Asked, i32>,
     /// The eventfds that interrupts signal.
     eventfds: BTreeMap<(Interrupt, u32), EventFd>,
+    notices: BTreeMap<Notice, EventFd>,
 }
 
 /// The first byte of each capability of [`Device::nic`].
@@ -120,6 +123,7 @@ impl Device {
                 attached: Vec::new(),
                 refused: BTreeMap::new(),
                 eventfds: BTreeMap::new(),
+                notices: BTreeMap::new(),
             }),
         }
     }
@@ -175,6 +179,13 @@ impl Device {
     pub fn interrupt(&self, kind: Interrupt, vector: u32) -> bool {
         let state = self.state();
         let eventfd = state.eventfds.get(&(kind, vector));
+        eventfd.is_some_and(|eventfd| eventfd.write(1).is_ok())
+    }
+
+    /// Give this notice; `false` when nobody listens.
+    pub fn give(&self, notice: Notice) -> bool {
+        let state = self.state();
+        let eventfd = state.notices.get(&notice);
         eventfd.is_some_and(|eventfd| eventfd.write(1).is_ok())
     }
 
@@ -288,6 +299,12 @@ impl HostFunction for Device {
 
     fn unmask_intx(&self) -> io::Result<()> {
         self.asked(Asked::Unmask)?.told.push(Told::Unmasked);
+        Ok(())
+    }
+
+    fn notify(&self, notice: Notice, eventfd: &EventFd) -> io::Result<()> {
+        let eventfd = eventfd.try_clone()?;
+        self.asked(Asked::Notify)?.notices.insert(notice, eventfd);
         Ok(())
     }
 

@@ -448,9 +448,9 @@ fn msi_has_its_route_and_comes_and_goes_with_its_enable_bit() {
 fn the_wire_is_asserted_until_its_end_and_unmasked_then() {
     let bench = bench();
     assert!(bench.device.interrupt(Interrupt::Intx, 0));
-    bench.function.wire_interrupted();
+    bench.function.signalled();
     assert_eq!(bench.wires.levels(), [true]);
-    bench.function.wire_interrupted();
+    bench.function.signalled();
     assert_eq!((bench.wires.levels(), bench.device.told()), (vec![], vec![]));
     bench.function.interrupt_ended();
     assert_eq!(
@@ -466,7 +466,7 @@ fn the_wire_is_asserted_until_its_end_and_unmasked_then() {
 fn interrupt_disable_takes_the_wire_and_gives_it_back() {
     let bench = bench();
     assert!(bench.device.interrupt(Interrupt::Intx, 0));
-    bench.function.wire_interrupted();
+    bench.function.signalled();
     assert_eq!(bench.write(5, &[0x04]), ConfigEffect::INTERRUPTS);
     assert_eq!(bench.wires.levels(), [true, false]);
     assert_eq!(bench.device.told(), [Told::Disabled(Interrupt::Intx)]);
@@ -480,7 +480,7 @@ fn a_thousand_changes_between_wire_msi_and_msix_under_interrupts_lose_nothing() 
     bench.table(0, FIRST_MESSAGE);
     for _ in 0..1000 {
         bench.device.interrupt(Interrupt::Intx, 0);
-        bench.function.wire_interrupted();
+        bench.function.signalled();
         let _effect = bench.write(MSI + 2, &[0x81, 0]);
         assert!(bench.device.interrupt(Interrupt::Msi, 0) && !bench.device.interrupt(Interrupt::Intx, 0));
         bench.enable_msix();
@@ -508,7 +508,7 @@ fn interrupts_the_host_refuses_leave_a_function_that_goes_on() {
     bench.device.refuse(Asked::Unmask, libc::EIO);
     let _effect = bench.write(MSIX + 2, &[0x04, 0x00]);
     assert!(bench.device.interrupt(Interrupt::Intx, 0));
-    bench.function.wire_interrupted();
+    bench.function.signalled();
     bench.function.interrupt_ended();
     assert_eq!(bench.wires.levels(), [true, false]);
 }
@@ -636,10 +636,32 @@ fn a_device_without_interrupts_of_any_kind_works() {
         .interrupting(Interrupt::Msi, 0, false)
         .interrupting(Interrupt::Msix, 0, false);
     let bench = bench_with(device);
-    assert_eq!((bench.read(0x3c) & 0xff00, bench.function.wire()), (0, None));
+    assert_eq!(
+        (bench.read(0x3c) & 0xff00, bench.function.descriptors().len()),
+        (0, 2)
+    );
     bench.enable_msix();
-    bench.function.wire_interrupted();
+    bench.function.signalled();
     assert_eq!(bench.device.told(), []);
+}
+
+#[test]
+fn what_the_host_says_of_a_function_is_heard_once() {
+    let bench = bench();
+    assert_eq!(bench.function.descriptors().len(), 3);
+    assert_eq!(bench.function.signalled(), []);
+    assert!(bench.device.give(Notice::Wanted) && bench.device.give(Notice::Error));
+    assert_eq!(bench.function.signalled(), [Notice::Error, Notice::Wanted]);
+    assert_eq!(bench.function.signalled(), []);
+}
+
+#[test]
+fn notices_that_the_host_does_not_give_are_done_without() {
+    let device = Device::with(&nic_config());
+    device.refuse(Asked::Notify, libc::EINVAL);
+    let bench = bench_with(device);
+    assert_eq!(bench.function.descriptors().len(), 1);
+    assert!(!bench.device.give(Notice::Error));
 }
 
 mod arbitrary {
