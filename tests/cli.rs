@@ -170,7 +170,7 @@ fn impossible_topologies_are_refused_with_what_would_fit() {
 #[test]
 fn bad_values_are_refused_with_what_would_be_right() {
     let folder = folder();
-    let commands: [&[&str]; 29] = [
+    let commands: [&[&str]; 31] = [
         &["topology", "--cpus", "0"],
         &["topology", "--cpus", "1025"],
         &["topology", "--cpus", "count=8,sockets=3"],
@@ -205,7 +205,9 @@ fn bad_values_are_refused_with_what_would_be_right() {
         &["topology", "--viommu", "emulated", "--viommu", "emulated"],
         &["topology", "--viommu", "emulated", "--rng", "slot=0.2"],
         &["topology", "--viommu", "emulated,xt=off", "--cpus", "256"],
-        &["topology", "--vfio-device", "0000:41:00.0"],
+        &["topology", "--vfio-device", "ffff:ff:1f.7"],
+        &["topology", "--vfio-device", "41:00"],
+        &["topology", "--vfio-device", "host=ffff:ff:1f.7,mode=hw"],
     ];
     compare("bad-values", &refusals(folder.path(), &commands));
 }

@@ -209,14 +209,16 @@ fn bars(resources: &str) -> Result<Vec<BarSpec>, String> {
             _ if flags & MEMORY_64 != 0 => BarKind::Mem64 { prefetchable },
             _ => BarKind::Mem32 { prefetchable },
         };
+        // The upper half of a 64-bit BAR is the next register, which is nobody else's.
+        let taken = |before: &BarSpec| before.kind.is_64_bit() && before.index + 1 == index;
+        let fits = (index < 5 || !kind.is_64_bit()) && !found.last().is_some_and(taken);
         let limits = match kind {
             BarKind::Io => 4..=256,
             BarKind::Mem32 { .. } => 16..=1 << 31,
-            BarKind::Mem64 { .. } if index == 5 => 1..=0,
             BarKind::Mem64 { .. } => 16..=1 << 62,
         };
         let size = last.checked_sub(start).and_then(|more| more.checked_add(1));
-        let size = size.filter(|size| size.is_power_of_two() && limits.contains(size));
+        let size = size.filter(|size| size.is_power_of_two() && limits.contains(size) && fits);
         let size = size.ok_or_else(|| {
             format!("its BAR {index} lies at {start:#x}-{last:#x} with flags {flags:#x}, which no function can have")
         })?;

@@ -171,6 +171,8 @@ fn bars_that_no_function_can_have_are_refused_by_number() {
         line(0, 0xfff, MEMORY | MEMORY_64)
     );
     assert!(bars(&last).expect_err("no room").starts_with("its BAR 5"));
+    let halves = format!("{}{}", line(0, 0xfff, MEMORY | MEMORY_64), line(0, 0xfff, MEMORY));
+    assert!(bars(&halves).expect_err("taken").starts_with("its BAR 1"));
     assert!(
         bars("nonsense\n")
             .expect_err("text")
