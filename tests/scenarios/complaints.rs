@@ -153,6 +153,10 @@ const HARMLESS: &[(&str, &str)] = &[
         "said by a command line that asks for it",
     ),
     ("command line:", "the command line may name what it switches"),
+    (
+        "ignoring bogus namespace identifiers",
+        "said of the lab's NVMe model by its IDs, on the host as in a guest",
+    ),
 ];
 
 /// The lines of a kernel's log that complain.

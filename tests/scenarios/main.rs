@@ -31,5 +31,6 @@ mod refused;
 mod terminal;
 mod test_device;
 mod topologies;
+mod vfio;
 mod viommu;
 mod xen;

@@ -1,0 +1,304 @@
+//! The host's own NIC and disk in a guest, and on the host again afterwards.
+//!
+//! What they need of the host: an IOMMU, iommufd, vfio-pci, an e1000e on a network that hands out addresses, and an
+//! NVMe disk whose content nobody wants; the lab has all of it.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::machine::{INIT, Machine, REBOOT};
+
+const BIND: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/bind-vfio"));
+/// Each function is one scenario's at a time.
+static NIC: Mutex<()> = Mutex::new(());
+static DISK: Mutex<()> = Mutex::new(());
+/// How long a host's driver may take to be there again.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The exit status for a guest that was ended before it shut down.
+const KILLED: i32 = 4;
+/// What of the disk is written and read, in MiB.
+const AMOUNT: usize = 16;
+
+/// Runs `scripts/bind-vfio` with these arguments.
+fn bind_vfio(arguments: &[&str]) {
+    let mut bash = Command::new("bash")
+        .args(["-s", "--"])
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .spawn()
+        .expect("bash is there");
+    let mut input = bash.stdin.take().expect("piped");
+    input.write_all(BIND.as_bytes()).expect("bash reads its script");
+    drop(input);
+    let status = bash.wait().expect("our child");
+    assert!(status.success(), "bind-vfio {arguments:?} (it needs root)");
+}
+
+/// The host's first function with this driver.
+fn driven_by(driver: &str) -> String {
+    let folder = PathBuf::from("/sys/bus/pci/drivers").join(driver);
+    let entries = fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut found: Vec<String> = names.filter(|name| name.contains(':')).collect();
+    found.sort();
+    found
+        .into_iter()
+        .next()
+        .unwrap_or_else(|| panic!("no function of this host has the driver {driver}; the lab has one"))
+}
+
+/// Wait until `path` exists.
+fn wait_for(path: &Path) {
+    let until = Instant::now() + PATIENCE;
+    while !path.exists() {
+        assert!(Instant::now() < until, "{} did not come", path.display());
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A function that guests can have; back with its own driver when it is dropped.
+struct Given {
+    at: String,
+    driver: &'static str,
+    /// Until it is given back; then the host's own driver is tried before anybody else has it.
+    alone: Option<MutexGuard<'static, ()>>,
+}
+
+/// A function that is the host's again, and nobody else's yet.
+struct Returned {
+    at: String,
+    _alone: Option<MutexGuard<'static, ()>>,
+}
+
+impl Given {
+    fn new(driver: &'static str, alone: &'static Mutex<()>) -> Self {
+        let alone = alone.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = driven_by(driver);
+        bind_vfio(&["bind", &at]);
+        Self {
+            at,
+            driver,
+            alone: Some(alone),
+        }
+    }
+
+    fn nic() -> Self {
+        Self::new("e1000e", &NIC)
+    }
+
+    fn disk() -> Self {
+        Self::new("nvme", &DISK)
+    }
+
+    /// Give it back; its own driver has it again.
+    fn back(mut self) -> Returned {
+        let (at, driver, alone) = (self.at.clone(), self.driver, self.alone.take());
+        drop(self);
+        let bound = fs::read_link(format!("/sys/bus/pci/devices/{at}/driver")).expect("a driver");
+        assert!(bound.ends_with(driver), "{at} has the driver {}", bound.display());
+        Returned { at, _alone: alone }
+    }
+}
+
+impl Drop for Given {
+    fn drop(&mut self) {
+        bind_vfio(&["unbind", &self.at]);
+    }
+}
+
+/// The host's NIC has an interface again, which says that its link is up.
+fn nic_works(nic: &Returned) {
+    let folder = format!("/sys/bus/pci/devices/{}/net", nic.at);
+    wait_for(Path::new(&folder));
+    let mut names = fs::read_dir(&folder).expect("an interface").flatten();
+    let name = names
+        .next()
+        .expect("one")
+        .file_name()
+        .into_string()
+        .expect("plain");
+    let up = Command::new("ip").args(["link", "set", &name, "up"]).status();
+    assert!(up.expect("ip is there").success());
+    let carrier = format!("/sys/class/net/{name}/carrier");
+    let until = Instant::now() + PATIENCE;
+    while fs::read_to_string(&carrier).unwrap_or_default().trim() != "1" {
+        assert!(Instant::now() < until, "{name} has no link");
+        thread::sleep(Duration::from_millis(100));
+    }
+    let down = Command::new("ip").args(["link", "set", &name, "down"]).status();
+    assert!(down.expect("ip is there").success());
+}
+
+/// What finds the NIC in the guest and asks for an address; `packets` counts what it received.
+const NETWORK: &str = r#"
+at=$(ls -d /sys/bus/pci/drivers/e1000e/0000:* | head -n 1)
+nic=$(ls "$at/net")
+ip link set "$nic" up
+waited=0
+until [ "$(cat /sys/class/net/$nic/carrier)" = 1 ] || [ $waited -gt 300 ]; do sleep 0.2; waited=$((waited + 1)); done
+cat >/tmp/lease <<'END'
+#!/bin/sh
+[ "$1" = bound ] || exit 0
+ip addr add "$ip/24" dev "$interface"
+echo "$ip" >/tmp/address
+END
+chmod +x /tmp/lease
+check asks_for_an_address udhcpc -f -q -n -t 10 -i "$nic" -s /tmp/lease
+say address "$(cat /tmp/address)"
+check gateway_answers ping -c 10 -i 0.2 -s 1400 10.0.2.2
+"#;
+
+/// A guest called `guest` with the function behind a port; `more` are further keys.
+fn machine(guest: &'static str, given: &Given, more: &str) -> Machine {
+    Machine::new(guest).deadline(Duration::from_secs(300)).arguments([
+        "--root-port",
+        "id=rp0",
+        "--vfio-device",
+        &format!("host={},port=rp0{more}", given.at),
+    ])
+}
+
+#[test]
+fn the_hosts_nic_gets_an_address_in_a_guest_by_msix_and_works_on_the_host_again() {
+    let nic = Given::nic();
+    let ended = machine("debian-7.3", &nic, ",id=nic0")
+        .arguments(["--memory", "384M"])
+        .script(&format!(
+            r#"{NETWORK}
+check interrupts_by_msix test -n "$(ls $at/msi_irqs 2>/dev/null)"
+check interrupts_came test "$(awk -v nic="$nic" '$0 ~ nic {{ sum += $2 }} END {{ print sum + 0 }}' /proc/interrupts)" -gt 5
+check rom_is_hidden test ! -e "$at/rom"
+check no_virtual_functions test ! -e "$at/sriov_totalvfs"
+lspci -vv -s "$(basename $at)" | section lspci
+"#
+        ))
+        .run()
+        .well();
+    assert_eq!(ended.console.said("address"), "10.0.2.15");
+    nic_works(&nic.back());
+}
+
+#[test]
+fn the_hosts_nic_works_after_its_driver_and_its_reset_and_by_wire() {
+    let nic = Given::nic();
+    machine("lab", &nic, "")
+        .cmdline("pci=nomsi")
+        .script(&format!(
+            r#"{NETWORK}
+check no_messages test ! -e "$at/msi_irqs"
+check interrupts_came test "$(awk -v nic="$nic" '$0 ~ nic {{ sum += $2 }} END {{ print sum + 0 }}' /proc/interrupts)" -gt 5
+address=$(basename $at)
+ip link set "$nic" down
+echo "$address" >/sys/bus/pci/drivers/e1000e/unbind
+check resets sh -c "echo 1 >/sys/bus/pci/devices/$address/reset"
+echo "$address" >/sys/bus/pci/drivers/e1000e/bind
+{NETWORK}
+"#
+        ))
+        .run()
+        .well();
+    nic_works(&nic.back());
+}
+
+/// Hash of what is at the start of the host's disk.
+fn hash_of(disk: &Path) -> String {
+    let script = format!(
+        "dd if={} bs=1M count={AMOUNT} iflag=direct status=none | sha256sum | cut -c 1-64",
+        disk.display()
+    );
+    shell(&script)
+}
+
+fn shell(script: &str) -> String {
+    let output = Command::new("bash")
+        .args(["-c", &format!("set -euo pipefail; {script}")])
+        .output()
+        .expect("bash is there");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{script}: {error}");
+    String::from_utf8(output.stdout).expect("text").trim().to_owned()
+}
+
+#[test]
+fn what_the_host_wrote_to_its_disk_the_guest_reads_and_the_other_way_round() {
+    let block = Path::new("/dev/nvme0n1");
+    wait_for(block);
+    shell(&format!(
+        "dd if=/dev/urandom of={} bs=1M count={AMOUNT} oflag=direct status=none",
+        block.display()
+    ));
+    let by_host = hash_of(block);
+    let disk = Given::disk();
+    let ended = machine("debian-6.12", &disk, ",id=disk")
+        .arguments(["--memory", "384M"])
+        .script(&format!(
+            r#"
+say read "$(dd if=/dev/nvme0n1 bs=1M count={AMOUNT} iflag=direct 2>/dev/null | sha256sum | cut -c 1-64)"
+dd if=/dev/urandom of=/tmp/data bs=1M count={AMOUNT} 2>/dev/null
+dd if=/tmp/data of=/dev/nvme0n1 bs=1M oflag=direct conv=fsync 2>/dev/null
+say wrote "$(sha256sum </tmp/data | cut -c 1-64)"
+"#
+        ))
+        .run()
+        .well();
+    assert_eq!(ended.console.said("read"), by_host);
+    let _returned = disk.back();
+    wait_for(block);
+    assert_eq!(hash_of(block), ended.console.said("wrote"));
+}
+
+#[test]
+fn the_hosts_nic_works_after_each_of_three_reboots() {
+    let nic = Given::nic();
+    let machine = machine("lab", &nic, "");
+    let count = machine.disk("count.img", 4);
+    let ended = machine
+        .arguments(["--disk".to_owned(), format!("path={}", count.display())])
+        .script(&format!(
+            r#"{NETWORK}
+count=$(dd if=/dev/vda bs=512 count=1 2>/dev/null | tr -d '\0')
+count=$((${{count:-0}} + 1))
+printf %s "$count" >/tmp/count
+truncate -s 512 /tmp/count
+dd if=/tmp/count of=/dev/vda bs=512 conv=fsync 2>/dev/null
+# As it is: the interface up, its rings in memory.
+[ "$count" -gt 3 ] || exit {REBOOT}
+"#
+        ))
+        .deadline(Duration::from_secs(600))
+        .run()
+        .well();
+    assert_eq!(ended.console.said_each("address"), ["10.0.2.15"; 4]);
+    nic_works(&nic.back());
+}
+
+#[test]
+fn a_guest_that_is_killed_while_it_uses_the_nic_leaves_it_to_the_host() {
+    let nic = Given::nic();
+    let mut running = machine("lab", &nic, "")
+        .script(&format!("{NETWORK}\necho @@ready; ping 10.0.2.2 >/dev/null"))
+        .start();
+    running.wait_for(INIT, 1);
+    running.wait_for("@@ready", 1);
+    running.signal("TERM");
+    running.signal("TERM");
+    running.end().with(KILLED);
+    nic_works(&nic.back());
+}
+
+#[test]
+fn a_function_that_the_host_uses_is_refused_with_the_command_that_helps() {
+    let _alone = NIC.lock().unwrap_or_else(PoisonError::into_inner);
+    let at = driven_by("e1000e");
+    let ended = Machine::new("lab")
+        .arguments(["--vfio-device", &at])
+        .run()
+        .with(2);
+    let expected = format!("the driver e1000e has it; `scripts/bind-vfio bind {at}` gives it to vfio-pci");
+    assert!(ended.log.contains(&expected), "{}", ended.log);
+}
