@@ -1,6 +1,6 @@
 //! A PCI function of the host, passed through to the guest.
 //!
-//! The guest's view of configuration space, BARs and interrupts is ours ([`survey`], [`bar`], [`interrupts`]); its
+//! The guest's view of configuration space, BARs and interrupts is ours (`survey`, `bar`, `interrupts`); its
 //! accesses to the device's memory and the device's requests and messages are the hardware's own. The device reaches
 //! guest RAM and nothing else: its requests pass the host's IOMMU, and it is attached to an address space before it is
 //! part of a machine.
