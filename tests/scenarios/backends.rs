@@ -140,7 +140,7 @@ impl Drop for Server {
 /// interrupts of each pair.
 #[test]
 fn nics_of_several_queues_by_name_and_by_descriptor_carry_streams_both_ways() {
-    let bridges = ["rvtest3", "rvtest4"].map(|name| Bridge::of_several_queues(name));
+    let bridges = ["rvtest3", "rvtest4"].map(Bridge::of_several_queues);
     bridges[0].address("10.9.3.1/24");
     bridges[1].address("10.9.4.1/24");
     let _servers = ["10.9.3.1", "10.9.4.1"].map(Server::new);
