@@ -107,14 +107,17 @@ done
     running.write("\n");
     let ended = running.end().well();
     assert_ne!(ended.console.said("discards"), "0");
-    // Both ranges gave their blocks back.
-    assert!(allocated(&sparse) <= 4 * MIB, "{}", allocated(&sparse));
+    // What was discarded gave its blocks back. BLKZEROOUT asks for zeros whose blocks stay.
+    assert!(allocated(&sparse) <= 6 * MIB, "{}", allocated(&sparse));
     assert!(is_zero(&sparse, MIB, 2 * MIB) && is_zero(&sparse, 4 * MIB, 2 * MIB));
     assert!(
         fs::read(&kept).expect("still there") == before,
         "the image that is only read"
     );
 }
+
+/// What the C library loads when a thread of iperf3 ends, and no list of libraries has.
+const UNWINDER: &str = "/usr/lib/x86_64-linux-gnu/libgcc_s.so.1";
 
 /// An iperf3 server on this host that serves one client; it goes with the value.
 struct Server(Child);
@@ -159,6 +162,10 @@ fn nics_of_several_queues_by_name_and_by_descriptor_carry_streams_both_ways() {
         .arguments(["--net", &format!("tap={},queues=2", bridges[0].tap(0))])
         .arguments(["--net", &format!("fd=[{}],mtu=1400", numbers.join(","))])
         .guest_program("/usr/bin/iperf3")
+        .guest_file(
+            UNWINDER.trim_start_matches("/usr/"),
+            &fs::read(UNWINDER).expect("Debian's libgcc-s1 is there"),
+        )
         .script(
             r#"
 check two_nics test "$(ls -d /sys/bus/virtio/drivers/virtio_net/virtio* | wc -l)" = 2
