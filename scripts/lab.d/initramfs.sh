@@ -130,15 +130,10 @@ ensure_guests() {
     for name in "${!debian_guests[@]}"; do
         ensure_guest "$name"
     done
-    artefact guest/xen "$(readlink "$cache/lab/root"; declare -f make_xen)" "copying the guest xen" make_xen kernel
     # The ready-made lab kernel costs a copy, and is a guest that boots fast.
     if lab_kernel_is_cached; then
         ensure_lab_kernel
     fi
-}
-
-make_xen() {
-    cp "$root/boot/xen" "$1/kernel"
 }
 
 make_guest_of_debian() {

@@ -23,18 +23,16 @@ declare -A debian_guests=(
 )
 # The lab host's own, of these.
 debian_host=debian-7.3
-# A guest that is no Linux: Debian's Xen, which starts by multiboot.
-xen_package=xen-hypervisor-4.20-amd64
 
 ensure_root() {
     local recipe
     recipe=$(
-        printf '%s\n' "$root_suite" "${root_packages[@]}" "${root_backports[@]}" "$xen_package"
+        printf '%s\n' "$root_suite" "${root_packages[@]}" "${root_backports[@]}"
         printf '%s %s\n' "${!debian_guests[@]}" "${debian_guests[@]}"
-        declare -f make_root fetch_kernel fetch_xen in_root
+        declare -f make_root fetch_kernel in_root
     )
     artefact lab/root "$recipe" "making the lab's root from Debian $root_suite packages" make_root \
-        usr/bin/qemu-system-x86_64 etc/ravelin-kernels boot/xen
+        usr/bin/qemu-system-x86_64 etc/ravelin-kernels
     root=$(readlink -f "$cache/lab/root")
 }
 
@@ -113,7 +111,6 @@ make_root() {
     for name in "${!debian_guests[@]}"; do
         fetch_kernel "$at" "$name" "${debian_guests[$name]}"
     done
-    fetch_xen "$at"
 
     in_root "$at" apt-get clean
     rm -rf "$at"/var/lib/apt/lists/* "$debs" "$at/bootstrapped"
@@ -149,19 +146,6 @@ fetch_kernel() {
     fi
     test -s "$at/boot/vmlinuz-$version"
     printf '%s %s\n' "$name" "$version" >>"$at/etc/ravelin-kernels"
-}
-
-# fetch_xen ROOT: the hypervisor as /boot/xen, unpacked: it starts from the ELF
-# file in it.
-fetch_xen() {
-    local at=$1
-    # shellcheck disable=SC2016 # expanded by the inner shell
-    in_root "$at" sh -ec '
-        cd /var/cache/apt/archives
-        apt-get download "$1"
-        dpkg-deb --fsys-tarfile "$1"_*.deb | tar -x -C / --keep-directory-symlink --wildcards "./boot/xen-*.gz"
-        gzip -dc /boot/xen-*.gz >/boot/xen' sh "$xen_package"
-    test -s "$at/boot/xen"
 }
 
 # debian_version NAME: the release of a Debian guest's kernel.

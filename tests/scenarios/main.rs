@@ -33,4 +33,3 @@ mod test_device;
 mod topologies;
 mod vfio;
 mod viommu;
-mod xen;

@@ -17,18 +17,9 @@ pub(crate) struct GuestImage {
     pub(crate) initramfs: PathBuf,
 }
 
-/// The hypervisor called `name`, which has no initramfs of its own.
-pub(crate) fn hypervisor(name: &str) -> PathBuf {
-    existing(guest_folder(name).join("kernel"))
-}
-
-fn guest_folder(name: &str) -> PathBuf {
-    named("RAVELIN_GUESTS", "the folder of guests, as scripts/lab makes it").join(name)
-}
-
 /// The guest called `name`.
 pub(crate) fn guest(name: &str) -> GuestImage {
-    let folder = guest_folder(name);
+    let folder = named("RAVELIN_GUESTS", "the folder of guests, as scripts/lab makes it").join(name);
     GuestImage {
         kernel: existing(folder.join("kernel")),
         initramfs: existing(folder.join("initramfs")),
