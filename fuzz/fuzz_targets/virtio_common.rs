@@ -352,7 +352,10 @@ fuzz_target!(|input: &[u8]| {
                     assert_eq!(status(&function) & BROKEN, BROKEN);
                 }
             }
-            Step::BusMaster { enabled } => messages.requester().set_bus_master(enabled),
+            Step::BusMaster { enabled } => {
+                function.bus_mastering(enabled);
+                messages.requester().set_bus_master(enabled);
+            }
             Step::Move { to } => {
                 function.bar_moved(0, to.map(Gpa));
                 let there = doorbells.0.load(Ordering::Relaxed);

@@ -93,8 +93,8 @@ pub trait Function: Send + Sync {
 
     /// Whether the function may issue requests and messages: its own Bus Master Enable, and that of every port above.
     ///
-    /// The requester says the same from here on; this is for functions whose requests do not pass it. Called as
-    /// [`Function::bar_moved`] is, whenever it may have changed.
+    /// For functions that work by themselves: before the requester may no longer issue requests, and after it may
+    /// again. Called as [`Function::bar_moved`] is, whenever it may have changed.
     fn bus_mastering(&self, allowed: bool) {
         let _ = allowed;
     }

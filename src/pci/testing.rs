@@ -161,6 +161,8 @@ impl Drop for RouteHandle {
 pub enum Event {
     /// A BAR answers elsewhere, or nowhere.
     Moved(u8, Option<Gpa>),
+    /// It may issue requests, or no longer; and what its requester said at that moment.
+    Mastering(bool, bool),
     /// A BAR was written: which, where, what.
     Written(u8, u64, Vec<u8>),
     /// It was reset.
@@ -171,6 +173,7 @@ pub enum Event {
 pub struct Probe {
     name: String,
     endpoint: Endpoint,
+    mastering: AtomicBool,
     events: Mutex<Vec<Event>>,
 }
 
@@ -189,6 +192,7 @@ impl Probe {
         Arc::new(Self {
             name: node.name.clone(),
             endpoint: Endpoint::new(config, Arc::default()),
+            mastering: AtomicBool::new(false),
             events: Mutex::default(),
         })
     }
@@ -221,6 +225,11 @@ impl Function for Probe {
     }
     fn command(&self) -> Command {
         self.endpoint.command()
+    }
+    fn bus_mastering(&self, allowed: bool) {
+        if self.mastering.swap(allowed, Ordering::Relaxed) != allowed {
+            self.note(Event::Mastering(allowed, self.requester().bus_master()));
+        }
     }
     fn bar_read(&self, bar: u8, _offset: u64, data: &mut [u8]) {
         data.fill(bar);

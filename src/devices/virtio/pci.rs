@@ -123,11 +123,35 @@ pub struct VirtioPci {
     kicks: Vec<Arc<EventFd>>,
     attached: Mutex<Vec<Box<dyn Doorbell>>>,
     lines: Arc<Lines>,
-    /// The threads, while the driver runs.
-    life: Mutex<Option<Workers>>,
+    life: Mutex<Life>,
     registers: Mutex<Registers>,
     /// The dword of configuration space behind which the BAR shows (4.1.4.9), and where in the BAR.
     window: u16,
+}
+
+/// The threads, and what may keep them waiting.
+#[derive(Default)]
+struct Life {
+    /// There while the driver runs.
+    workers: Option<Workers>,
+    /// The machine is paused.
+    paused: bool,
+    /// Requests get anywhere. A driver may put the function to sleep with its queues running; the threads wait
+    /// then, as a queue out of reach would count as broken.
+    bus_master: bool,
+}
+
+impl Life {
+    /// Let the threads work or wait, whatever holds at present. When they shall wait, none works any more on return.
+    fn settle(&self) {
+        if let Some(workers) = &self.workers {
+            if self.bus_master && !self.paused {
+                workers.resume();
+            } else {
+                workers.pause();
+            }
+        }
+    }
 }
 
 impl VirtioPci {
@@ -194,19 +218,19 @@ impl VirtioPci {
 
     /// Return once no thread touches guest memory any more; requests wait. For the machine's pause.
     pub fn pause(&self) {
-        if let Some(workers) = &*self.life() {
-            workers.pause();
-        }
+        let mut life = self.life();
+        life.paused = true;
+        life.settle();
     }
 
     /// Go on after [`Self::pause`].
     pub fn resume(&self) {
-        if let Some(workers) = &*self.life() {
-            workers.resume();
-        }
+        let mut life = self.life();
+        life.paused = false;
+        life.settle();
     }
 
-    fn life(&self) -> MutexGuard<'_, Option<Workers>> {
+    fn life(&self) -> MutexGuard<'_, Life> {
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -244,9 +268,12 @@ impl VirtioPci {
             let registers = self.registers();
             (registers.running(), registers.features(), registers.layouts())
         };
-        if running && life.is_none() {
+        if running && life.workers.is_none() {
             match self.start(features, layouts) {
-                Ok(workers) => *life = Some(workers),
+                Ok(workers) => {
+                    life.workers = Some(workers);
+                    life.settle();
+                }
                 Err(error) => {
                     tracing::error!(
                         device = self.device.name(),
@@ -254,7 +281,7 @@ impl VirtioPci {
                         "the device cannot start"
                     );
                     // The failed start leaves no thread; the driver resets before it tries again.
-                    *life = Some(Workers::none());
+                    life.workers = Some(Workers::none());
                     self.lines.needs_reset();
                 }
             }
@@ -262,8 +289,8 @@ impl VirtioPci {
     }
 
     /// Stop the threads and forget everything about the driver but its registers.
-    fn stop(&self, life: &mut Option<Workers>) {
-        if life.take().is_some() {
+    fn stop(&self, life: &mut Life) {
+        if life.workers.take().is_some() {
             self.device.reset();
         }
         self.lines.reset();
@@ -273,6 +300,7 @@ impl VirtioPci {
         }
     }
 
+    /// The threads for a driver that wants queues at `layouts`; they wait to be let go.
     fn start(
         &self,
         features: Features,
@@ -392,6 +420,14 @@ impl Function for VirtioPci {
 
     fn command(&self) -> Command {
         self.endpoint.command()
+    }
+
+    fn bus_mastering(&self, allowed: bool) {
+        let mut life = self.life();
+        if life.bus_master != allowed {
+            life.bus_master = allowed;
+            life.settle();
+        }
     }
 
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {

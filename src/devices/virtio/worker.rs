@@ -23,7 +23,7 @@ pub trait Service: Send {
         Vec::new()
     }
 
-    /// Work for a bounded time on what `woken` names. The first turn names everything.
+    /// Work for a bounded time on what `woken` names. The first turn, and the first after a pause, names everything.
     fn turn(&mut self, woken: Woken, dma: &Dma, queues: &mut [ServedQueue]) -> Result<Turn, Broken>;
 }
 
@@ -246,7 +246,7 @@ struct Worker {
 }
 
 impl Workers {
-    /// Start a thread for each of `units`. On an error none is left running.
+    /// Start a thread for each of `units`; they wait for [`Self::resume`]. On an error none is left running.
     pub fn start(units: Vec<Unit>, dma: &Dma, interrupts: &Arc<dyn Interrupts>) -> Result<Self, HostError> {
         let mut all = Self {
             workers: Vec::with_capacity(units.len()),
@@ -343,7 +343,13 @@ fn watch(unit: &Unit, gate: &Gate) -> io::Result<Epoll> {
 /// The thread.
 fn serve(mut unit: Unit, gate: &Gate, epoll: &Epoll, dma: &Dma, interrupts: &dyn Interrupts) {
     let mut woken = Woken::ALL;
-    while gate.pass() {
+    loop {
+        match gate.pass() {
+            Passage::Open => {}
+            // A driver that rang while the function was asleep rang in vain, and may never ring again.
+            Passage::Waited => woken = Woken::ALL,
+            Passage::Stop => return,
+        }
         let turn = match unit.service.turn(woken, dma, &mut unit.queues) {
             Ok(turn) => turn,
             Err(broken) => {
@@ -405,6 +411,17 @@ enum Order {
     Stop,
 }
 
+/// How a thread came through its gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Passage {
+    /// At once.
+    Open,
+    /// After a pause, the one that threads begin with included.
+    Waited,
+    /// It shall end.
+    Stop,
+}
+
 /// Where a thread stops between turns.
 struct Gate {
     /// The order is not `Run`: a look at this spares the lock.
@@ -422,9 +439,9 @@ struct State {
 impl Gate {
     fn new() -> io::Result<Self> {
         Ok(Self {
-            closed: AtomicBool::new(false),
+            closed: AtomicBool::new(true),
             state: Mutex::new(State {
-                order: Order::Run,
+                order: Order::Pause,
                 parked: false,
             }),
             changed: Condvar::new(),
@@ -440,9 +457,12 @@ impl Gate {
         self.state().order = order;
         self.closed.store(order != Order::Run, Ordering::Release);
         self.changed.notify_all();
-        self.wake
-            .write(1)
-            .expect("one more on an eventfd that is read long before it overflows");
+        // A thread that may work on need not leave its sleep for that.
+        if order != Order::Run {
+            self.wake
+                .write(1)
+                .expect("one more on an eventfd that is read long before it overflows");
+        }
     }
 
     fn await_parked(&self) {
@@ -452,9 +472,15 @@ impl Gate {
         }
     }
 
-    /// The thread's side: wait while paused; `false` when it shall end.
-    fn pass(&self) -> bool {
-        !self.closed.load(Ordering::Acquire) || self.park(|order| order == Order::Pause)
+    /// The thread's side: wait while paused.
+    fn pass(&self) -> Passage {
+        if !self.closed.load(Ordering::Acquire) {
+            Passage::Open
+        } else if self.park(|order| order == Order::Pause) {
+            Passage::Waited
+        } else {
+            Passage::Stop
+        }
     }
 
     /// The thread's side, after its queues broke: wait for the end.

@@ -77,6 +77,7 @@ impl Decoding {
     /// Look at the functions at `places` anew: what they answer, and which requests of theirs get anywhere.
     pub(super) fn refresh(&mut self, topology: &Topology, places: Range<usize>) {
         let mut wanted = Vec::new();
+        let mut masters = Vec::new();
         let mut released = false;
         let Some(first) = topology.places.get(places.start) else {
             return;
@@ -94,9 +95,14 @@ impl Decoding {
             let command = function.command() & above;
             let bus_master = command.contains(Command::BUS_MASTER);
             let requester = function.requester();
-            requester.set_bus_master(bus_master);
             requester.block_prefixes(blocked);
-            function.bus_mastering(bus_master);
+            if bus_master {
+                masters.push(function);
+            } else {
+                // What is under way ends while it still gets anywhere.
+                function.bus_mastering(false);
+                requester.set_bus_master(false);
+            }
             let windows = &topology.roots[topology.buses[place.bus].root].windows;
             let slots = &mut self.bars[index];
             slots.resize_with(function.bars().len(), Slot::default);
@@ -116,6 +122,11 @@ impl Decoding {
         }
         if released {
             self.retry(topology);
+        }
+        // The BARs answer already when a function interrupts: the driver may be quick on another processor.
+        for function in masters {
+            function.requester().set_bus_master(true);
+            function.bus_mastering(true);
         }
     }
 

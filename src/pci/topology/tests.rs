@@ -338,7 +338,12 @@ fn a_secondary_bus_reset_resets_and_hides_all_that_is_behind() {
     let events = machine.probe("far0").events();
     assert_eq!(
         events,
-        [Event::Reset, Event::Moved(0, None), Event::Moved(2, None)]
+        [
+            Event::Reset,
+            Event::Mastering(false, true),
+            Event::Moved(0, None),
+            Event::Moved(2, None)
+        ]
     );
     machine.write(rp1, CONTROL, 0);
     assert_eq!(machine.read(at(&machine, "up"), BUSES), 0);
@@ -398,6 +403,41 @@ fn a_sleeping_function_answers_configuration_only() {
     assert_eq!(machine.read(near, 0), 0x5678_1234);
     machine.write(near, 0x11, 0);
     assert_eq!(machine.answer(address(&machine, "near", 0)), Some(0));
+}
+
+// Its driver may be interrupted on another processor before the write that wakes it has returned.
+#[test]
+fn a_function_issues_requests_only_while_it_answers() {
+    let machine = machine();
+    machine.enable();
+    let (flat, bars) = (
+        at(&machine, "flat"),
+        [0, 2].map(|bar| address(&machine, "flat", bar)),
+    );
+    let [first, second] = bars.map(|at| Some(Gpa(at)));
+    machine.probe("flat").events();
+    machine.write(flat, COMMAND, 0);
+    machine.write(flat, COMMAND, 7);
+    let events = machine.probe("flat").events();
+    assert_eq!(
+        events,
+        [
+            Event::Mastering(false, true),
+            Event::Moved(0, None),
+            Event::Moved(2, None),
+            Event::Moved(0, first),
+            Event::Moved(2, second),
+            Event::Mastering(true, true),
+        ]
+    );
+    let requester = machine
+        .topology
+        .function(0, flat)
+        .expect("there")
+        .requester()
+        .clone();
+    machine.write(flat, COMMAND, 3);
+    assert!(!requester.bus_master());
 }
 
 #[test]
