@@ -59,6 +59,9 @@ pub(super) enum Command {
         /// Print the plan as JSON
         #[arg(long)]
         json: bool,
+        /// Plan for the host whose sysfs and /dev are below this folder: a recorded host
+        #[arg(long, value_name = "FOLDER", default_value = "/")]
+        host_root: PathBuf,
     },
     /// Print the guest's PCI tree with bus numbers, windows, BARs and interrupts
     Topology {
@@ -70,6 +73,9 @@ pub(super) enum Command {
         /// Print it as JSON
         #[arg(long)]
         json: bool,
+        /// Plan for the host whose sysfs and /dev are below this folder: a recorded host
+        #[arg(long, value_name = "FOLDER", default_value = "/")]
+        host_root: PathBuf,
     },
     /// Print what this host offers: KVM, IOMMUs, groups, drivers, and what is missing for each mode
     Host {
@@ -78,7 +84,7 @@ pub(super) enum Command {
         json: bool,
         /// Read sysfs, /proc and /dev below this folder: a recorded host
         #[arg(long, value_name = "FOLDER", default_value = "/")]
-        root: PathBuf,
+        host_root: PathBuf,
     },
     /// Print completions for a shell
     Completions {

@@ -31,6 +31,10 @@ pub(super) fn text(report: &HostReport) -> String {
     for group in &report.groups {
         lines.extend(self::group(group));
     }
+    if !report.ungrouped.is_empty() {
+        lines.push(row("no group", "no IOMMU translates for these"));
+        lines.extend(report.ungrouped.iter().flat_map(function));
+    }
     lines.push(String::new());
     for mode in &report.modes {
         lines.extend(self::mode(mode));
@@ -78,11 +82,12 @@ fn iommu(iommu: &HostIommu) -> String {
 fn group(group: &IommuGroup) -> Vec<String> {
     let domain = group.domain.as_deref().unwrap_or("unknown");
     let head = row(&format!("group {}", group.number), &format!("domain {domain}"));
-    let functions = group.functions.iter().map(function);
+    let functions = group.functions.iter().flat_map(function);
     std::iter::once(head).chain(functions).collect()
 }
 
-fn function(function: &HostFunction) -> String {
+/// What it is, and below that whether a guest can have it.
+fn function(function: &HostFunction) -> [String; 2] {
     let id = |id: Option<u16>| id.map_or_else(|| "????".to_owned(), |id| format!("{id:04x}"));
     let class = function
         .class
@@ -103,7 +108,25 @@ fn function(function: &HostFunction) -> String {
     if let Some((now, most)) = function.virtual_functions {
         text.push_str(&format!(", {now} of {most} virtual functions"));
     }
-    row("", &text)
+    [row("", &text), row("", &format!("  {}", passing(function)))]
+}
+
+fn passing(function: &HostFunction) -> String {
+    let why = match &function.passable {
+        Ok(()) => None,
+        Err(why) => Some(format!("cannot be passed now: {why}")),
+    };
+    let resets = match function.resets.join(", ") {
+        none if none.is_empty() => "no reset".to_owned(),
+        methods => format!("resets: {methods}"),
+    };
+    let node = function.node.as_ref().map(|node| node.display().to_string());
+    let verdict = why.unwrap_or_else(|| "can be passed now".to_owned());
+    [Some(resets), node, Some(verdict)]
+        .into_iter()
+        .flatten()
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 fn mode(mode: &Mode) -> Vec<String> {

@@ -64,24 +64,33 @@ pub(crate) fn run(started: Instant) -> Result<u8, Failure> {
     })?;
     match &arguments.command {
         Command::Run(run) => run_machine(run, started),
-        Command::Check { machine, json } => {
-            let plan = checked(machine)?;
+        Command::Check {
+            machine,
+            json,
+            host_root,
+        } => {
+            let plan = checked(machine, &HostFunctions::below(host_root))?;
             print(&if *json {
                 pretty(&plan)?
             } else {
                 plan_text::text(&plan)
             })
         }
-        Command::Topology { machine, dot, json } => {
-            let plan = Plan::resolve(&machine.load()?)?;
+        Command::Topology {
+            machine,
+            dot,
+            json,
+            host_root,
+        } => {
+            let plan = Plan::resolve_on(&machine.load()?, &HostFunctions::below(host_root))?;
             print(&match (dot, json) {
                 (true, _) => topology::dot(&plan),
                 (false, true) => pretty(&plan.pci)?,
                 (false, false) => topology::tree(&plan),
             })
         }
-        Command::Host { json, root } => {
-            let report = HostReport::read(root, &Probed::here());
+        Command::Host { json, host_root } => {
+            let report = HostReport::read(host_root, &Probed::here());
             print(&if *json {
                 pretty(&report)?
             } else {
@@ -93,17 +102,17 @@ pub(crate) fn run(started: Instant) -> Result<u8, Failure> {
     }
 }
 
-/// The plan of a machine whose files can be used.
-fn checked(machine: &MachineArguments) -> Result<Plan, Failure> {
+/// The plan of a machine whose files, and whose functions of `host`, can be used.
+fn checked(machine: &MachineArguments, host: &HostFunctions) -> Result<Plan, Failure> {
     let config = machine.load()?;
-    let plan = Plan::resolve(&config)?;
+    let plan = Plan::resolve_on(&config, host)?;
     images::check(&config)?;
-    host_functions::check(&config, &HostFunctions::here())?;
+    host_functions::check(&config, host)?;
     Ok(plan)
 }
 
 fn run_machine(run: &RunArguments, started: Instant) -> Result<u8, Failure> {
-    let plan = checked(&run.machine)?;
+    let plan = checked(&run.machine, &HostFunctions::here())?;
     if plan.boot.is_none() {
         let problem = "no kernel was named; say --kernel FILE, or `kernel` in the machine file";
         return Err(ConfigError::at(&Place::Flag("run".into()), problem).into());

@@ -31,6 +31,10 @@ pub struct Face {
     pub intx: bool,
 }
 
+/// Said of a function that has no IOMMU.
+pub const UNCONFINED: &str = "no IOMMU translates for it, so that nothing would confine it; switch the host's IOMMU on, \
+    in its firmware and with amd_iommu=on or intel_iommu=on";
+
 /// Flags of a resource (include/linux/ioport.h).
 const IO: u64 = 0x100;
 const MEMORY: u64 = 0x200;
@@ -59,13 +63,19 @@ impl HostFunctions {
         }
     }
 
+    /// Where a path of the host is here.
+    fn found(&self, path: &Path) -> PathBuf {
+        self.root.join(path.strip_prefix("/").unwrap_or(path))
+    }
+
     fn folder(&self, at: Sbdf) -> PathBuf {
-        self.root.join(format!("sys/bus/pci/devices/{at}"))
+        self.found(&folder(at))
     }
 
     /// How the function at `at` shows itself; else what is wrong with it.
     pub fn face(&self, at: Sbdf) -> Result<Face, String> {
-        let folder = self.folder(at);
+        let own = folder(at);
+        let folder = self.found(&own);
         if !folder.exists() {
             return Err("this host has no function there; `lspci -D` lists those it has".to_owned());
         }
@@ -73,7 +83,7 @@ impl HostFunctions {
             let text = fs::read_to_string(folder.join(name)).ok()?;
             u32::from_str_radix(text.trim().trim_start_matches("0x"), 16).ok()
         };
-        let unreadable = |name: &str| format!("{} cannot be read", folder.join(name).display());
+        let unreadable = |name: &str| format!("{} cannot be read", own.join(name).display());
         let short = |name: &str| {
             let value = number(name).and_then(|value| u16::try_from(value).ok());
             value.ok_or_else(|| unreadable(name))
@@ -105,23 +115,37 @@ impl HostFunctions {
         })
     }
 
-    /// The VFIO device node of the function at `at`, if it has one.
+    /// The VFIO device node of the function at `at`, if it has one, as the host knows it.
     #[must_use]
     pub fn node(&self, at: Sbdf) -> Option<PathBuf> {
         let mut names = fs::read_dir(self.folder(at).join("vfio-dev")).ok()?.flatten();
         let name = names.next()?.file_name();
-        Some(self.root.join("dev/vfio/devices").join(name))
+        Some(Path::new("/dev/vfio/devices").join(name))
     }
 
-    /// Whether the function at `at` can be passed through now; else what is missing and what to do.
+    /// The IOMMU that translates for the function at `at`, by the kernel's name.
+    #[must_use]
+    pub fn iommu(&self, at: Sbdf) -> Option<String> {
+        link_name(&self.folder(at).join("iommu"))
+    }
+
+    /// The IOMMU group of the function at `at`: the kernel's number.
+    #[must_use]
+    pub fn iommu_group(&self, at: Sbdf) -> Option<String> {
+        link_name(&self.folder(at).join("iommu_group"))
+    }
+
+    /// Whether the function at `at` is one that can be passed through, and can be now; else what is wrong or missing,
+    /// and what to do.
+    pub fn passable(&self, at: Sbdf) -> Result<(), String> {
+        self.face(at).and_then(|_| self.usable(at))
+    }
+
+    /// Whether nothing is in the way of passing the function at `at` through now; else what is missing and what to do.
     fn usable(&self, at: Sbdf) -> Result<(), String> {
         let folder = self.folder(at);
-        let Some(group) = link_name(&folder.join("iommu_group")) else {
-            return Err(
-                "no IOMMU translates for it, so that nothing would confine it; switch the host's IOMMU on, in its \
-                 firmware and with amd_iommu=on or intel_iommu=on"
-                    .to_owned(),
-            );
+        let Some(group) = self.iommu_group(at) else {
+            return Err(UNCONFINED.to_owned());
         };
         let Some(node) = self.node(at) else {
             return Err(format!(
@@ -139,9 +163,9 @@ impl HostFunctions {
                 ));
             }
         }
-        let iommufd = self.root.join(iommufd::NODE.trim_start_matches('/'));
+        let iommufd = PathBuf::from(iommufd::NODE);
         for (path, module) in [(iommufd, "iommufd"), (node, "vfio-pci")] {
-            if !path.exists() {
+            if !self.found(&path).exists() {
                 return Err(format!(
                     "{} is not there; load the module {module}, of a kernel with CONFIG_IOMMUFD and \
                      CONFIG_VFIO_DEVICE_CDEV",
@@ -173,6 +197,11 @@ impl HostFunctions {
         );
         harmless || folder.join("vfio-dev").exists()
     }
+}
+
+/// Where the host tells about the function at `at`.
+fn folder(at: Sbdf) -> PathBuf {
+    PathBuf::from(format!("/sys/bus/pci/devices/{at}"))
 }
 
 /// What drives the function of `folder`, as half a sentence.
@@ -235,5 +264,7 @@ pub fn check(config: &Config, host: &HostFunctions) -> Result<(), ConfigError> {
     })
 }
 
+#[cfg(test)]
+pub(super) mod recorded;
 #[cfg(test)]
 mod tests;

@@ -1,88 +1,8 @@
 //! Recorded hosts: a NIC of two functions in one group, a bridge, and what is wrong with each.
 
-use std::os::unix::fs::symlink;
-
+use super::recorded::{NIC, SECOND, nic};
 use super::*;
 use crate::vm::plan::Plan;
-
-/// A tree that looks like a host's file systems.
-struct Recorded(tempfile::TempDir);
-
-const NIC: &str = "0000:41:00.0";
-const SECOND: &str = "0000:41:00.1";
-const NIC_RESOURCES: &str = "0x00000000fea00000 0x00000000fea1ffff 0x0000000000040200\n\
-    0x000000000000c000 0x000000000000c01f 0x0000000000040101\n\
-    0x0000000000000000 0x0000000000000000 0x0000000000000000\n\
-    0x000000c000000000 0x000000c000003fff 0x000000000014220c\n\
-    0x0000000000000000 0x0000000000000000 0x0000000000000000\n\
-    0x0000000000000000 0x0000000000000000 0x0000000000000000\n\
-    0x00000000fea20000 0x00000000fea3ffff 0x0000000000046200\n";
-
-impl Recorded {
-    fn new() -> Self {
-        Self(tempfile::tempdir().expect("a folder"))
-    }
-
-    fn file(&self, path: &str, content: impl AsRef<[u8]>) -> &Self {
-        let path = self.0.path().join(path);
-        fs::create_dir_all(path.parent().expect("below the root")).expect("made");
-        fs::write(path, content).expect("written");
-        self
-    }
-
-    fn link(&self, path: &str, target: &str) -> &Self {
-        let path = self.0.path().join(path);
-        fs::create_dir_all(path.parent().expect("below the root")).expect("made");
-        let _replaced = fs::remove_file(&path);
-        symlink(target, path).expect("linked");
-        self
-    }
-
-    fn function(&self, at: &str, class: &str, header_type: u8) -> &Self {
-        let home = format!("sys/bus/pci/devices/{at}");
-        let mut header = [0; 64];
-        header[HEADER_TYPE] = header_type;
-        header[INTERRUPT_PIN] = 1;
-        self.file(&format!("{home}/vendor"), "0x8086\n")
-            .file(&format!("{home}/device"), "0x10d3\n")
-            .file(&format!("{home}/class"), class)
-            .file(&format!("{home}/revision"), "0x02\n")
-            .file(&format!("{home}/subsystem_vendor"), "0x8086\n")
-            .file(&format!("{home}/subsystem_device"), "0xa01f\n")
-            .file(&format!("{home}/resource"), NIC_RESOURCES)
-            .file(&format!("{home}/config"), header)
-            .link(&format!("{home}/iommu_group"), "../../../kernel/iommu_groups/12")
-            .file(&format!("sys/kernel/iommu_groups/12/devices/{at}"), "")
-    }
-
-    fn bound(&self, at: &str, driver: &str) -> &Self {
-        self.link(
-            &format!("sys/bus/pci/devices/{at}/driver"),
-            &format!("../../drivers/{driver}"),
-        )
-    }
-
-    fn node(&self, at: &str, name: &str) -> &Self {
-        self.bound(at, "vfio-pci")
-            .file(&format!("sys/bus/pci/devices/{at}/vfio-dev/{name}"), "")
-            .file(&format!("dev/vfio/devices/{name}"), "")
-            .file("dev/iommu", "")
-    }
-
-    fn face(&self, at: &str) -> Result<Face, String> {
-        HostFunctions::below(self.0.path()).face(at.parse().expect("an address"))
-    }
-
-    fn usable(&self, at: &str) -> Result<(), String> {
-        HostFunctions::below(self.0.path()).usable(at.parse().expect("an address"))
-    }
-}
-
-fn nic() -> Recorded {
-    let host = Recorded::new();
-    host.function(NIC, "0x020000\n", 0x80);
-    host
-}
 
 #[test]
 fn a_function_is_what_sysfs_says() {
@@ -220,25 +140,20 @@ fn the_function_of_the_group_that_is_in_the_way_is_named_with_its_driver() {
 fn without_an_iommu_or_a_node_nothing_is_passed() {
     let host = nic();
     host.node(NIC, "vfio0");
-    fs::remove_file(host.0.path().join("dev/iommu")).expect("there");
+    fs::remove_file(host.root().join("dev/iommu")).expect("there");
     let text = host.usable(NIC).expect_err("no iommufd");
     assert!(
         text.contains("dev/iommu is not there; load the module iommufd"),
         "{text}"
     );
     host.file("dev/iommu", "");
-    fs::remove_file(host.0.path().join("dev/vfio/devices/vfio0")).expect("there");
+    fs::remove_file(host.root().join("dev/vfio/devices/vfio0")).expect("there");
     let text = host.usable(NIC).expect_err("no node");
     assert!(
         text.contains("vfio0 is not there; load the module vfio-pci"),
         "{text}"
     );
-    fs::remove_file(
-        host.0
-            .path()
-            .join(format!("sys/bus/pci/devices/{NIC}/iommu_group")),
-    )
-    .expect("there");
+    fs::remove_file(host.root().join(format!("sys/bus/pci/devices/{NIC}/iommu_group"))).expect("there");
     assert!(
         host.usable(NIC)
             .expect_err("no IOMMU")
@@ -250,7 +165,7 @@ fn without_an_iommu_or_a_node_nothing_is_passed() {
 fn planned(text: &str) -> Result<Plan, String> {
     let config = Config::parse(Path::new("m.toml"), text).expect("a machine file");
     let host = nic();
-    Plan::resolve_on(&config, &HostFunctions::below(host.0.path())).map_err(|error| error.to_string())
+    Plan::resolve_on(&config, &HostFunctions::below(host.root())).map_err(|error| error.to_string())
 }
 
 #[test]

@@ -9,7 +9,7 @@ mod sysfs;
 #[cfg(test)]
 mod tests;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::process::{Resource, getrlimit};
 use serde::{Serialize, Serializer};
@@ -39,6 +39,8 @@ pub struct HostReport {
     pub iommus: Vec<HostIommu>,
     /// In the order of their numbers.
     pub groups: Vec<IommuGroup>,
+    /// The functions in no group, ascending: nothing confines what they access.
+    pub ungrouped: Vec<HostFunction>,
     /// Each way of serving a guest, and what it lacks.
     pub modes: Vec<Mode>,
 }
@@ -187,6 +189,12 @@ pub struct HostFunction {
     pub numa_node: Option<u32>,
     /// How many virtual functions it has, and how many it can have.
     pub virtual_functions: Option<(u32, u32)>,
+    /// How the kernel can reset it without others, in the order in which it tries.
+    pub resets: Vec<String>,
+    /// Its VFIO device node, from when it is bound to a driver of VFIO's.
+    pub node: Option<PathBuf>,
+    /// Whether it can be passed through now, or why not and what to do.
+    pub passable: Result<(), String>,
 }
 
 impl HostReport {
@@ -195,6 +203,7 @@ impl HostReport {
     pub fn read(root: &Path, probed: &Probed) -> Self {
         let host = sysfs::Host::new(root);
         let (module, nested) = host.kvm_module();
+        let (groups, ungrouped) = host.functions();
         let mut report = Self {
             processor: host.processor(),
             kvm: KvmReport {
@@ -207,7 +216,8 @@ impl HostReport {
             vfio_pci: host.exists("sys/bus/pci/drivers/vfio-pci"),
             memlock: probed.memlock,
             iommus: host.iommus(),
-            groups: host.groups(),
+            groups,
+            ungrouped,
             modes: Vec::new(),
         };
         report.modes = modes::judge(&report);

@@ -26,9 +26,9 @@ pub struct Mode {
 pub(super) fn judge(host: &HostReport) -> Vec<Mode> {
     let mut passing = machine(host);
     passing.extend(passthrough(host));
-    passing.push(NOT_BUILT.to_owned());
-    let mut hardware = machine(host);
-    hardware.extend(passthrough(host));
+    let mut shadowed = passing.clone();
+    shadowed.push(NOT_BUILT.to_owned());
+    let mut hardware = passing.clone();
     hardware.extend(hardware_unit(host));
     hardware.push(NOT_BUILT.to_owned());
     let mut modelled = machine(host);
@@ -40,9 +40,19 @@ pub(super) fn judge(host: &HostReport) -> Vec<Mode> {
             missing: machine(host),
         },
         Mode {
-            name: "emulated",
-            gives: "an emulated IOMMU, also for passed-through functions",
+            name: "passed",
+            gives: "functions of the host, without an IOMMU of the guest",
             missing: passing,
+        },
+        Mode {
+            name: "emulated",
+            gives: "an emulated IOMMU before emulated devices",
+            missing: machine(host),
+        },
+        Mode {
+            name: "shadowed",
+            gives: "an emulated IOMMU before functions of the host",
+            missing: shadowed,
         },
         Mode {
             name: "hw",
@@ -76,8 +86,8 @@ fn passthrough(host: &HostReport) -> Vec<String> {
             "an IOMMU: none is in use; look for it in the firmware's settings and the kernel's command line",
         ),
         (
-            !host.iommufd && !host.vfio_groups,
-            "/dev/iommu or /dev/vfio/vfio: load iommufd or vfio, and vfio-pci",
+            !host.iommufd,
+            "/dev/iommu: load iommufd, of a kernel with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV",
         ),
         (!host.vfio_pci, "the driver vfio-pci: load it"),
         (!bound, "a function bound to vfio-pci: none is"),

@@ -5,18 +5,21 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::platform::addr::Sbdf;
+use crate::vm::host_functions::HostFunctions;
 
 use super::{HostFunction, HostIommu, IommuGroup, IommuKind};
 
 /// A host's file systems.
 pub(super) struct Host {
     root: PathBuf,
+    passing: HostFunctions,
 }
 
 impl Host {
     pub(super) fn new(root: &Path) -> Self {
         Self {
             root: root.to_owned(),
+            passing: HostFunctions::below(root),
         }
     }
 
@@ -55,16 +58,22 @@ impl Host {
             .collect()
     }
 
-    pub(super) fn groups(&self) -> Vec<IommuGroup> {
+    /// The groups, and the functions that are in none: those that no IOMMU translates for.
+    pub(super) fn functions(&self) -> (Vec<IommuGroup>, Vec<HostFunction>) {
         let mut groups: BTreeMap<u32, Vec<HostFunction>> = BTreeMap::new();
+        let mut ungrouped = Vec::new();
         let devices = self.path("sys/bus/pci/devices");
         for name in names(&devices) {
             let path = devices.join(&name);
+            let Ok(address) = name.parse() else { continue };
             let group = link_name(&path.join("iommu_group")).and_then(|number| number.parse().ok());
-            if let (Ok(address), Some(group)) = (name.parse(), group) {
-                groups.entry(group).or_default().push(function(&path, address));
-            }
+            let list = match group {
+                Some(group) => groups.entry(group).or_default(),
+                None => &mut ungrouped,
+            };
+            list.push(self.function(&path, address));
         }
+        ungrouped.sort_by_key(|function| function.address);
         let with_domain = groups.into_iter().map(|(number, mut functions)| {
             functions.sort_by_key(|function| function.address);
             IommuGroup {
@@ -73,7 +82,27 @@ impl Host {
                 functions,
             }
         });
-        with_domain.collect()
+        (with_domain.collect(), ungrouped)
+    }
+
+    fn function(&self, path: &Path, address: Sbdf) -> HostFunction {
+        let register = |name: &str| word(&path.join(name)).and_then(|text| hex(&text));
+        let count = |name: &str| word(&path.join(name)).and_then(|text| text.parse().ok());
+        let resets = word(&path.join("reset_method")).unwrap_or_default();
+        HostFunction {
+            address,
+            vendor: register("vendor").and_then(|value| u16::try_from(value).ok()),
+            device: register("device").and_then(|value| u16::try_from(value).ok()),
+            class: register("class").and_then(|value| u32::try_from(value).ok()),
+            driver: link_name(&path.join("driver")),
+            iommu: link_name(&path.join("iommu")),
+            // -1 says that no node is closer than another.
+            numa_node: count("numa_node"),
+            virtual_functions: count("sriov_numvfs").zip(count("sriov_totalvfs")),
+            resets: resets.split_whitespace().map(str::to_owned).collect(),
+            node: self.passing.node(address),
+            passable: self.passing.passable(address),
+        }
     }
 }
 
@@ -112,22 +141,6 @@ fn kind(path: &Path) -> IommuKind {
     match (cap, ecap) {
         (Some(cap), Some(ecap)) => IommuKind::Intel { cap, ecap },
         _ => IommuKind::Other,
-    }
-}
-
-fn function(path: &Path, address: Sbdf) -> HostFunction {
-    let register = |name: &str| word(&path.join(name)).and_then(|text| hex(&text));
-    let count = |name: &str| word(&path.join(name)).and_then(|text| text.parse().ok());
-    HostFunction {
-        address,
-        vendor: register("vendor").and_then(|value| u16::try_from(value).ok()),
-        device: register("device").and_then(|value| u16::try_from(value).ok()),
-        class: register("class").and_then(|value| u32::try_from(value).ok()),
-        driver: link_name(&path.join("driver")),
-        iommu: link_name(&path.join("iommu")),
-        // -1 says that no node is closer than another.
-        numa_node: count("numa_node"),
-        virtual_functions: count("sriov_numvfs").zip(count("sriov_totalvfs")),
     }
 }
 

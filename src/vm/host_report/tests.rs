@@ -169,6 +169,36 @@ fn groups_hold_their_functions_with_drivers() {
 }
 
 #[test]
+fn a_function_has_its_resets_in_the_kernels_order_and_its_node() {
+    let host = server();
+    let home = "sys/bus/pci/devices/0000:01:00.1";
+    host.file(&format!("{home}/reset_method"), "flr bus\n")
+        .file(&format!("{home}/vfio-dev/vfio3"), "");
+    let report = host.read(&usable());
+    let [first, second] = &report.groups[1].functions[..] else {
+        panic!("two functions")
+    };
+    assert_eq!((first.resets.len(), &first.node), (0, &None));
+    assert_eq!(second.resets, ["flr", "bus"]);
+    assert_eq!(second.node.as_deref(), Some(Path::new("/dev/vfio/devices/vfio3")));
+}
+
+#[test]
+fn a_function_that_no_iommu_translates_for_is_reported_and_cannot_be_passed() {
+    let host = server();
+    let home = "sys/bus/pci/devices/0000:03:00.0";
+    host.file(&format!("{home}/vendor"), "0x1af4\n")
+        .file(&format!("{home}/device"), "0x1000\n")
+        .file(&format!("{home}/class"), "0x020000\n")
+        .file(&format!("{home}/config"), &"\0".repeat(64))
+        .file(&format!("{home}/resource"), "");
+    let report = host.read(&usable());
+    assert_eq!(report.ungrouped.len(), 1);
+    let why = report.ungrouped[0].passable.as_ref().expect_err("unconfined");
+    assert!(why.starts_with("no IOMMU translates for it"), "{why}");
+}
+
+#[test]
 fn the_machine_itself_is_known() {
     let report = server().read(&usable());
     assert_eq!(
@@ -186,7 +216,10 @@ fn the_machine_itself_is_known() {
 fn a_host_that_has_everything_lacks_only_the_code() {
     let report = server().read(&usable());
     assert_eq!(missing(&report, "machine"), "");
-    for mode in ["emulated", "hw", "sim"] {
+    for mode in ["passed", "emulated"] {
+        assert_eq!(missing(&report, mode), "", "{mode}");
+    }
+    for mode in ["shadowed", "hw", "sim"] {
         assert_eq!(
             missing(&report, mode),
             "a version of Ravelin that has it: this one does not",
@@ -207,7 +240,7 @@ fn a_host_without_anything_is_told_everything_that_is_missing() {
     for part in [
         "KVM:",
         "an IOMMU: none",
-        "/dev/iommu or",
+        "/dev/iommu:",
         "the driver vfio-pci",
         "bound to vfio-pci",
         "it is 8 MiB",
