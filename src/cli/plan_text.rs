@@ -34,6 +34,10 @@ pub(super) fn text(plan: &Plan) -> String {
     for viommu in &plan.viommus {
         lines.push(row(&viommu.name, &self::viommu(viommu)));
         lines.push(row("", &format!("covers {}", viommu.covers.join(", "))));
+        if !viommu.stands_for.is_empty() {
+            let host = viommu.stands_for.join(" and ");
+            lines.push(row("", &format!("stands for {host} of the host")));
+        }
     }
     lines.push(String::new());
     lines.join("\n") + "\n" + &topology::tree(plan)

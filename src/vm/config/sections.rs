@@ -240,7 +240,8 @@ section! {
         mode = "mode": Option<ViommuMode>,
         /// What it is called (default iommu0, iommu1, ...).
         id = "id": Option<Name>,
-        /// The root complex it covers, which has no other (default: the first).
+        /// The root complex it covers, which has no other (default: the first; with auto, and functions of the host
+        /// that say no place, one for each IOMMU of the host that serves them).
         on = "on": Option<Name>,
         /// Whether interrupts reach APIC IDs above 255 (default on).
         xt = "xt": Option<Switch>,
@@ -270,7 +271,8 @@ section! {
         id = "id": Option<Name>,
         /// The vIOMMU it is behind; not built in this version.
         viommu = "viommu": Option<Name>,
-        /// The port it is behind; without port and on, the first root complex.
+        /// The port it is behind; without port, on and slot, the first root complex, or a port of its own where a viommu
+        /// with auto mirrors the host.
         port = "port": Option<Name>,
         /// The root complex it is integrated into.
         on = "on": Option<Name>,

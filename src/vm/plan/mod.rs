@@ -199,6 +199,8 @@ pub struct ViommuPlan {
     pub buses: RangeInclusive<u8>,
     /// The functions it covers, by name, in the order of the tree.
     pub covers: Vec<String>,
+    /// The IOMMUs of the host, by the kernel's names, that serve the host's functions among those.
+    pub stands_for: Vec<String>,
     /// What it offers; the same for all of a machine.
     pub offer: ViommuOffer,
     /// Whether the IOAPIC's messages pass it.

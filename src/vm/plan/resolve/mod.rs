@@ -4,9 +4,11 @@
 //! same configuration gives the same plan. Whatever cannot be is an error that names the key, where it
 //! was said, and what could be.
 
+mod confine;
 mod cpus;
 mod devices;
 mod memory;
+mod mirror;
 mod names;
 #[cfg(test)]
 mod tests;
@@ -20,9 +22,7 @@ use crate::vm::config::sections::{Memory, RootComplex};
 use crate::vm::host_functions::HostFunctions;
 use crate::vm::layout::{self, LayoutError};
 
-use super::{
-    BoardPlan, BootModule, BootPlan, BootProtocol, CharBackend, DeviceKind, OnReboot, Plan, ViommuPlan,
-};
+use super::{BoardPlan, BootModule, BootPlan, BootProtocol, CharBackend, DeviceKind, OnReboot, Plan};
 
 use names::Names;
 
@@ -34,49 +34,37 @@ impl Plan {
 
     /// Decide the machine that `config` asks for; functions to be passed through are those of `host`.
     pub fn resolve_on(config: &Config, host: &HostFunctions) -> Result<Self, ConfigError> {
-        let cpus = cpus::resolve(config.cpus.as_ref())?;
-        let mut names = Names::default();
-        let names_of = topology::name_all(config, &mut names)?;
-        let (devices, endpoints) = devices::resolve(config, &names_of, &cpus, host)?;
-        let spec = topology::specify(config, &names_of, &names, endpoints)?;
-        let size = memory::size(config.memory.as_ref())?;
-        let mapped = layout::map(size, &spec).map_err(|error| blame(&error, config, &names))?;
-        let viommus = viommus::resolve(config, &mapped, &cpus)?;
-        refuse_unconfined(config, &names_of.vfio_devices, &viommus)?;
-        let serial = serial(config, &devices)?;
-        Ok(Self {
-            cpus,
-            memory: memory::resolve(config.memory.as_ref(), size, mapped.ram)?,
-            layout: mapped.layout,
-            pci: mapped.pci,
-            devices,
-            viommus,
-            boot: boot(config)?,
-            serial,
-            board: board(config),
-        })
+        let config = mirror::mirrored(config, host)?;
+        let plan = decide(&config, host)?;
+        confine::refuse_unconfined(&config, &plan)?;
+        Ok(plan)
     }
 }
 
-/// A function of the host is not put behind an IOMMU that could not confine it.
-fn refuse_unconfined(config: &Config, names: &[String], viommus: &[ViommuPlan]) -> Result<(), ConfigError> {
-    for (device, name) in config.vfio_devices.iter().zip(names) {
-        let covering = viommus.iter().find(|viommu| viommu.covers.contains(name));
-        let source = device.source();
-        if let Some(viommu) = covering {
-            let problem = format!(
-                "{name} would be behind {}, which cannot confine functions of the host in this version; put it on a \
-                 root complex without an IOMMU",
-                viommu.name
-            );
-            return Err(source.wrong("host", problem));
-        }
-        if device.viommu.is_some() {
-            let problem = "functions of the host behind an IOMMU of the guest are not built in this version";
-            return Err(source.wrong("viommu", problem));
-        }
-    }
-    Ok(())
+/// The machine that `config` says in full.
+fn decide(config: &Config, host: &HostFunctions) -> Result<Plan, ConfigError> {
+    let cpus = cpus::resolve(config.cpus.as_ref())?;
+    let mut names = Names::default();
+    let names_of = topology::name_all(config, &mut names)?;
+    let (devices, endpoints) = devices::resolve(config, &names_of, &cpus, host)?;
+    let spec = topology::specify(config, &names_of, &names, endpoints)?;
+    let size = memory::size(config.memory.as_ref())?;
+    let mapped = layout::map(size, &spec).map_err(|error| blame(&error, config, &names))?;
+    let mut viommus = viommus::resolve(config, &mapped, &cpus)?;
+    confine::refuse_split_groups(config, &mapped.pci, &devices, &viommus, host)?;
+    confine::name_host_iommus(&mut viommus, &devices, host);
+    let serial = serial(config, &devices)?;
+    Ok(Plan {
+        cpus,
+        memory: memory::resolve(config.memory.as_ref(), size, mapped.ram)?,
+        layout: mapped.layout,
+        pci: mapped.pci,
+        devices,
+        viommus,
+        boot: boot(config)?,
+        serial,
+        board: board(config),
+    })
 }
 
 /// A hierarchy or a map that cannot be: whose key is to blame.

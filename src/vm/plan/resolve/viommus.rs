@@ -159,6 +159,7 @@ fn plan(
             .filter(|node| !own(node.kind))
             .map(|node| node.name.clone())
             .collect(),
+        stands_for: Vec::new(),
         offer,
         remaps_ioapic: false,
         doorbell,
