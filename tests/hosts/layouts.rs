@@ -1,5 +1,7 @@
 //! Plans of machines with functions of a recorded host.
 
+use std::fs;
+
 use crate::recorded::{Recorded, server};
 use crate::{compare, session};
 
@@ -39,4 +41,15 @@ fn what_the_host_cannot_pass_now_is_refused_with_what_to_do() {
         &["--vfio-device", "0000:41:00.0", "--vfio-device", "0000:41:00.0"],
     ];
     compare("not-passable", &checked(&server(), &machines));
+}
+
+#[test]
+fn the_machine_of_the_talk_is_as_recorded() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/vfio.toml");
+    fs::copy(file, folder.path().join("vfio.toml")).expect("a copy");
+    compare(
+        "vfio",
+        &session(&server(), folder.path(), &["check", "vfio.toml"]),
+    );
 }
