@@ -4,3 +4,4 @@ pub mod agent;
 pub mod amd;
 pub mod emulated;
 pub mod iommufd;
+pub mod shadow;

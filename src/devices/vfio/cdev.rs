@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::host::{HostFunction, Interrupt, InterruptInfo, Notice, PAGE, Region, RegionInfo};
 use super::uapi::{self, Request};
-use crate::iommu::iommufd::Iommufd;
+use crate::iommu::iommufd::{Attach, Iommufd};
 use crate::platform::addr::Sbdf;
 use crate::platform::device_memory::DeviceMemory;
 use crate::platform::host::HostError;
@@ -285,7 +285,9 @@ impl HostFunction for Cdev {
     fn reset(&self) -> io::Result<()> {
         uapi::reset(&self.device)
     }
+}
 
+impl Attach for Cdev {
     fn attach(&self, ioas: u32) -> io::Result<()> {
         uapi::issue(&self.device, Request::AttachIommufd, &mut [0, 0, ioas])
     }

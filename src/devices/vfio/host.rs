@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::iommu::iommufd::Attach;
 use crate::platform::device_memory::DeviceMemory;
 
 /// Bytes of a page, in which memory is mapped.
@@ -60,10 +61,10 @@ pub enum Notice {
     Wanted,
 }
 
-/// A function of the host, open and bound, and attached to an address space from [`HostFunction::attach`] on.
+/// A function of the host, open and bound, and attached to an address space from [`Attach::attach`] on.
 ///
 /// Dropping it detaches, resets and closes it. Every refusal leaves the function as it was.
-pub trait HostFunction: Send + Sync {
+pub trait HostFunction: Attach {
     /// What `region` is. Never changes.
     fn region(&self, region: Region) -> RegionInfo;
 
@@ -97,10 +98,4 @@ pub trait HostFunction: Send + Sync {
 
     /// Back to the state after power-on.
     fn reset(&self) -> io::Result<()>;
-
-    /// Requests of the function reach the address space with number `ioas` from here on, and no other.
-    fn attach(&self, ioas: u32) -> io::Result<()>;
-
-    /// Requests of the function reach nothing from here on.
-    fn detach(&self) -> io::Result<()>;
 }

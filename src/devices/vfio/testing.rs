@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::host::{HostFunction, Interrupt, InterruptInfo, Notice, Region, RegionInfo};
+use crate::iommu::iommufd::Attach;
 use crate::platform::addr::Gpa;
 use crate::platform::device_memory::{DeviceMemory, DeviceMemoryHost, MappedDeviceMemory};
 use crate::platform::host::HostError;
@@ -30,9 +31,9 @@ pub enum Asked {
     Notify,
     /// [`HostFunction::reset`].
     Reset,
-    /// [`HostFunction::attach`].
+    /// [`Attach::attach`].
     Attach,
-    /// [`HostFunction::detach`].
+    /// [`Attach::detach`].
     Detach,
 }
 
@@ -312,7 +313,9 @@ impl HostFunction for Device {
         self.asked(Asked::Reset)?.told.push(Told::Reset);
         Ok(())
     }
+}
 
+impl Attach for Device {
     fn attach(&self, ioas: u32) -> io::Result<()> {
         self.asked(Asked::Attach)?.attached.push(ioas);
         Ok(())

@@ -46,9 +46,11 @@ pub mod registers;
 pub mod remap;
 pub mod request;
 pub mod ring;
+pub mod scan;
 pub mod slot;
 pub mod spec;
 pub mod sync;
+pub mod view;
 pub mod walk;
 pub mod window;
 
@@ -336,7 +338,10 @@ impl<M: SystemMemory> Unit<M> {
     /// Drop everything cached, and have followers do so.
     fn forget(&self) -> Effects {
         self.invalidate_all();
-        self.tell(&[Command::InvalidateAll], &[])
+        let effects = self.tell(&[Command::InvalidateAll], &[]);
+        // No command asks for this, so that none can wait for it. What followers do about everything is bounded.
+        while !self.settle() {}
+        effects
     }
 
     fn invalidate_all(&self) {

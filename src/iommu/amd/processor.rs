@@ -24,9 +24,15 @@ const BATCH: usize = 32;
 
 /// Whatever keeps copies of what the unit said: interrupt routes, devices' own IOTLBs, shadow tables.
 pub trait Follower: Send + Sync {
-    /// Obey `batch`, in order. Once this returns nothing older than it is used. It is called before the
+    /// Obey `batch`, in order. Once this returned, and [`Follower::settle`] left nothing, nothing older than it is used. It is called before the
     /// COMPLETION_WAIT that follows is answered, and must not write the unit's registers.
     fn follow(&self, batch: &[Command]) -> Result<(), NoAnswer>;
+
+    /// Do a bounded part of what obeying left to be done; whether nothing is left. COMPLETION_WAIT is not answered
+    /// before. Followers that obey at once have nothing to do here.
+    fn settle(&self) -> bool {
+        true
+    }
 }
 
 /// A device did not acknowledge an invalidation in time.
@@ -48,6 +54,14 @@ pub struct Processor {
     unsettled: bool,
     /// Commands of this call, by kind.
     carried_out: [u64; 8],
+}
+
+/// What became of a command.
+enum Carried {
+    /// It took effect.
+    Out,
+    /// It waits for followers.
+    Not,
 }
 
 /// Why the processor stops.
@@ -94,6 +108,7 @@ impl<M: SystemMemory> Unit<M> {
             }
         }
         effects.join(self.pass_on(processor));
+        effects.more_commands |= !self.settle();
         self.counters
             .commands(&std::mem::take(&mut processor.carried_out));
         effects
@@ -120,17 +135,20 @@ impl<M: SystemMemory> Unit<M> {
         let mut entry = ring.head();
         let mut outcome = Ok(());
         for raw in bytes.as_chunks().0.iter().take(fetched) {
-            outcome = self.execute(
-                processor,
-                u128::from_le_bytes(*raw),
-                ring.slot(entry),
-                budget,
-                effects,
-            );
-            if outcome.is_err() {
-                break;
+            let slot = ring.slot(entry);
+            match self.execute(processor, u128::from_le_bytes(*raw), slot, budget, effects) {
+                Ok(Carried::Out) => entry = ring.after(entry),
+                Ok(Carried::Not) => {
+                    // The call ends here, and the next begins with this command.
+                    *budget = 0;
+                    self.change().command.set_head(entry);
+                    return Ok(());
+                }
+                Err(stop) => {
+                    outcome = Err(stop);
+                    break;
+                }
             }
-            entry = ring.after(entry);
         }
         self.change().command.set_head(entry);
         outcome?;
@@ -164,17 +182,23 @@ impl<M: SystemMemory> Unit<M> {
         at: Gpa,
         budget: &mut usize,
         effects: &mut Effects,
-    ) -> Result<(), Stop> {
+    ) -> Result<Carried, Stop> {
         let command = Command::parse(raw, &self.features).map_err(|_| Stop::Illegal { at })?;
+        if matches!(command, Command::CompletionWait { .. }) {
+            effects.join(self.pass_on(processor));
+            if !self.settle() {
+                return Ok(Carried::Not);
+            }
+        }
         *budget = budget.saturating_sub(1);
         processor.carried_out[command.kind()] += 1;
         match command {
             Command::CompletionWait { store, interrupt } => {
-                effects.join(self.pass_on(processor));
                 if std::mem::take(&mut processor.unsettled) {
                     self.grace.wait();
                 }
-                return self.complete(store, interrupt, effects);
+                self.complete(store, interrupt, effects)?;
+                return Ok(Carried::Out);
             }
             Command::InvalidateDevice { device } => {
                 self.entries.invalidate(device);
@@ -205,7 +229,15 @@ impl<M: SystemMemory> Unit<M> {
         if processor.untold.len() >= BATCH {
             effects.join(self.pass_on(processor));
         }
-        Ok(())
+        Ok(Carried::Out)
+    }
+
+    /// Have followers do a part of what is left to them; whether nothing is left to any.
+    pub(super) fn settle(&self) -> bool {
+        let followers = self.followers.read().unwrap_or_else(PoisonError::into_inner);
+        followers
+            .iter()
+            .fold(true, |settled, follower| follower.settle() && settled)
     }
 
     /// Tell followers of what they have not heard.

@@ -90,7 +90,7 @@ pub struct HostTable {
 }
 
 /// Logarithm of what one entry of `level` spans.
-const fn span(level: u8) -> u32 {
+pub(super) const fn span(level: u8) -> u32 {
     9 * level as u32 + 3
 }
 
@@ -223,7 +223,7 @@ impl HostTable {
 ///
 /// NextLevel 0 is a page of the level's own size. NextLevel 7 says the size by the lowest clear address bit,
 /// and must lie between the sizes of this level and the next (section 2.2.3).
-const fn page(entry: HostPte, level: u8) -> Option<(u64, u32)> {
+pub(super) const fn page(entry: HostPte, level: u8) -> Option<(u64, u32)> {
     if level == 6 {
         return None;
     }
@@ -285,13 +285,19 @@ impl GuestTable {
         }
     }
 
+    /// The quadword of the guest's tables at `at`, looked at without any mark of it.
+    pub(super) fn peek<M: SystemMemory>(&self, memory: &M, at: u64) -> Result<u64, Stopped> {
+        let slot = self.place(memory, at, Access::READ)?;
+        self.load(memory, slot)
+    }
+
     fn load<M: SystemMemory>(&self, memory: &M, at: Gpa) -> Result<u64, Stopped> {
         let unreadable = |_| Stopped::guest(Why::Unreadable(at));
         memory.load(at).map_err(unreadable)
     }
 
     /// The page table's root, from the GCR3 table (section 2.2.6.3).
-    fn root<M: SystemMemory>(&self, memory: &M) -> Result<u64, Stopped> {
+    pub(super) fn root<M: SystemMemory>(&self, memory: &M) -> Result<u64, Stopped> {
         let pasid = u64::from(self.pasid.value());
         if pasid >> (9 * (self.glx + 1)) != 0 {
             return Err(Stopped::guest(Why::NotPresent));

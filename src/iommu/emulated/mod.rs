@@ -40,8 +40,10 @@ use super::amd::registers::Interrupt;
 use super::amd::request::{Access, Request};
 use super::amd::spec::registers::Reg;
 use super::amd::sync;
+use super::amd::view::View;
 use super::amd::window::RegisterWindow;
 use super::amd::{Effects, Unit};
+use super::shadow::Views;
 use crate::pci::endpoint::Endpoint;
 use crate::platform::addr::{Bdf, GpaRange, Iova, Sbdf};
 use crate::platform::bus::BusDevice;
@@ -282,6 +284,12 @@ impl UnitOwner for EmulatedUnit {
 
     fn perform(&self, effects: Effects) {
         self.perform(effects);
+    }
+}
+
+impl Views for EmulatedUnit {
+    fn view(&self, device: Bdf) -> View {
+        self.unit.view(device)
     }
 }
 

@@ -30,10 +30,26 @@ impl Ioas {
         Ok(Self { requests, id, ram })
     }
 
+    /// The host it is of.
+    #[must_use]
+    pub fn requests(&self) -> &Arc<dyn Requests> {
+        &self.requests
+    }
+
     /// Its number, for what is attached to it.
     #[must_use]
     pub fn id(&self) -> u32 {
         self.id
+    }
+
+    /// The addresses that may be mapped for the devices that are attached now.
+    ///
+    /// # Errors
+    /// When the host does not tell.
+    pub fn windows(&self) -> Result<Vec<RangeInclusive<u64>>, HostError> {
+        self.requests
+            .windows(self.id)
+            .map_err(|source| HostError::new("ask the host which addresses its devices can reach", source))
     }
 
     /// Map all of guest RAM, for the devices that are attached now.
@@ -44,10 +60,7 @@ impl Ioas {
     /// When the host reserves addresses where the guest has RAM, when more memory would be locked than may be, or
     /// for what else the host refuses. Nothing is mapped then that devices could use: the address space goes.
     pub fn map_ram(&self, limit: Memlock) -> Result<(), HostError> {
-        let windows = self
-            .requests
-            .windows(self.id)
-            .map_err(|source| HostError::new("ask the host which addresses its devices can reach", source))?;
+        let windows = self.windows()?;
         for range in self.ram.ranges() {
             inside(range, &windows)?;
         }

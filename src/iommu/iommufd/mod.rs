@@ -15,6 +15,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::iommu::amd::request::Access;
 use crate::platform::host::HostError;
 use crate::platform::memory::GuestRam;
 
@@ -36,6 +37,39 @@ pub trait Requests: Send + Sync {
 
     /// What may be mapped, with the devices attached now.
     fn windows(&self, ioas: u32) -> io::Result<Vec<RangeInclusive<u64>>>;
+
+    /// Map in one address space what another has mapped, at other addresses or the same. Nothing is mapped there yet.
+    fn copy(&self, copy: &Copied) -> io::Result<()>;
+
+    /// Unmap all that lies in `range` of `ioas`: whole mappings, as they were made, and at least one.
+    fn unmap(&self, ioas: u32, range: RangeInclusive<u64>) -> io::Result<()>;
+}
+
+/// What [`Requests::copy`] maps: whole pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Copied {
+    /// From which address space.
+    pub from: u32,
+    /// The first byte there, which is mapped with all that follow.
+    pub source: u64,
+    /// Into which.
+    pub to: u32,
+    /// The first byte there.
+    pub iova: u64,
+    /// Bytes.
+    pub len: u64,
+    /// What devices may do there; something.
+    pub access: Access,
+}
+
+/// A function of the host's whose requests pass address spaces.
+pub trait Attach: Send + Sync {
+    /// Requests of the function reach the address space with number `ioas` from here on, and no other. Where it is
+    /// attached already this replaces the one for the other.
+    fn attach(&self, ioas: u32) -> io::Result<()>;
+
+    /// Requests of the function reach nothing from here on.
+    fn detach(&self) -> io::Result<()>;
 }
 
 /// An open /dev/iommu.
@@ -89,6 +123,14 @@ impl Requests for Iommufd {
 
     fn windows(&self, ioas: u32) -> io::Result<Vec<RangeInclusive<u64>>> {
         uapi::windows(&self.file, ioas)
+    }
+
+    fn copy(&self, copy: &Copied) -> io::Result<()> {
+        uapi::copy(&self.file, copy)
+    }
+
+    fn unmap(&self, ioas: u32, range: RangeInclusive<u64>) -> io::Result<()> {
+        uapi::unmap(&self.file, ioas, range)
     }
 }
 

@@ -1,12 +1,17 @@
-//! What tests use instead of /dev/iommu: it remembers what it is asked and refuses what it is told to.
+//! What tests use instead of /dev/iommu: it keeps what it is asked as the kernel does, to the byte, and refuses what it
+//! is told to.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::Requests;
+use super::{Attach, Copied, Requests};
+use crate::iommu::amd::request::Access;
 use crate::platform::memory::GuestRam;
+
+/// Mappings begin and end at multiples of this.
+const PAGE: u64 = 0x1000;
 
 /// A kind of request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -19,6 +24,22 @@ pub enum Call {
     Map,
     /// [`Requests::windows`].
     Windows,
+    /// [`Requests::copy`].
+    Copy,
+    /// [`Requests::unmap`].
+    Unmap,
+    /// [`Attach::attach`].
+    Attach,
+    /// [`Attach::detach`].
+    Detach,
+}
+
+/// A mapping: bytes, where they are in memory, what devices may do there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Area {
+    len: u64,
+    memory: u64,
+    access: Access,
 }
 
 /// A /dev/iommu that is none.
@@ -28,10 +49,15 @@ pub struct Host(Mutex<State>);
 #[derive(Default)]
 struct State {
     next: u32,
-    /// By number: start and length of each mapping.
-    spaces: BTreeMap<u32, Vec<(u64, u64)>>,
+    /// By number: mappings by their first byte.
+    spaces: BTreeMap<u32, BTreeMap<u64, Area>>,
     windows: Option<Vec<RangeInclusive<u64>>>,
     refused: BTreeMap<Call, i32>,
+    /// Calls to go until one is refused, once.
+    refused_once: Option<(Call, u64, i32)>,
+    counts: BTreeMap<Call, u64>,
+    /// By function: what it is attached to.
+    functions: Vec<Option<u32>>,
 }
 
 impl Host {
@@ -43,6 +69,23 @@ impl Host {
     /// Answer every further `call` with the error number `errno`.
     pub fn refuse(&self, call: Call, errno: i32) {
         self.state().refused.insert(call, errno);
+    }
+
+    /// Answer one further `call` with `errno`, after `before` others.
+    pub fn refuse_once(&self, call: Call, before: u64, errno: i32) {
+        self.state().refused_once = Some((call, before, errno));
+    }
+
+    /// Refuse nothing any more.
+    pub fn relent(&self) {
+        let mut state = self.state();
+        state.refused.clear();
+        state.refused_once = None;
+    }
+
+    /// How often it was asked, also when it refused.
+    pub fn count(&self, call: Call) -> u64 {
+        self.state().counts.get(&call).copied().unwrap_or(0)
     }
 
     /// What may be mapped.
@@ -57,7 +100,27 @@ impl Host {
 
     /// Start and length of what is mapped in address space `ioas`.
     pub fn mapped(&self, ioas: u32) -> Vec<(u64, u64)> {
-        self.state().spaces.get(&ioas).cloned().unwrap_or_default()
+        let state = self.state();
+        let areas = state.spaces.get(&ioas).into_iter().flatten();
+        areas.map(|(start, area)| (*start, area.len)).collect()
+    }
+
+    /// Where byte `iova` of address space `ioas` is in memory, and what devices may do there.
+    pub fn reaches(&self, ioas: u32, iova: u64) -> Option<(u64, Access)> {
+        let state = self.state();
+        let (start, area) = state.spaces.get(&ioas)?.range(..=iova).next_back()?;
+        let within = iova - start;
+        (within < area.len).then(|| (area.memory + within, area.access))
+    }
+
+    /// A function that is attached to nothing.
+    pub fn function(self: &Arc<Self>) -> Arc<Function> {
+        let mut state = self.state();
+        state.functions.push(None);
+        Arc::new(Function {
+            host: self.clone(),
+            number: state.functions.len() - 1,
+        })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -65,7 +128,16 @@ impl Host {
     }
 
     fn asked(&self, call: Call) -> io::Result<MutexGuard<'_, State>> {
-        let state = self.state();
+        let mut state = self.state();
+        *state.counts.entry(call).or_default() += 1;
+        if let Some((once, before, errno)) = state.refused_once
+            && once == call
+        {
+            state.refused_once = before.checked_sub(1).map(|left| (call, left, errno));
+            if before == 0 {
+                return Err(io::Error::from_raw_os_error(errno));
+            }
+        }
         match state.refused.get(&call) {
             Some(errno) => Err(io::Error::from_raw_os_error(*errno)),
             None => Ok(state),
@@ -73,17 +145,34 @@ impl Host {
     }
 }
 
+/// The error of a kernel that answers `errno`.
+fn kernel<T>(errno: i32) -> io::Result<T> {
+    Err(io::Error::from_raw_os_error(errno))
+}
+
+/// Mappings of `areas` that share a byte with `first..=last`, with their starts.
+fn overlapping(areas: &BTreeMap<u64, Area>, first: u64, last: u64) -> Vec<(u64, Area)> {
+    let below = areas.range(..=last).map(|(start, area)| (*start, *area));
+    below
+        .filter(|(start, area)| start + (area.len - 1) >= first)
+        .collect()
+}
+
 impl Requests for Host {
     fn alloc(&self) -> io::Result<u32> {
         let mut state = self.asked(Call::Alloc)?;
         state.next += 1;
         let id = state.next;
-        state.spaces.insert(id, Vec::new());
+        state.spaces.insert(id, BTreeMap::new());
         Ok(id)
     }
 
     fn destroy(&self, id: u32) -> io::Result<()> {
-        let found = self.asked(Call::Destroy)?.spaces.remove(&id);
+        let mut state = self.asked(Call::Destroy)?;
+        if state.functions.contains(&Some(id)) {
+            return kernel(libc::EBUSY);
+        }
+        let found = state.spaces.remove(&id);
         found.map(drop).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
@@ -91,12 +180,195 @@ impl Requests for Host {
         let mut state = self.asked(Call::Map)?;
         let range = ram.ranges().nth(region).ok_or(io::ErrorKind::NotFound)?;
         let space = state.spaces.get_mut(&ioas).ok_or(io::ErrorKind::NotFound)?;
-        space.push((range.start().0, range.len()));
+        let area = Area {
+            len: range.len(),
+            memory: range.start().0,
+            access: Access::BOTH,
+        };
+        space.insert(range.start().0, area);
         Ok(())
     }
 
     fn windows(&self, _ioas: u32) -> io::Result<Vec<RangeInclusive<u64>>> {
         let state = self.asked(Call::Windows)?;
         Ok(state.windows.clone().unwrap_or_else(|| vec![0..=u64::MAX]))
+    }
+
+    fn copy(&self, copy: &Copied) -> io::Result<()> {
+        let mut state = self.asked(Call::Copy)?;
+        let aligned = (copy.source | copy.iova | copy.len).is_multiple_of(PAGE);
+        let more = copy.len.checked_sub(1);
+        let ends = more.and_then(|more| Some((copy.iova.checked_add(more)?, copy.source.checked_add(more)?)));
+        let Some((last, source_last)) = ends.filter(|_| aligned && copy.access != Access::NONE) else {
+            return kernel(libc::EINVAL);
+        };
+        let windows = state.windows.clone().unwrap_or_else(|| vec![0..=u64::MAX]);
+        let inside = |window: &RangeInclusive<u64>| window.contains(&copy.iova) && window.contains(&last);
+        if !windows.iter().any(inside) {
+            return kernel(libc::EINVAL);
+        }
+        let Some(source) = state.spaces.get(&copy.from) else {
+            return kernel(libc::ENOENT);
+        };
+        // Sources follow each other without a hole.
+        let mut next = copy.source;
+        let mut areas = Vec::new();
+        for (start, area) in overlapping(source, copy.source, source_last) {
+            if start > next {
+                return kernel(libc::ENOENT);
+            }
+            let len = (start + (area.len - 1)).min(source_last) - next + 1;
+            areas.push((
+                copy.iova + (next - copy.source),
+                Area {
+                    len,
+                    memory: area.memory + (next - start),
+                    access: copy.access,
+                },
+            ));
+            next += len;
+        }
+        if next != source_last + 1 {
+            return kernel(libc::ENOENT);
+        }
+        let Some(space) = state.spaces.get_mut(&copy.to) else {
+            return kernel(libc::ENOENT);
+        };
+        if !overlapping(space, copy.iova, last).is_empty() {
+            return kernel(libc::EEXIST);
+        }
+        space.extend(areas);
+        Ok(())
+    }
+
+    fn unmap(&self, ioas: u32, range: RangeInclusive<u64>) -> io::Result<()> {
+        let mut state = self.asked(Call::Unmap)?;
+        let Some(space) = state.spaces.get_mut(&ioas) else {
+            return kernel(libc::ENOENT);
+        };
+        let found = overlapping(space, *range.start(), *range.end());
+        let whole = |(start, area): &(u64, Area)| {
+            range.contains(start) && range.contains(&(start + (area.len - 1)))
+        };
+        if found.is_empty() || !found.iter().all(whole) {
+            return kernel(libc::ENOENT);
+        }
+        space.retain(|start, _| !range.contains(start));
+        Ok(())
+    }
+}
+
+/// A function of a host that is none.
+pub struct Function {
+    host: Arc<Host>,
+    number: usize,
+}
+
+impl Function {
+    /// The address space it is attached to.
+    pub fn place(&self) -> Option<u32> {
+        self.host.state().functions[self.number]
+    }
+
+    /// Where byte `iova` is for it, and what it may do there.
+    pub fn reaches(&self, iova: u64) -> Option<(u64, Access)> {
+        self.host.reaches(self.place()?, iova)
+    }
+}
+
+impl Attach for Function {
+    fn attach(&self, ioas: u32) -> io::Result<()> {
+        let mut state = self.host.asked(Call::Attach)?;
+        if !state.spaces.contains_key(&ioas) {
+            return kernel(libc::ENOENT);
+        }
+        state.functions[self.number] = Some(ioas);
+        Ok(())
+    }
+
+    fn detach(&self) -> io::Result<()> {
+        self.host.asked(Call::Detach)?.functions[self.number] = None;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+    /// A host with 16 pages of RAM in one address space, and an empty one.
+    fn host() -> (Arc<Host>, u32, u32) {
+        let host = Host::new();
+        let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).expect("small");
+        let from = host.alloc().expect("made");
+        host.map(from, &GuestRam::new(ram), 0).expect("mapped");
+        let to = host.alloc().expect("made");
+        (host, from, to)
+    }
+
+    fn errno(result: io::Result<()>) -> Option<i32> {
+        result.expect_err("refused").raw_os_error()
+    }
+
+    #[test]
+    fn mappings_may_not_overlap_nor_be_cut() {
+        let (host, from, to) = host();
+        let pages = |iova, len| Copied {
+            from,
+            source: 0x4000,
+            to,
+            iova,
+            len,
+            access: Access::READ,
+        };
+        host.copy(&pages(0x10_0000, 0x4000)).expect("free");
+        assert_eq!(host.reaches(to, 0x10_1008), Some((0x5008, Access::READ)));
+        assert_eq!(host.reaches(to, 0x10_4000), None);
+        assert_eq!(errno(host.copy(&pages(0x10_3000, 0x1000))), Some(libc::EEXIST));
+        assert_eq!(errno(host.unmap(to, 0x10_0000..=0x10_0fff)), Some(libc::ENOENT));
+        assert_eq!(errno(host.unmap(to, 0x10_4000..=u64::MAX)), Some(libc::ENOENT));
+        host.unmap(to, 0..=u64::MAX).expect("all of it");
+        assert!(host.mapped(to).is_empty());
+    }
+
+    #[test]
+    fn only_whole_pages_that_the_other_space_has_are_copied() {
+        let (host, from, to) = host();
+        let page = Copied {
+            from,
+            source: 0xf000,
+            to,
+            iova: 0x1000,
+            len: 0x1000,
+            access: Access::BOTH,
+        };
+        let refused = |copy: Copied| errno(host.copy(&copy));
+        assert_eq!(refused(Copied { len: 0x2000, ..page }), Some(libc::ENOENT));
+        assert_eq!(refused(Copied { len: 0x800, ..page }), Some(libc::EINVAL));
+        assert_eq!(refused(Copied { len: 0, ..page }), Some(libc::EINVAL));
+        let none = Access::NONE;
+        assert_eq!(refused(Copied { access: none, ..page }), Some(libc::EINVAL));
+        host.set_windows(&[0x2000..=u64::MAX]);
+        assert_eq!(refused(page), Some(libc::EINVAL));
+        assert!(host.mapped(to).is_empty());
+    }
+
+    #[test]
+    fn a_space_with_a_function_in_it_is_not_destroyed() {
+        let (host, _, to) = host();
+        let function = host.function();
+        function.attach(to).expect("attached");
+        assert_eq!(errno(host.destroy(to)), Some(libc::EBUSY));
+        function.detach().expect("detached");
+        host.destroy(to).expect("nothing uses it");
+    }
+
+    #[test]
+    fn one_call_among_many_is_refused() {
+        let host = Host::new();
+        host.refuse_once(Call::Alloc, 1, libc::ENOMEM);
+        assert!(host.alloc().is_ok() && host.alloc().is_err() && host.alloc().is_ok());
+        assert_eq!(host.count(Call::Alloc), 3);
     }
 }

@@ -17,6 +17,7 @@ use std::ptr;
 use iommufd_bindings::iommufd as abi;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
+use super::Copied;
 use crate::platform::memory::GuestRam;
 
 /// A structure of /dev/iommu's and the request it belongs to.
@@ -36,8 +37,10 @@ macro_rules! requests {
 requests! {
     iommu_destroy: IOMMUFD_CMD_DESTROY,
     iommu_ioas_alloc: IOMMUFD_CMD_IOAS_ALLOC,
+    iommu_ioas_copy: IOMMUFD_CMD_IOAS_COPY,
     iommu_ioas_iova_ranges: IOMMUFD_CMD_IOAS_IOVA_RANGES,
     iommu_ioas_map: IOMMUFD_CMD_IOAS_MAP,
+    iommu_ioas_unmap: IOMMUFD_CMD_IOAS_UNMAP,
 }
 
 /// Bytes of a request's structure, as its first field says them.
@@ -107,6 +110,44 @@ pub(super) fn map_ram(iommufd: &File, ioas: u32, ram: &GuestRam, region: usize) 
     unsafe { issue(iommufd, &mut argument) }
 }
 
+/// Map in one address space what another has.
+pub(super) fn copy(iommufd: &File, copy: &Copied) -> io::Result<()> {
+    let mut flags = abi::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA;
+    if copy.access.read {
+        flags |= abi::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE;
+    }
+    if copy.access.write {
+        flags |= abi::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE;
+    }
+    let mut argument = abi::iommu_ioas_copy {
+        size: size_of_request::<abi::iommu_ioas_copy>(),
+        flags,
+        dst_ioas_id: copy.to,
+        src_ioas_id: copy.from,
+        length: copy.len,
+        dst_iova: copy.iova,
+        src_iova: copy.source,
+    };
+    // SAFETY: the size is the structure's, and there is no address of this process in it: what is mapped is memory
+    // that was mapped for devices before, which the kernel itself keeps for as long as anything maps it.
+    unsafe { issue(iommufd, &mut argument) }
+}
+
+/// Unmap what lies in `range`.
+pub(super) fn unmap(iommufd: &File, ioas: u32, range: RangeInclusive<u64>) -> io::Result<()> {
+    let (first, last) = range.into_inner();
+    let more = last.checked_sub(first).ok_or(io::ErrorKind::InvalidInput)?;
+    let mut argument = abi::iommu_ioas_unmap {
+        size: size_of_request::<abi::iommu_ioas_unmap>(),
+        ioas_id: ioas,
+        iova: first,
+        // All there are is said by the number that has no successor.
+        length: more.saturating_add(1),
+    };
+    // SAFETY: the size is the structure's, and there is no address of this process in it.
+    unsafe { issue(iommufd, &mut argument) }
+}
+
 /// Most windows that an address space is asked for: a host reserves a handful of ranges.
 const MOST_WINDOWS: usize = 256;
 
@@ -135,6 +176,7 @@ pub(super) fn windows(iommufd: &File, ioas: u32) -> io::Result<Vec<RangeInclusiv
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::iommu::amd::request::Access;
 
     #[test]
     fn requests_have_the_numbers_and_sizes_of_the_kernels_interface() {
@@ -154,8 +196,16 @@ mod tests {
             (0x84, 32)
         );
         assert_eq!(
+            (abi::iommu_ioas_copy::NUMBER, size_of::<abi::iommu_ioas_copy>()),
+            (0x83, 40)
+        );
+        assert_eq!(
             (abi::iommu_ioas_map::NUMBER, size_of::<abi::iommu_ioas_map>()),
             (0x85, 40)
+        );
+        assert_eq!(
+            (abi::iommu_ioas_unmap::NUMBER, size_of::<abi::iommu_ioas_unmap>()),
+            (0x86, 24)
         );
     }
 
@@ -166,5 +216,15 @@ mod tests {
         assert_eq!(enotty(alloc(&file).map(drop)), Some(libc::ENOTTY));
         assert_eq!(enotty(destroy(&file, 1)), Some(libc::ENOTTY));
         assert_eq!(enotty(windows(&file, 1).map(drop)), Some(libc::ENOTTY));
+        assert_eq!(enotty(unmap(&file, 1, 0..=u64::MAX)), Some(libc::ENOTTY));
+        let page = Copied {
+            from: 1,
+            source: 0,
+            to: 2,
+            iova: 0,
+            len: 0x1000,
+            access: Access::BOTH,
+        };
+        assert_eq!(enotty(copy(&file, &page)), Some(libc::ENOTTY));
     }
 }

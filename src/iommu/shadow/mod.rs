@@ -1,0 +1,331 @@
+//! Functions of the host behind a unit of the guest's: what the guest's tables say, for the host's IOMMU.
+//!
+//! Requests of such a function never pass the unit's model, so what it would say is put where they do pass: for each
+//! domain with its tables there is an address space of the host's, filled from the one that holds guest RAM and kept in
+//! step by the guest's own invalidations. The guest announces new mappings as well, since the unit says that it keeps
+//! what is not present (NpCache). Where a function is not translated it is attached to guest RAM itself, and where it is
+//! blocked, to an address space with nothing in it. It passes from one to another by one request.
+//!
+//! ```text
+//! invalidation        ranges to be looked at; functions whose entry is to be read again    [Follower::follow]
+//! before the wait     tables scanned, host's mappings changed, functions switched over     [Follower::settle]
+//! ```
+//!
+//! A settled shadow is what the tables said when they were last invalidated. The host's requests that fail leave less
+//! mapped than the guest asked for, never more: where one to unmap fails, the address space is given up, its functions
+//! blocked, and another made.
+
+mod record;
+mod space;
+#[cfg(test)]
+mod tests;
+
+use std::ops::RangeInclusive;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use super::amd::commands::Command;
+use super::amd::pages::PageRange;
+use super::amd::processor::{Follower, NoAnswer};
+use super::amd::request::{Access, Pasid};
+use super::amd::view::{Tables, View};
+use super::iommufd::{Attach, Ioas, Requests};
+use crate::guest_warn;
+use crate::platform::addr::Bdf;
+use crate::platform::host::HostError;
+use crate::platform::memory::GuestRam;
+
+use space::{Broken, Space};
+
+/// Steps per call of [`Follower::settle`].
+const STEPS: usize = 4;
+
+/// Whoever knows what devices reach.
+pub trait Views: Send + Sync {
+    /// What requests of `device` without PASID reach by now.
+    fn view(&self, device: Bdf) -> View;
+}
+
+/// What a shadow is made of.
+pub struct ShadowParts {
+    /// What the operator calls the unit.
+    pub name: String,
+    /// The unit.
+    pub unit: Weak<dyn Views>,
+    /// The host.
+    pub requests: Arc<dyn Requests>,
+    /// The address space with guest RAM in it, to which all functions are attached.
+    pub space: Arc<Ioas>,
+    /// Guest RAM: what tables lie in, and lead to.
+    pub ram: GuestRam,
+    /// The functions behind the unit, as the guest knows them.
+    pub functions: Vec<(Bdf, Arc<dyn Attach>)>,
+}
+
+/// What all address spaces of a shadow are made with.
+struct Host {
+    name: String,
+    requests: Arc<dyn Requests>,
+    /// The one with guest RAM in it.
+    space: Arc<Ioas>,
+    ram: GuestRam,
+    /// Where devices may be.
+    windows: Vec<RangeInclusive<u64>>,
+}
+
+/// A function behind the unit.
+struct Confined {
+    at: Bdf,
+    function: Arc<dyn Attach>,
+    /// What it is to reach.
+    view: View,
+    /// What it is attached to.
+    place: Option<u32>,
+}
+
+struct State {
+    functions: Vec<Confined>,
+    /// Go after the functions.
+    spaces: Vec<Space>,
+    blocked: Space,
+}
+
+/// The shadow of one unit.
+pub struct Shadow {
+    unit: Weak<dyn Views>,
+    state: Mutex<State>,
+    host: Arc<Host>,
+}
+
+impl Shadow {
+    /// A shadow of `parts`, whose functions reach guest RAM as they do behind a unit that is off.
+    ///
+    /// # Errors
+    /// When the host does not tell what its devices can reach, or makes no address space.
+    pub fn new(parts: ShadowParts) -> Result<Self, HostError> {
+        let windows = parts.space.windows()?;
+        let ram = parts.space.id();
+        let host = Arc::new(Host {
+            name: parts.name,
+            requests: parts.requests,
+            space: parts.space,
+            ram: parts.ram,
+            windows,
+        });
+        let confined = |(at, function)| Confined {
+            at,
+            function,
+            view: View::Identity(Access::BOTH),
+            place: Some(ram),
+        };
+        let state = State {
+            functions: parts.functions.into_iter().map(confined).collect(),
+            spaces: Vec::new(),
+            blocked: Space::new(&host, View::Nothing)?,
+        };
+        Ok(Self {
+            unit: parts.unit,
+            state: Mutex::new(state),
+            host,
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether an invalidation of `domain` in `space`, `None` for the host table, is about `view`; and where it then is.
+fn concerns(view: &View, domain: u16, space: Option<Pasid>, pages: PageRange) -> Option<PageRange> {
+    let View::Translated {
+        domain: own, tables, ..
+    } = view
+    else {
+        return None;
+    };
+    if *own != domain {
+        return None;
+    }
+    match (tables, space) {
+        (Tables::Host(_), None) => Some(pages),
+        (Tables::Guest(table), Some(pasid)) => (pasid == table.pasid).then_some(pages),
+        // Addresses of the host table below are not those of the device.
+        (Tables::Guest(table), None) => table.host.map(|_| PageRange::Everything),
+        (Tables::Host(_), Some(_)) => None,
+    }
+}
+
+impl Follower for Shadow {
+    fn follow(&self, batch: &[Command]) -> Result<(), NoAnswer> {
+        let mut state = self.state();
+        let mut looks = false;
+        for command in batch {
+            match *command {
+                Command::InvalidateDevice { device } => {
+                    looks |= state.functions.iter().any(|function| function.at == device);
+                }
+                Command::InvalidatePages {
+                    domain, space, pages, ..
+                } => {
+                    for copy in &mut state.spaces {
+                        if let Some(pages) = concerns(&copy.view(), domain, space, pages) {
+                            copy.invalidate(pages);
+                        }
+                    }
+                }
+                Command::InvalidateAll => {
+                    looks = true;
+                    let spaces = &mut state.spaces;
+                    spaces
+                        .iter_mut()
+                        .for_each(|space| space.invalidate(PageRange::Everything));
+                }
+                // Functions of the host keep no translations that the guest knows of, and their messages are followed
+                // elsewhere.
+                Command::CompletionWait { .. }
+                | Command::InvalidateIotlb { .. }
+                | Command::InvalidateInterrupts { .. }
+                | Command::Prefetch { .. }
+                | Command::CompletePageRequest { .. } => {}
+            }
+        }
+        if looks {
+            let unit = self.unit.upgrade();
+            state.look(&self.host, |at| {
+                unit.as_ref().map_or(View::Nothing, |unit| unit.view(at))
+            });
+        }
+        Ok(())
+    }
+
+    fn settle(&self) -> bool {
+        self.state().settle(&self.host)
+    }
+}
+
+impl State {
+    /// Read again what functions are to reach, and make the address spaces that are missing.
+    fn look(&mut self, host: &Arc<Host>, view: impl Fn(Bdf) -> View) {
+        for function in &mut self.functions {
+            function.view = view(function.at);
+            let own = !matches!(function.view, View::Nothing | View::Identity(Access::BOTH));
+            let there = self.spaces.iter().any(|space| space.view() == function.view);
+            if own && !there {
+                match Space::new(host, function.view) {
+                    Ok(space) => self.spaces.push(space),
+                    Err(error) => {
+                        guest_warn!(iommu = host.name, function = %function.at, %error, reason = %error.source, "a function of the host is blocked");
+                        function.view = View::Nothing;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Do a bounded part of what is left; whether that was all.
+    fn settle(&mut self, host: &Arc<Host>) -> bool {
+        let mut steps = STEPS;
+        for index in 0..self.spaces.len() {
+            // One that nobody wants any more goes as it is.
+            let wanted = self.is_wanted(&self.spaces[index]);
+            while wanted && !self.spaces[index].is_settled() {
+                if steps == 0 {
+                    return false;
+                }
+                steps -= 1;
+                if let Err(Broken(error)) = self.spaces[index].step() {
+                    tracing::error!(iommu = host.name, %error, "the host does not unmap what its devices should reach no more; they are blocked");
+                    self.replace(index, host);
+                }
+            }
+        }
+        for index in 0..self.functions.len() {
+            self.switch(index, host);
+        }
+        let attached: Vec<_> = self.functions.iter().map(|function| function.place).collect();
+        let wanted: Vec<_> = self.spaces.iter().map(|space| self.is_wanted(space)).collect();
+        let mut wanted = wanted.into_iter();
+        self.spaces
+            .retain(|space| wanted.next() == Some(true) || attached.contains(&Some(space.id())));
+        true
+    }
+
+    fn is_wanted(&self, space: &Space) -> bool {
+        self.functions.iter().any(|function| function.view == space.view())
+    }
+
+    /// Give the address space number `index` up: what is attached there is blocked until there is another.
+    fn replace(&mut self, index: usize, host: &Arc<Host>) {
+        let (old, view) = (self.spaces[index].id(), self.spaces[index].view());
+        let blocked = self.blocked.id();
+        for function in &mut self.functions {
+            if function.place == Some(old) {
+                function.block(blocked, host);
+            }
+        }
+        match Space::new(host, view) {
+            Ok(space) => self.spaces[index] = space,
+            Err(error) => {
+                guest_warn!(iommu = host.name, %error, reason = %error.source, "functions of the host stay blocked");
+                for function in &mut self.functions {
+                    if function.view == view {
+                        function.view = View::Nothing;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Attach the function number `index` to what it is to reach.
+    fn switch(&mut self, index: usize, host: &Host) {
+        let function = &mut self.functions[index];
+        let copy = self.spaces.iter().find(|space| space.view() == function.view);
+        let place = match (function.view, copy) {
+            (View::Identity(Access::BOTH), _) => host.space.id(),
+            (_, Some(space)) => space.id(),
+            (_, None) => self.blocked.id(),
+        };
+        if function.place == Some(place) {
+            return;
+        }
+        match function.function.attach(place) {
+            Ok(()) => function.place = Some(place),
+            Err(error) => {
+                guest_warn!(iommu = host.name, function = %function.at, %error, "the host does not attach a function to what the guest has it reach; it is blocked");
+                function.block(self.blocked.id(), host);
+            }
+        }
+    }
+}
+
+impl Confined {
+    /// It reaches nothing, until its entry is read again.
+    fn block(&mut self, blocked: u32, host: &Host) {
+        self.view = View::Nothing;
+        if self.place == Some(blocked) {
+            return;
+        }
+        if self.function.attach(blocked).is_ok() {
+            self.place = Some(blocked);
+            return;
+        }
+        match self.function.detach() {
+            Ok(()) => self.place = None,
+            Err(error) => {
+                tracing::error!(iommu = host.name, function = %self.at, %error, "the host neither blocks nor detaches a function: it reaches what it reached");
+            }
+        }
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        let blocked = self.blocked.id();
+        for function in &mut self.functions {
+            // Not for a moment does it reach anything: whoever else has it may not have let it go.
+            let end = function.function.attach(blocked);
+            if let Err(error) = end.and_then(|()| function.function.detach()) {
+                tracing::warn!(function = %function.at, %error, "the host does not detach a function; closing it does");
+            }
+        }
+    }
+}

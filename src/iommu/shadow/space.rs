@@ -1,0 +1,284 @@
+//! One address space of the host's, kept in step with one set of the guest's tables.
+
+use std::io;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use super::Host;
+use super::record::Record;
+use crate::guest_warn;
+use crate::iommu::amd::pages::PageRange;
+use crate::iommu::amd::request::Access;
+use crate::iommu::amd::scan::{Bound, Run, Scanned};
+use crate::iommu::amd::view::View;
+use crate::iommu::iommufd::Copied;
+use crate::platform::host::HostError;
+
+/// What one step looks at and asks of the host: 64 MiB in small pages, or 64 runs. A step is some milliseconds at most.
+const STEP: Bound = Bound {
+    entries: 1 << 14,
+    runs: 64,
+};
+/// Entries looked at for one range before it is given up: tables for 256 GiB in small pages. Tables that name
+/// themselves have more, and no end.
+const MOST_ENTRIES: usize = 1 << 26;
+/// Runs of one address space: each is an object of the host kernel's.
+const MOST_RUNS: usize = 1 << 20;
+/// Ranges that wait to be looked at; past that everything is.
+const MOST_PENDING: usize = 256;
+
+/// A range to be looked at, and how many entries that has cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Pending {
+    first: u64,
+    last: u64,
+    entries: usize,
+}
+
+/// The host did not unmap: the space may hold what it should not.
+#[derive(Debug)]
+pub(super) struct Broken(pub(super) io::Error);
+
+/// The address space.
+pub(super) struct Space {
+    host: Arc<Host>,
+    id: u32,
+    view: View,
+    record: Record,
+    /// Ascending, without overlaps.
+    pending: Vec<Pending>,
+}
+
+impl Space {
+    /// One for `view`, with nothing in it yet, all of which is to be looked at.
+    pub(super) fn new(host: &Arc<Host>, view: View) -> Result<Self, HostError> {
+        let id = host.requests.alloc().map_err(|source| {
+            HostError::new(
+                format!("make an I/O address space for what {} translates", host.name),
+                source,
+            )
+        })?;
+        let mut space = Self {
+            host: host.clone(),
+            id,
+            view,
+            record: Record::default(),
+            pending: Vec::new(),
+        };
+        space.invalidate(PageRange::Everything);
+        Ok(space)
+    }
+
+    /// Its number.
+    pub(super) const fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// What it is a copy of.
+    pub(super) const fn view(&self) -> View {
+        self.view
+    }
+
+    /// Whether nothing is left to be looked at.
+    pub(super) const fn is_settled(&self) -> bool {
+        self.pending.is_empty()
+    }
+
+    /// Translations of `pages` may have changed.
+    pub(super) fn invalidate(&mut self, pages: PageRange) {
+        if self.view == View::Nothing {
+            return;
+        }
+        let (first, last) = match pages {
+            PageRange::Everything => (0, u64::MAX),
+            PageRange::Span { first, last } => self.record.around(first, last),
+        };
+        let mut new = Pending {
+            first,
+            last,
+            entries: 0,
+        };
+        // What overlaps or adjoins becomes one, so that what was mapped by several commands is one run.
+        self.pending.retain(|old| {
+            let apart = old.last.checked_add(1).is_some_and(|next| next < new.first)
+                || new.last.checked_add(1).is_some_and(|next| next < old.first);
+            if !apart {
+                new.first = new.first.min(old.first);
+                new.last = new.last.max(old.last);
+            }
+            apart
+        });
+        if self.pending.len() >= MOST_PENDING {
+            self.pending.clear();
+            (new.first, new.last) = (0, u64::MAX);
+        }
+        let at = self.pending.partition_point(|old| old.first < new.first);
+        self.pending.insert(at, new);
+    }
+
+    /// Look at a bounded piece of what may have changed, and have the host follow.
+    pub(super) fn step(&mut self) -> Result<(), Broken> {
+        let Some(Pending { first, last, entries }) = self.pending.first().copied() else {
+            return Ok(());
+        };
+        let found = self.scan(first, last);
+        let reached = found.next.map_or(last, |next| next - 1);
+        let wanted = self.fitting(&found.runs);
+        self.apply(first, reached, &wanted)?;
+        let entries = entries.saturating_add(found.entries);
+        match found.next {
+            None => {
+                self.pending.remove(0);
+            }
+            Some(next) if entries >= MOST_ENTRIES => {
+                guest_warn!(
+                    iommu = self.host.name,
+                    "tables have more entries than can be: nothing is mapped for devices of the host from {next:#x} on"
+                );
+                self.apply(next, last, &[])?;
+                self.pending.remove(0);
+            }
+            Some(next) => {
+                self.pending[0] = Pending {
+                    first: next,
+                    last,
+                    entries,
+                };
+            }
+        }
+        Ok(())
+    }
+
+    fn scan(&self, first: u64, last: u64) -> Scanned {
+        let mut runs = Vec::new();
+        match self.view {
+            View::Nothing => {}
+            View::Identity(access) => {
+                let all = self.host.ram.ranges().map(|range| Run {
+                    iova: range.start().0,
+                    len: range.len(),
+                    target: range.start().0,
+                    access,
+                });
+                runs.extend(all.filter_map(|run| run.within(first, last)));
+            }
+            View::Translated {
+                allowed, tables, ..
+            } => {
+                let found = tables.scan(&self.host.ram, first, last, STEP);
+                for run in found.runs {
+                    let access = run.access.and(allowed);
+                    if access != Access::NONE {
+                        Run::push(&mut runs, Run { access, ..run });
+                    }
+                }
+                return Scanned { runs, ..found };
+            }
+        }
+        Scanned {
+            runs,
+            next: None,
+            entries: 1,
+        }
+    }
+
+    /// What of `runs` the host can map: from where it lets devices be, to guest RAM, each in one region of it.
+    fn fitting(&self, runs: &[Run]) -> Vec<Run> {
+        let mut fitting = Vec::new();
+        for run in runs {
+            let mut left = run.len;
+            for window in &self.host.windows {
+                let Some(part) = run.within(*window.start(), *window.end()) else {
+                    continue;
+                };
+                let regions = self.host.ram.ranges();
+                let inside = regions.filter_map(|range| in_memory(&part, range.start().0, range.last().0));
+                for piece in inside {
+                    left -= piece.len;
+                    fitting.push(piece);
+                }
+            }
+            if left > 0 {
+                guest_warn!(
+                    iommu = self.host.name,
+                    "the guest maps {:#x}-{:#x} to {:#x}, of which {left:#x} bytes are not there for devices of the \
+                     host: not guest RAM, or where the host lets no device be",
+                    run.iova,
+                    run.last(),
+                    run.target
+                );
+            }
+        }
+        fitting.sort_unstable_by_key(|run| run.iova);
+        fitting
+    }
+
+    /// Have the host hold `wanted`, and nothing else, from `first` to `last`.
+    fn apply(&mut self, first: u64, last: u64, wanted: &[Run]) -> Result<(), Broken> {
+        let change = self.record.change(first, last, wanted);
+        for range in change.unmap {
+            self.unmap(range)?;
+        }
+        for run in change.map {
+            if self.record.len() >= MOST_RUNS {
+                guest_warn!(
+                    iommu = self.host.name,
+                    "the guest maps more than {MOST_RUNS} separate ranges for devices of the host; {:#x} is not there",
+                    run.iova
+                );
+                continue;
+            }
+            let copied = self.host.requests.copy(&Copied {
+                from: self.host.space.id(),
+                source: run.target,
+                to: self.id,
+                iova: run.iova,
+                len: run.len,
+                access: run.access,
+            });
+            match copied {
+                Ok(()) => self.record.mapped(run),
+                Err(error) => {
+                    guest_warn!(
+                        iommu = self.host.name,
+                        %error,
+                        "the host does not map {:#x}-{:#x} for its devices; it is not there for them",
+                        run.iova,
+                        run.last()
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn unmap(&mut self, range: RangeInclusive<u64>) -> Result<(), Broken> {
+        self.host
+            .requests
+            .unmap(self.id, range.clone())
+            .map_err(Broken)?;
+        self.record.unmapped(&range);
+        Ok(())
+    }
+}
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        if let Err(error) = self.host.requests.destroy(self.id) {
+            tracing::error!(ioas = self.id, %error, "cannot destroy an I/O address space; it stays until this process ends");
+        }
+    }
+}
+
+/// What of `run` leads to `first..=last` in memory.
+fn in_memory(run: &Run, first: u64, last: u64) -> Option<Run> {
+    let target_last = run.target.checked_add(run.len - 1)?;
+    let from = run.target.max(first);
+    let to = target_last.min(last);
+    (from <= to).then(|| Run {
+        iova: run.iova + (from - run.target),
+        len: to - from + 1,
+        target: from,
+        access: run.access,
+    })
+}
