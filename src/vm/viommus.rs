@@ -1,7 +1,7 @@
 //! The guest's IOMMUs: made from the plan before anything that passes them.
 
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use event_manager::{EventOps, EventSubscriber, Events};
 use vmm_sys_util::epoll::EventSet;
@@ -9,6 +9,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::RunError;
 use super::board::Board;
 use super::events::EventLoop;
+use super::passed::Passed;
 use super::plan::{Doorbell, Plan, ViommuPlan};
 use crate::iommu::agent::TranslationAgent;
 use crate::iommu::amd::processor::Follower;
@@ -17,8 +18,10 @@ use crate::iommu::amd::window::RegisterWindow;
 use crate::iommu::emulated::{
     DoorbellThread, EmulatedUnit, LateWrites, RemappingIoApic, RemappingSink, UnitParts,
 };
+use crate::iommu::iommufd::Attach;
+use crate::iommu::shadow::{Shadow, ShadowParts, Views};
 use crate::pci::tree::{NodeKind, RootComplex};
-use crate::platform::addr::{Gpa, Sbdf};
+use crate::platform::addr::{Bdf, Gpa, Sbdf};
 use crate::platform::dma::{Dma, Requester};
 use crate::platform::doorbell::CoalescedWrites;
 use crate::platform::host::HostError;
@@ -87,6 +90,40 @@ impl<'a> Viommus<'a> {
             plan,
             units,
         })
+    }
+
+    /// Have what the guest's tables say hold for those of `passed` that are behind a unit.
+    pub(super) fn confine(&self, passed: &Passed, ram: &GuestRam) -> Result<(), HostError> {
+        for root in self.plan.pci.roots() {
+            let Some(unit) = self.covering(root) else {
+                continue;
+            };
+            let mut functions: Vec<(Bdf, Arc<dyn Attach>)> = Vec::new();
+            let mut space = None;
+            for node in root.nodes() {
+                if let NodeKind::Endpoint(index) = node.kind
+                    && let Some((function, attached)) = passed.function(index)
+                {
+                    let function: Arc<dyn Attach> = function;
+                    functions.push((node.bdf, function));
+                    space = Some(attached);
+                }
+            }
+            let Some(space) = space else {
+                continue;
+            };
+            let views: Weak<dyn Views> = Arc::downgrade(unit) as Weak<dyn Views>;
+            let shadow = Shadow::new(ShadowParts {
+                name: unit.name().to_owned(),
+                unit: views,
+                requests: space.requests().clone(),
+                space,
+                ram: ram.clone(),
+                functions,
+            })?;
+            unit.add_follower(Arc::new(shadow));
+        }
+        Ok(())
     }
 
     /// Have doorbells polled where the plan says so, by what `writes` gives: the hypervisor's ring of writes put

@@ -49,6 +49,8 @@ pub struct Wanted {
     pub ats: bool,
     /// Entries that are not present may be cached, because something shadows the tables.
     pub np_cache: bool,
+    /// Levels of v1 tables, 4 to 6: addresses of 48, 57 or 64 bits.
+    pub host_levels: u8,
     /// Access and dirty bits in v1 tables.
     pub host_tracking: bool,
     /// Remapping tables of 2,048 entries.
@@ -67,6 +69,7 @@ impl Wanted {
         nested: false,
         ats: false,
         np_cache: false,
+        host_levels: 6,
         host_tracking: true,
         large_interrupt_tables: false,
         segments: 0,
@@ -81,6 +84,7 @@ impl Wanted {
         nested: true,
         ats: true,
         np_cache: false,
+        host_levels: 6,
         host_tracking: true,
         large_interrupt_tables: true,
         segments: 3,
@@ -113,7 +117,7 @@ impl Features {
             .with_gt(guest)
             .with_ia(true)
             .with_ga(true)
-            .with_hats(2)
+            .with_hats(wanted.host_levels.clamp(4, 6) - 4)
             .with_gats(u8::from(guest && wanted.five_levels))
             .with_glx(if guest { 2 } else { 0 })
             .with_pas_max(pasid_bits.saturating_sub(1))
@@ -241,6 +245,18 @@ mod tests {
         assert_eq!(Features::offer(bare).control_writable().into_bits(), 0x2_1fff);
         let all = Features::offer(Wanted::EVERYTHING).control_writable();
         assert_eq!(all.into_bits(), 0x044d_f81c_0003_ffff);
+    }
+
+    #[test]
+    fn levels_of_tables_are_those_that_exist() {
+        let hats = |host_levels| {
+            let wanted = Wanted {
+                host_levels,
+                ..Wanted::DEFAULT
+            };
+            Features::offer(wanted).efr.hats()
+        };
+        assert_eq!([0, 4, 5, 6, 7].map(hats), [0, 0, 1, 2, 2]);
     }
 
     #[test]

@@ -126,7 +126,10 @@ impl<'a, M: SystemMemory> Scan<'a, M> {
 
     /// A page that may go beyond the range.
     fn found(&mut self, run: Run) -> ControlFlow<u64> {
-        let Some(run) = run.within(self.at, self.last).filter(|run| run.access != Access::NONE) else {
+        let Some(run) = run
+            .within(self.at, self.last)
+            .filter(|run| run.access != Access::NONE)
+        else {
             return Continue(());
         };
         if self.runs.len() >= self.most_runs {
@@ -235,7 +238,9 @@ impl<'a, M: SystemMemory> Scan<'a, M> {
             let (iova, inner) = (page.iova + done, page.target + done);
             self.look(iova)?;
             let found = host.walk(self.memory, inner, Access::NONE);
-            let shift = found.as_ref().map_or(PAGE_SIZE.trailing_zeros(), |leaf| leaf.shift);
+            let shift = found
+                .as_ref()
+                .map_or(PAGE_SIZE.trailing_zeros(), |leaf| leaf.shift);
             let len = ((1 << shift) - (inner & ((1 << shift) - 1))).min(page.len - done);
             if let Ok(leaf) = found {
                 self.found(Run {
@@ -410,9 +415,19 @@ mod tests {
     #[test]
     fn the_last_page_of_all_is_found() {
         let ram = ram();
-        for (level, table) in [(6_u64, 0x1000_u64), (5, 0x2000), (4, 0x3000), (3, 0x4000), (2, 0x5000)] {
+        for (level, table) in [
+            (6_u64, 0x1000_u64),
+            (5, 0x2000),
+            (4, 0x3000),
+            (3, 0x4000),
+            (2, 0x5000),
+        ] {
             let index = if level == 6 { 127 } else { 511 };
-            put(&ram, table + index * 8, LEAF | (level - 1) << 9 | (table + 0x1000));
+            put(
+                &ram,
+                table + index * 8,
+                LEAF | (level - 1) << 9 | (table + 0x1000),
+            );
         }
         put(&ram, 0x6000 + 511 * 8, LEAF | 0x8_0000);
         let page = run(u64::MAX - 0xfff, 0x1000, 0x8_0000, Access::BOTH);

@@ -87,10 +87,12 @@ impl<M: SystemMemory> Unit<M> {
             Decision::Forward => View::Identity(Access::BOTH),
             Decision::Identity(Access::NONE)
             | Decision::Host {
-                allowed: Access::NONE, ..
+                allowed: Access::NONE,
+                ..
             }
             | Decision::Guest {
-                allowed: Access::NONE, ..
+                allowed: Access::NONE,
+                ..
             }
             | Decision::Blocked
             | Decision::NoGuestTable

@@ -1,11 +1,14 @@
 //! The unit as devices and processors of a machine meet it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::testing::{Rig, device, indexed, requester};
 use super::*;
+use crate::iommu::iommufd::testing::{Function as HostFunction, Host};
+use crate::iommu::iommufd::{Attach, Ioas, Memlock};
+use crate::iommu::shadow::{Shadow, ShadowParts};
 use crate::pci::Function;
 use crate::pci::access::DwordWrite;
 use crate::platform::irq::IoApicHost;
@@ -359,4 +362,63 @@ fn its_state_is_told_in_one_line() {
         "{state}"
     );
     assert_eq!(state.lines().count(), 1);
+}
+
+/// A function of the host's at the place of the device under test, behind the unit.
+fn of_the_host(rig: &Rig) -> (Arc<Host>, Arc<HostFunction>) {
+    let kernel = Host::new();
+    let function = kernel.function();
+    let space = Arc::new(Ioas::new(kernel.clone(), rig.ram.clone()).expect("made"));
+    function.attach(space.id()).expect("attached");
+    space.map_ram(Memlock { limit: None }).expect("mapped");
+    let unit: Weak<dyn Views> = Arc::downgrade(&rig.unit) as Weak<dyn Views>;
+    let behind: Arc<dyn Attach> = function.clone();
+    let shadow = Shadow::new(ShadowParts {
+        name: "iommu0".to_owned(),
+        unit,
+        requests: kernel.clone(),
+        space,
+        ram: rig.ram.clone(),
+        functions: vec![(device(), behind)],
+    });
+    rig.unit.add_follower(Arc::new(shadow.expect("made")));
+    (kernel, function)
+}
+
+/// INVALIDATE_IOMMU_PAGES of the device's domain.
+const INVALIDATE: u64 = 3 << 60 | 1 << 32;
+
+#[test]
+fn a_function_of_the_host_reaches_what_was_mapped_once_the_wait_is_answered() {
+    let rig = Rig::running();
+    let (kernel, function) = of_the_host(&rig);
+    assert_eq!(function.reaches(0x3008), Some((0x3008, Access::BOTH)));
+    rig.cover();
+    assert_eq!(function.reaches(0x3008), None);
+    rig.map(3, 0x50_0000);
+    rig.put(INVALIDATE, 0x3000);
+    rig.put_wait(9);
+    rig.ring();
+    assert_eq!(rig.flag(), 9);
+    assert_eq!(function.reaches(0x3008), Some((0x50_0008, Access::BOTH)));
+    rig.unit.reset();
+    assert_eq!(function.reaches(0x3008), Some((0x3008, Access::BOTH)));
+    // Guest RAM, and nothing.
+    assert_eq!(kernel.spaces().len(), 2);
+}
+
+#[test]
+fn a_wait_behind_much_work_is_answered_when_the_work_is_done_and_holds_up_no_processor() {
+    let rig = Rig::running();
+    let (kernel, function) = of_the_host(&rig);
+    rig.cover();
+    (0..512).for_each(|page| rig.map(page, 0x50_0000));
+    rig.put(INVALIDATE, 0x7fff_ffff_ffff_f000 | 1);
+    rig.put_wait(9);
+    rig.ring();
+    assert_ne!(rig.flag(), 9);
+    rig.unit.run_commands();
+    assert_eq!(rig.flag(), 9);
+    let place = function.place().expect("attached");
+    assert_eq!(kernel.mapped(place).len(), 512);
 }

@@ -152,9 +152,13 @@ fn kernel<T>(errno: i32) -> io::Result<T> {
 
 /// Mappings of `areas` that share a byte with `first..=last`, with their starts.
 fn overlapping(areas: &BTreeMap<u64, Area>, first: u64, last: u64) -> Vec<(u64, Area)> {
-    let below = areas.range(..=last).map(|(start, area)| (*start, *area));
-    below
-        .filter(|(start, area)| start + (area.len - 1) >= first)
+    let before = areas.range(..first).next_back();
+    let before = before.filter(|(start, area)| *start + (area.len - 1) >= first);
+    let inside = areas.range(first..=last);
+    before
+        .into_iter()
+        .chain(inside)
+        .map(|(start, area)| (*start, *area))
         .collect()
 }
 
@@ -247,9 +251,8 @@ impl Requests for Host {
             return kernel(libc::ENOENT);
         };
         let found = overlapping(space, *range.start(), *range.end());
-        let whole = |(start, area): &(u64, Area)| {
-            range.contains(start) && range.contains(&(start + (area.len - 1)))
-        };
+        let whole =
+            |(start, area): &(u64, Area)| range.contains(start) && range.contains(&(start + (area.len - 1)));
         if found.is_empty() || !found.iter().all(whole) {
             return kernel(libc::ENOENT);
         }

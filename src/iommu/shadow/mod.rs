@@ -250,7 +250,9 @@ impl State {
     }
 
     fn is_wanted(&self, space: &Space) -> bool {
-        self.functions.iter().any(|function| function.view == space.view())
+        self.functions
+            .iter()
+            .any(|function| function.view == space.view())
     }
 
     /// Give the address space number `index` up: what is attached there is blocked until there is another.
@@ -291,6 +293,8 @@ impl State {
             Ok(()) => function.place = Some(place),
             Err(error) => {
                 guest_warn!(iommu = host.name, function = %function.at, %error, "the host does not attach a function to what the guest has it reach; it is blocked");
+                // Until its entry is read again.
+                function.view = View::Nothing;
                 function.block(self.blocked.id(), host);
             }
         }
@@ -298,9 +302,8 @@ impl State {
 }
 
 impl Confined {
-    /// It reaches nothing, until its entry is read again.
+    /// It reaches nothing from here on.
     fn block(&mut self, blocked: u32, host: &Host) {
-        self.view = View::Nothing;
         if self.place == Some(blocked) {
             return;
         }

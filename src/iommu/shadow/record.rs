@@ -66,9 +66,7 @@ impl Record {
             let from = group.map_or(run.iova, |(from, _)| from);
             group = Some((from, run.last()));
             let before = first.checked_sub(1).and_then(|end| run.within(0, end));
-            let behind = last
-                .checked_add(1)
-                .and_then(|start| run.within(start, u64::MAX));
+            let behind = last.checked_add(1).and_then(|start| run.within(start, u64::MAX));
             pieces.extend(before.into_iter().chain(behind));
         }
         change.unmap.extend(group.map(|(from, to)| from..=to));
@@ -149,7 +147,10 @@ mod tests {
         let mut record = Record::default();
         let wanted = [run(0x1000, 0x8000, 0x10_0000)];
         let change = record.change(0, u64::MAX, &wanted);
-        assert_eq!((change.unmap.len(), change.map.as_slice()), (0, wanted.as_slice()));
+        assert_eq!(
+            (change.unmap.len(), change.map.as_slice()),
+            (0, wanted.as_slice())
+        );
         carry_out(&mut record, &change);
         assert_eq!(record.change(0, u64::MAX, &wanted), Change::default());
         let page = [run(0x3000, 0x1000, 0x10_2000)];

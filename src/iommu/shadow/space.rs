@@ -162,9 +162,7 @@ impl Space {
                 });
                 runs.extend(all.filter_map(|run| run.within(first, last)));
             }
-            View::Translated {
-                allowed, tables, ..
-            } => {
+            View::Translated { allowed, tables, .. } => {
                 let found = tables.scan(&self.host.ram, first, last, STEP);
                 for run in found.runs {
                     let access = run.access.and(allowed);
@@ -253,10 +251,7 @@ impl Space {
     }
 
     fn unmap(&mut self, range: RangeInclusive<u64>) -> Result<(), Broken> {
-        self.host
-            .requests
-            .unmap(self.id, range.clone())
-            .map_err(Broken)?;
+        self.host.requests.unmap(self.id, range.clone()).map_err(Broken)?;
         self.record.unmapped(&range);
         Ok(())
     }

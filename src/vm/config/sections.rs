@@ -269,7 +269,7 @@ section! {
         host = "host": Required<HostFunction>,
         /// What it is called (default vfio0, vfio1, ...).
         id = "id": Option<Name>,
-        /// The vIOMMU it is behind; not built in this version.
+        /// The vIOMMU it must be behind: that of its root complex.
         viommu = "viommu": Option<Name>,
         /// The port it is behind; without port, on and slot, the first root complex, or a port of its own where a viommu
         /// with auto mirrors the host.

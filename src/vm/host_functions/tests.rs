@@ -211,18 +211,39 @@ fn the_same_function_twice_is_refused() {
 }
 
 #[test]
-fn a_function_is_refused_where_an_iommu_of_the_guest_could_not_confine_it() {
+fn behind_an_iommu_of_the_guest_every_unit_has_the_guest_announce_what_it_maps() {
     let device = format!("[[vfio-device]]\nhost = \"{NIC}\"\n");
-    let text = planned(&format!("{device}[[viommu]]\n")).expect_err("covered");
+    let roots = "[[root-complex]]\n[[root-complex]]\n";
+    let covered = planned(&format!("{device}{roots}[[viommu]]\n[[viommu]]\non = \"rc1\"\n"));
+    let units = covered.expect("possible").viommus;
+    assert_eq!(units.len(), 2);
+    assert!(units.iter().all(|unit| unit.offer.np_cache));
+    let efr = units[0].offer.features().efr;
+    assert!(efr.hats() == 0 && !efr.ha() && !efr.hd());
+    let beside = planned(&format!("{roots}[[viommu]]\non = \"rc1\"\n{device}"));
+    assert!(!beside.expect("possible").viommus[0].offer.np_cache);
+}
+
+#[test]
+fn a_guest_that_is_not_to_announce_what_it_maps_cannot_have_functions_behind_its_iommu() {
+    let device = format!("[[vfio-device]]\nhost = \"{NIC}\"\n");
+    let text = planned(&format!("{device}[[viommu]]\nnpcache = false\n")).expect_err("not announced");
     assert!(
-        text.contains("vfio0 would be behind iommu0, which cannot confine"),
+        text.starts_with("m.toml:4: viommu.npcache = off: vfio0, a function of the host, is behind iommu0"),
         "{text}"
     );
-    let beside = format!("[[root-complex]]\n[[root-complex]]\n[[viommu]]\non = \"rc1\"\n{device}");
-    assert!(planned(&beside).is_ok());
-    let asked = planned(&format!("{device}viommu = \"iommu0\"\n")).expect_err("not built");
+}
+
+#[test]
+fn the_iommu_a_function_is_said_to_be_behind_is_the_one_it_is_behind() {
+    let device = format!("[[vfio-device]]\nhost = \"{NIC}\"\nviommu = \"iommu0\"\n");
+    assert!(planned(&format!("{device}[[viommu]]\n")).is_ok());
+    let text = planned(&device).expect_err("there is none");
     assert!(
-        asked.contains("vfio-device.viommu = iommu0: functions of the host behind"),
-        "{asked}"
+        text.contains("vfio-device.viommu = iommu0: vfio0 is behind no IOMMU where it is"),
+        "{text}"
     );
+    let roots = "[[root-complex]]\n[[root-complex]]\n";
+    let other = planned(&format!("{roots}[[viommu]]\non = \"rc1\"\n{device}")).expect_err("elsewhere");
+    assert!(other.contains("vfio0 is behind no IOMMU where it is"), "{other}");
 }

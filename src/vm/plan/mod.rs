@@ -232,7 +232,8 @@ pub struct ViommuOffer {
     pub pasid_bits: u8,
     /// Devices may keep translations.
     pub ats: bool,
-    /// The guest announces new mappings as well.
+    /// The guest announces new mappings as well, because its tables are copied. They then have four levels, which is
+    /// as far as hosts let devices reach, and leave no marks of what was used, which copies could not.
     pub np_cache: bool,
 }
 
@@ -246,6 +247,8 @@ impl ViommuOffer {
             pasid_bits: self.pasid_bits,
             ats: self.ats,
             np_cache: self.np_cache,
+            host_levels: if self.np_cache { 4 } else { 6 },
+            host_tracking: !self.np_cache,
             ..Wanted::DEFAULT
         })
     }

@@ -1,4 +1,4 @@
-//! What of the host's functions the guest's IOMMUs would have to confine, and refusals of what they cannot.
+//! What it takes that the guest's IOMMUs confine functions of the host, and refusals of what they could not.
 
 use std::collections::BTreeMap;
 
@@ -7,8 +7,9 @@ use crate::platform::addr::Sbdf;
 use crate::vm::config::Config;
 use crate::vm::config::said::ConfigError;
 use crate::vm::config::section::Section;
+use crate::vm::config::sections::Viommu;
 use crate::vm::host_functions::HostFunctions;
-use crate::vm::plan::{DeviceKind, DevicePlan, Plan, ViommuPlan};
+use crate::vm::plan::{DeviceKind, DevicePlan, ViommuPlan};
 
 /// The functions of the host among `devices`, in their order: index, name and address.
 fn passed(devices: &[DevicePlan]) -> impl Iterator<Item = (usize, &str, Sbdf)> {
@@ -26,24 +27,42 @@ fn covers(viommu: &ViommuPlan, name: &str) -> bool {
     viommu.covers.iter().any(|covered| covered == name)
 }
 
-/// A function of the host is not put behind an IOMMU that could not confine it.
-pub(super) fn refuse_unconfined(config: &Config, plan: &Plan) -> Result<(), ConfigError> {
-    for (device, (_, name, _)) in config.vfio_devices.iter().zip(passed(&plan.devices)) {
-        let covering = plan.viommus.iter().find(|viommu| covers(viommu, name));
-        let source = device.source();
-        if let Some(viommu) = covering {
-            let problem = format!(
-                "{name} would be behind {}, which cannot confine functions of the host in this version; put it on a \
-                 root complex without an IOMMU",
-                viommu.name
+/// Functions of the host are confined by copies of the guest's tables, so the guest has to announce all it maps: to
+/// every unit, since a guest expects units to be alike.
+pub(super) fn have_maps_announced(
+    config: &Config,
+    devices: &[DevicePlan],
+    viommus: &mut [ViommuPlan],
+) -> Result<(), ConfigError> {
+    let mut confined = None;
+    for (device, (_, name, _)) in config.vfio_devices.iter().zip(passed(devices)) {
+        let covering = viommus.iter().find(|viommu| covers(viommu, name));
+        let is = covering.map(|viommu| viommu.name.as_str());
+        if let Some(said) = &device.viommu
+            && is != Some(said.0.as_str())
+        {
+            let place = is.map_or_else(
+                || "behind no IOMMU".to_owned(),
+                |viommu| format!("behind {viommu}"),
             );
-            return Err(source.wrong("host", problem));
+            let problem =
+                format!("{name} is {place} where it is; an IOMMU covers the root complex that it is on");
+            return Err(device.source().wrong("viommu", problem));
         }
-        if device.viommu.is_some() {
-            let problem = "functions of the host behind an IOMMU of the guest are not built in this version";
-            return Err(source.wrong("viommu", problem));
-        }
+        confined = confined.or(is.map(|viommu| (name, viommu.to_owned())));
     }
+    let Some((name, viommu)) = confined else {
+        return Ok(());
+    };
+    let silent = |viommu: &&Viommu| viommu.np_cache.is_some_and(|said| !said.0);
+    if let Some(silent) = config.viommus.iter().find(silent) {
+        let problem = format!(
+            "{name}, a function of the host, is behind {viommu}, and the host can follow what a guest maps only when \
+             that is announced; leave this out, or say on"
+        );
+        return Err(silent.source().wrong("npcache", problem));
+    }
+    viommus.iter_mut().for_each(|viommu| viommu.offer.np_cache = true);
     Ok(())
 }
 

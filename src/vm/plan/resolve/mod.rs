@@ -35,9 +35,7 @@ impl Plan {
     /// Decide the machine that `config` asks for; functions to be passed through are those of `host`.
     pub fn resolve_on(config: &Config, host: &HostFunctions) -> Result<Self, ConfigError> {
         let config = mirror::mirrored(config, host)?;
-        let plan = decide(&config, host)?;
-        confine::refuse_unconfined(&config, &plan)?;
-        Ok(plan)
+        decide(&config, host)
     }
 }
 
@@ -51,6 +49,7 @@ fn decide(config: &Config, host: &HostFunctions) -> Result<Plan, ConfigError> {
     let size = memory::size(config.memory.as_ref())?;
     let mapped = layout::map(size, &spec).map_err(|error| blame(&error, config, &names))?;
     let mut viommus = viommus::resolve(config, &mapped, &cpus)?;
+    confine::have_maps_announced(config, &devices, &mut viommus)?;
     confine::refuse_split_groups(config, &mapped.pci, &devices, &viommus, host)?;
     confine::name_host_iommus(&mut viommus, &devices, host);
     let serial = serial(config, &devices)?;
