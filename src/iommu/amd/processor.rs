@@ -24,8 +24,8 @@ const BATCH: usize = 32;
 
 /// Whatever keeps copies of what the unit said: interrupt routes, devices' own IOTLBs, shadow tables.
 pub trait Follower: Send + Sync {
-    /// Obey `batch`, in order. Once this returned, and [`Follower::settle`] left nothing, nothing older than it is used. It is called before the
-    /// COMPLETION_WAIT that follows is answered, and must not write the unit's registers.
+    /// Obey `batch`, in order. Once this returned and [`Follower::settle`] left nothing, nothing older than it is used.
+    /// It is called before the COMPLETION_WAIT that follows is answered, and must not write the unit's registers.
     fn follow(&self, batch: &[Command]) -> Result<(), NoAnswer>;
 
     /// Do a bounded part of what obeying left to be done; whether nothing is left. COMPLETION_WAIT is not answered

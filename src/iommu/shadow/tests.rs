@@ -1,5 +1,6 @@
 //! Guests that map and unmap, and what their functions reach at the host then.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use proptest::prelude::*;
@@ -496,7 +497,7 @@ proptest! {
         let rig = Rig::attached();
         let table = HostTable { root: Gpa(UPPER), levels: 2, track: Track::default() };
         // Pages with changes that were not announced.
-        let mut stale = [false; 512];
+        let mut stale = BTreeSet::new();
         for (change, announced) in steps {
             let (from, to) = match change {
                 Change::Map(page, target) => {
@@ -522,9 +523,9 @@ proptest! {
                 Announced::Block => Some((from & !7, to | 7)),
                 Announced::Domain | Announced::All => Some((0, 511)),
             };
-            (from..=to).for_each(|page| stale[page as usize] = true);
+            stale.extend(from..=to);
             if let Some((from, to)) = covered {
-                (from..=to).for_each(|page| stale[page as usize] = false);
+                stale.retain(|page| !(from..=to).contains(page));
                 let span = PageRange::Span { first: BASE + (from << 12), last: BASE + (to << 12 | 0xfff) };
                 rig.commands(&[match announced {
                     Announced::All => Command::InvalidateAll,
@@ -532,7 +533,7 @@ proptest! {
                     _ => pages(span),
                 }]);
             }
-            for page in (0..512_u64).filter(|page| !stale[*page as usize]) {
+            for page in (0..512_u64).filter(|page| !stale.contains(page)) {
                 let at = BASE + (page << 12);
                 let told = table.walk(&rig.ram, at, Access::NONE).ok().map(|leaf| leaf.target(at));
                 prop_assert_eq!(rig.reaches(at), told, "page {}", page);
