@@ -83,7 +83,6 @@ impl<'a> Machine<'a> {
         let delivery = Arc::new(vm.delivery().clone());
         let messages: Arc<dyn MsiSink> = delivery.clone();
         let mut viommus = Viommus::new(plan, &ram, &messages, &mut events)?;
-        viommus.confine(&passed, &ram)?;
         let mut board = Board::new(viommus.ioapic_host(delivery), requests.clone(), &mut events)?;
         board.populate(plan, &mut events)?;
         viommus.place(&mut board, &vm)?;
@@ -100,6 +99,7 @@ impl<'a> Machine<'a> {
                 device_memory: vm.device_memory(),
             },
         )?;
+        viommus.confine(&passed, &topology, &ram)?;
         board.open_config_space(plan, &topology)?;
 
         // What the guest is started from, then the processors that start it.

@@ -20,8 +20,9 @@ use crate::iommu::emulated::{
 };
 use crate::iommu::iommufd::Attach;
 use crate::iommu::shadow::{Shadow, ShadowParts, Views};
+use crate::pci::topology::Topology;
 use crate::pci::tree::{NodeKind, RootComplex};
-use crate::platform::addr::{Bdf, Gpa, Sbdf};
+use crate::platform::addr::{Gpa, Sbdf};
 use crate::platform::dma::{Dma, Requester};
 use crate::platform::doorbell::CoalescedWrites;
 use crate::platform::host::HostError;
@@ -93,19 +94,26 @@ impl<'a> Viommus<'a> {
     }
 
     /// Have what the guest's tables say hold for those of `passed` that are behind a unit.
-    pub(super) fn confine(&self, passed: &Passed, ram: &GuestRam) -> Result<(), HostError> {
+    pub(super) fn confine(
+        &self,
+        passed: &Passed,
+        topology: &Topology,
+        ram: &GuestRam,
+    ) -> Result<(), HostError> {
         for root in self.plan.pci.roots() {
             let Some(unit) = self.covering(root) else {
                 continue;
             };
-            let mut functions: Vec<(Bdf, Arc<dyn Attach>)> = Vec::new();
+            let mut functions: Vec<(Arc<Requester>, Arc<dyn Attach>)> = Vec::new();
             let mut space = None;
             for node in root.nodes() {
                 if let NodeKind::Endpoint(index) = node.kind
                     && let Some((function, attached)) = passed.function(index)
                 {
                     let function: Arc<dyn Attach> = function;
-                    functions.push((node.bdf, function));
+                    let placed = topology.function(root.segment, node.bdf);
+                    let requester = placed.expect("it is where it was planned").requester();
+                    functions.push((requester.clone(), function));
                     space = Some(attached);
                 }
             }

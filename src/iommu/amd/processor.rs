@@ -235,9 +235,11 @@ impl<M: SystemMemory> Unit<M> {
     /// Have followers do a part of what is left to them; whether nothing is left to any.
     pub(super) fn settle(&self) -> bool {
         let followers = self.followers.read().unwrap_or_else(PoisonError::into_inner);
-        followers
-            .iter()
-            .fold(true, |settled, follower| follower.settle() && settled)
+        let mut settled = true;
+        for follower in followers.iter() {
+            settled &= follower.settle();
+        }
+        settled
     }
 
     /// Tell followers of what they have not heard.

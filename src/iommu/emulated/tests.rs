@@ -379,7 +379,7 @@ fn of_the_host(rig: &Rig) -> (Arc<Host>, Arc<HostFunction>) {
         requests: kernel.clone(),
         space,
         ram: rig.ram.clone(),
-        functions: vec![(device(), behind)],
+        functions: vec![(requester(), behind)],
     });
     rig.unit.add_follower(Arc::new(shadow.expect("made")));
     (kernel, function)

@@ -31,6 +31,7 @@ use super::amd::view::{Tables, View};
 use super::iommufd::{Attach, Ioas, Requests};
 use crate::guest_warn;
 use crate::platform::addr::Bdf;
+use crate::platform::dma::Requester;
 use crate::platform::host::HostError;
 use crate::platform::memory::GuestRam;
 
@@ -57,8 +58,8 @@ pub struct ShadowParts {
     pub space: Arc<Ioas>,
     /// Guest RAM: what tables lie in, and lead to.
     pub ram: GuestRam,
-    /// The functions behind the unit, as the guest knows them.
-    pub functions: Vec<(Bdf, Arc<dyn Attach>)>,
+    /// The functions behind the unit: as whom the guest knows each at present, and its way to the host's IOMMU.
+    pub functions: Vec<(Arc<Requester>, Arc<dyn Attach>)>,
 }
 
 /// What all address spaces of a shadow are made with.
@@ -74,7 +75,7 @@ struct Host {
 
 /// A function behind the unit.
 struct Confined {
-    at: Bdf,
+    requester: Arc<Requester>,
     function: Arc<dyn Attach>,
     /// What it is to reach.
     view: View,
@@ -111,8 +112,8 @@ impl Shadow {
             ram: parts.ram,
             windows,
         });
-        let confined = |(at, function)| Confined {
-            at,
+        let confined = |(requester, function)| Confined {
+            requester,
             function,
             view: View::Identity(Access::BOTH),
             place: Some(ram),
@@ -161,7 +162,7 @@ impl Follower for Shadow {
         for command in batch {
             match *command {
                 Command::InvalidateDevice { device } => {
-                    looks |= state.functions.iter().any(|function| function.at == device);
+                    looks |= state.functions.iter().any(|function| function.at() == device);
                 }
                 Command::InvalidatePages {
                     domain, space, pages, ..
@@ -206,14 +207,14 @@ impl State {
     /// Read again what functions are to reach, and make the address spaces that are missing.
     fn look(&mut self, host: &Arc<Host>, view: impl Fn(Bdf) -> View) {
         for function in &mut self.functions {
-            function.view = view(function.at);
+            function.view = view(function.at());
             let own = !matches!(function.view, View::Nothing | View::Identity(Access::BOTH));
             let there = self.spaces.iter().any(|space| space.view() == function.view);
             if own && !there {
                 match Space::new(host, function.view) {
                     Ok(space) => self.spaces.push(space),
                     Err(error) => {
-                        guest_warn!(iommu = host.name, function = %function.at, %error, reason = %error.source, "a function of the host is blocked");
+                        guest_warn!(iommu = host.name, function = %function.at(), %error, reason = %error.source, "a function of the host is blocked");
                         function.view = View::Nothing;
                     }
                 }
@@ -292,7 +293,7 @@ impl State {
         match function.function.attach(place) {
             Ok(()) => function.place = Some(place),
             Err(error) => {
-                guest_warn!(iommu = host.name, function = %function.at, %error, "the host does not attach a function to what the guest has it reach; it is blocked");
+                guest_warn!(iommu = host.name, function = %function.at(), %error, "the host does not attach a function to what the guest has it reach; it is blocked");
                 // Until its entry is read again.
                 function.view = View::Nothing;
                 function.block(self.blocked.id(), host);
@@ -302,6 +303,11 @@ impl State {
 }
 
 impl Confined {
+    /// As whom the guest knows it.
+    fn at(&self) -> Bdf {
+        self.requester.sbdf().bdf
+    }
+
     /// It reaches nothing from here on.
     fn block(&mut self, blocked: u32, host: &Host) {
         if self.place == Some(blocked) {
@@ -314,7 +320,7 @@ impl Confined {
         match self.function.detach() {
             Ok(()) => self.place = None,
             Err(error) => {
-                tracing::error!(iommu = host.name, function = %self.at, %error, "the host neither blocks nor detaches a function: it reaches what it reached");
+                tracing::error!(iommu = host.name, function = %self.at(), %error, "the host neither blocks nor detaches a function: it reaches what it reached");
             }
         }
     }
@@ -327,7 +333,7 @@ impl Drop for State {
             // Not for a moment does it reach anything: whoever else has it may not have let it go.
             let end = function.function.attach(blocked);
             if let Err(error) = end.and_then(|()| function.function.detach()) {
-                tracing::warn!(function = %function.at, %error, "the host does not detach a function; closing it does");
+                tracing::warn!(function = %function.at(), %error, "the host does not detach a function; closing it does");
             }
         }
     }

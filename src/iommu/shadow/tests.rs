@@ -10,7 +10,8 @@ use super::*;
 use crate::iommu::amd::walk::{HostTable, Track};
 use crate::iommu::iommufd::Memlock;
 use crate::iommu::iommufd::testing::{Call, Function, Host as Kernel};
-use crate::platform::addr::Gpa;
+use crate::platform::addr::{Gpa, Sbdf};
+use crate::platform::dma::Requester;
 
 const MIB: u64 = 1 << 20;
 /// A table of level 2, of which entry 1 names one of level 1.
@@ -36,6 +37,7 @@ impl Views for Unit {
 struct Rig {
     kernel: Arc<Kernel>,
     functions: [Arc<Function>; 2],
+    requesters: [Arc<Requester>; 2],
     unit: Arc<Unit>,
     ram: GuestRam,
     ram_space: u32,
@@ -56,6 +58,13 @@ fn tables() -> View {
 
 const fn device(number: u16) -> Bdf {
     Bdf::from_requester_id(number)
+}
+
+fn at(number: u16) -> Sbdf {
+    Sbdf {
+        segment: 0,
+        bdf: device(number),
+    }
 }
 
 impl Rig {
@@ -80,8 +89,9 @@ impl Rig {
         let identity = View::Identity(Access::BOTH);
         let unit = Arc::new(Unit(Mutex::new(vec![identity; 2])));
         let views: Weak<dyn Views> = Arc::downgrade(&unit) as Weak<dyn Views>;
-        let behind = |number: u16| -> (Bdf, Arc<dyn Attach>) {
-            (device(number), functions[usize::from(number)].clone())
+        let requesters = [0, 1].map(|number| Arc::new(Requester::new(at(number))));
+        let behind = |number: usize| -> (Arc<Requester>, Arc<dyn Attach>) {
+            (requesters[number].clone(), functions[number].clone())
         };
         let shadow = Shadow::new(ShadowParts {
             name: "iommu0".to_owned(),
@@ -94,6 +104,7 @@ impl Rig {
         let rig = Self {
             kernel,
             functions,
+            requesters,
             unit,
             ram,
             ram_space,
@@ -180,6 +191,16 @@ fn an_unfollowed_function_reaches_guest_ram_and_a_blocked_one_nothing() {
     rig.view(0, View::Identity(Access::BOTH));
     assert_eq!(rig.functions[0].place(), Some(rig.ram_space));
     assert_eq!(rig.kernel.count(Call::Detach), 0);
+}
+
+#[test]
+fn a_function_whose_bus_was_renumbered_follows_the_entry_of_its_new_number() {
+    let rig = Rig::new();
+    rig.requesters[0].renumber(at(1));
+    rig.requesters[1].renumber(at(0));
+    rig.view(0, View::Nothing);
+    assert_eq!(rig.reaches(0x5000), Some(0x5000));
+    assert_ne!(rig.functions[1].place(), Some(rig.ram_space));
 }
 
 #[test]
@@ -509,7 +530,7 @@ proptest! {
                     (page, page)
                 }
                 Change::Large(target) => {
-                    rig.put(UPPER + 8, LEAF | target * 2 * MIB);
+                    rig.put(UPPER + 8, LEAF | (target * 2 * MIB));
                     (0, 511)
                 }
                 Change::Small => {
