@@ -1,5 +1,5 @@
 //! A guest that is itself a VFIO host: its programs have devices of their own behind the emulated IOMMU, by VFIO's
-//! groups and by iommufd, and map and unmap memory while those work.
+//! groups and by iommufd, and map and unmap memory while those work. One of the devices is the host's own.
 //!
 //! The programs are Perl, which has all that is needed: `ioctl`, and any system call by its number. The guest has
 //! none of its modules.
@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::devices::DISK_TOOLS;
 use crate::machine::{Ended, Machine};
+use crate::vfio::Given;
 
 /// What both programs begin with: `PROGRAM WAY FUNCTION`, where WAY is `group`, `iommufd`, or `pasid` for a domain of
 /// iommufd's in which PASIDs may be used. Structures are those of `linux/vfio.h` and `linux/iommufd.h`, whose requests
@@ -173,6 +174,83 @@ for my $turn (1 .. $turns) {
 print "$way: $copied of $turns copied, $stopped stopped\n";
 "#;
 
+/// A driver of an e1000e, the host's own NIC: frames go out and come in again by the controller's loopback, each from
+/// and to pages mapped for it alone; then from and to pages that are not mapped any more. Registers and descriptors are
+/// those of the 82574's datasheet, sections 3.2, 3.3 and 10.2.
+const NIC: &str = r#"
+my ($rings, $out, $in, $received) = (0x10000000, 0x20000000, 0x30000000, 0x800);
+my ($sent, $returned, $kept, $hidden) = (0, 0, 0, 0);
+sub comes {
+    my ($done, $tries) = @_;
+    for (1 .. $tries) {
+        return 1 if $done->();
+        select undef, undef, undef, 0.01;
+    }
+    return 0;
+}
+# Reset, nothing interrupts, link up.
+set(0x0000, 4, get(0x0000, 4) | 1 << 26);
+select undef, undef, undef, 0.1;
+set(0x00d8, 4, 0xffffffff);
+set(0x0000, 4, get(0x0000, 4) | 1 << 6);
+comes(sub { get(0x0008, 4) & 2 }, 500) or die "no link\n";
+$map->($memory, $rings, $page);
+# Two rings of eight legacy descriptors.
+for my $ring ([0x3800, $rings], [0x2800, $rings + $received]) {
+    my ($at, $address) = @$ring;
+    set($at, 4, $address);
+    set($at + 0x04, 4, 0);
+    set($at + 0x08, 4, 128);
+    set($at + 0x10, 4, 0);
+    set($at + 0x18, 4, 0);
+    set($at + 0x28, 4, get($at + 0x28, 4) | 1 << 25);
+}
+# Everything is received, by loopback.
+set(0x0100, 4, 1 << 26 | 0x805a);
+set(0x0400, 4, 0x0004_00fa);
+
+# Send the $_[1] bytes at $_[0] and have them received at $_[2] in turn $_[3].
+sub loop_back {
+    my ($from, $length, $to, $turn) = @_;
+    my $slot = 16 * ($turn % 8);
+    poke($memory + $received + $slot, pack 'Q2', $to, 0);
+    poke($memory + $slot, pack 'Q S C4 S', $from, $length, 0, 0x0b, 0, 0, 0);
+    set(0x2818, 4, ($turn + 1) % 8);
+    set(0x3818, 4, ($turn + 1) % 8);
+    my $done = sub { unpack('C', peek($memory + $_[0] + $slot + 12, 1)) & 1 };
+    $sent++ if comes(sub { $done->(0) }, 500);
+    return comes(sub { $done->($received) }, 100);
+}
+
+my $turns = 8;
+my ($ours, $theirs) = ($memory + $page, $memory + 2 * $page);
+for my $turn (0 .. $turns - 1) {
+    my $frame = "\xff" x 6 . "\x02\0\0\0\0\1" . pack('n', 0x88b5) . pack('L*', map { ($turn + 3) * 0x01000193 * $_ } 1 .. 96);
+    poke($ours, $frame);
+    poke($theirs, "\0" x 512);
+    my ($from, $to) = ($out + $turn * 0x201000, $in + $turn * 0x3000);
+    $map->($ours, $from, $page);
+    $map->($theirs, $to, $page);
+    $returned++ if loop_back($from, length $frame, $to, $turn) && peek($theirs, length $frame) eq $frame;
+    $unmap->($from, $page);
+    $unmap->($to, $page);
+}
+# Where nothing is mapped any more the NIC neither writes nor reads.
+my $secret = "\xff" x 12 . pack('n', 0x88b5) . 'secret' x 40;
+poke($ours, $secret);
+$map->($ours, $out, $page);
+poke($theirs, "\0" x 512);
+loop_back($out, length $secret, $in, $turns);
+$kept = 1 if peek($theirs, 512) eq "\0" x 512;
+$unmap->($out, $page);
+$map->($theirs, $in, $page);
+loop_back($out, length $secret, $in, $turns + 1);
+$hidden = 1 if index(peek($theirs, 512), 'secret') < 0;
+$unmap->($in, $page);
+$unmap->($rings, $page);
+print "$way: $sent sent, $returned of $turns came back, kept $kept, hidden $hidden\n";
+"#;
+
 /// Hands function `$1` of the guest to VFIO.
 const TO_VFIO: &str = r#"
 to_vfio() {
@@ -202,6 +280,7 @@ fn host(guest: &'static str, arguments: &[&str], script: &str) -> Ended {
         .guest_program("/usr/bin/perl")
         .guest_program("/usr/bin/setpci")
         .guest_file("bin/vfio_rng", format!("{VFIO}{RNG}").as_bytes())
+        .guest_file("bin/vfio_nic", format!("{VFIO}{NIC}").as_bytes())
         .guest_file("bin/vfio_copy", format!("{VFIO}{COPY}").as_bytes())
         .script(&format!("{DISK_TOOLS}{TO_VFIO}{FAULTS}{script}"))
         .run()
@@ -289,4 +368,47 @@ check disk_works round_trip "beside VFIO"
         "pasid control 1\npasid: 0 of 20 copied, 20 stopped"
     );
     assert_eq!(console.said("faults_when_blocked"), "0");
+}
+
+/// What a program of the guest maps for the host's NIC is mapped at the host, and nothing else.
+#[test]
+fn programs_of_the_guest_drive_the_hosts_nic_and_it_reaches_nothing_else() {
+    let nic = Given::nic();
+    let function = format!("host={},port=rp0", nic.at);
+    let arguments = |viommu| {
+        [
+            "--viommu",
+            viommu,
+            "--root-port",
+            "rp0",
+            "--vfio-device",
+            &function,
+        ]
+    };
+    for (viommu, ways) in [
+        ("emulated", &["group", "iommufd"][..]),
+        ("emulated,page-table=v2", &["iommufd"]),
+    ] {
+        let script = format!(
+            r#"
+function=$(basename "$(ls -d /sys/bus/pci/devices/*/ | while read -r at; do [ "$(cat "$at/class")" = 0x020000 ] && echo "$at"; done | head -n 1)")
+check binds to_vfio "$function"
+for way in {}; do
+    check "$way" sh -c "vfio_nic $way $function >/tmp/$way"
+    section "$way" <"/tmp/$way"
+done
+check disk_works round_trip "beside VFIO"
+"#,
+            ways.join(" ")
+        );
+        let console = host("lab", &arguments(viommu), &script).console;
+        for way in ways {
+            assert_eq!(
+                console.section(way).trim(),
+                format!("{way}: 10 sent, 8 of 8 came back, kept 1, hidden 1"),
+                "{viommu}"
+            );
+        }
+    }
+    nic.works_on_the_host();
 }

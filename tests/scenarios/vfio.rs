@@ -62,8 +62,9 @@ fn wait_for(path: &Path) {
 }
 
 /// A function that guests can have; back with its own driver when it is dropped.
-struct Given {
-    at: String,
+pub(crate) struct Given {
+    /// Its address on the host.
+    pub(crate) at: String,
     driver: &'static str,
     /// Until it is given back; then the host's own driver is tried before anybody else has it.
     alone: Option<MutexGuard<'static, ()>>,
@@ -87,8 +88,14 @@ impl Given {
         }
     }
 
-    fn nic() -> Self {
+    /// The host's e1000e, once nobody else has it.
+    pub(crate) fn nic() -> Self {
         Self::new("e1000e", &NIC)
+    }
+
+    /// Give the NIC back and see that it has a link there.
+    pub(crate) fn works_on_the_host(self) {
+        nic_works(&self.back());
     }
 
     fn disk() -> Self {
@@ -156,6 +163,8 @@ check gateway_answers ping -c 10 -i 0.2 -s 1400 10.0.2.2
 /// A guest called `guest` with the function behind a port; `more` are further keys.
 fn machine(guest: &'static str, given: &Given, more: &str) -> Machine {
     Machine::new(guest).deadline(Duration::from_secs(300)).arguments([
+        "--cpus",
+        "2",
         "--root-port",
         "id=rp0",
         "--vfio-device",
@@ -180,7 +189,7 @@ lspci -vv -s "$(basename $at)" | section lspci
         .run()
         .well();
     assert_eq!(ended.console.said("address"), "10.0.2.15");
-    nic_works(&nic.back());
+    nic.works_on_the_host();
 }
 
 #[test]
@@ -202,7 +211,7 @@ echo "$address" >/sys/bus/pci/drivers/e1000e/bind
         ))
         .run()
         .well();
-    nic_works(&nic.back());
+    nic.works_on_the_host();
 }
 
 /// Hash of what is at the start of the host's disk.
@@ -274,7 +283,7 @@ dd if=/tmp/count of=/dev/vda bs=512 conv=fsync 2>/dev/null
         .run()
         .well();
     assert_eq!(ended.console.said_each("address"), ["10.0.2.15"; 4]);
-    nic_works(&nic.back());
+    nic.works_on_the_host();
 }
 
 /// What a guest says whose units shadow, and in which domain the function named by `$at` is.
@@ -296,7 +305,31 @@ fn the_hosts_nic_works_behind_an_iommu_of_the_guest_with_tables_of_either_format
         // Lazy was not asked for, and would not be had: the units keep what is not present.
         assert_eq!(ended.console.said("domain"), "DMA", "{tables}");
     }
-    nic_works(&nic.back());
+    nic.works_on_the_host();
+}
+
+/// Without a word about places: a root complex and an IOMMU for the host's, a port for the NIC's group.
+#[test]
+fn the_layout_mirrors_the_host_and_the_nic_has_a_group_of_its_own() {
+    let nic = Given::nic();
+    let ended = Machine::new("debian-6.12")
+        .deadline(Duration::from_secs(300))
+        .arguments(["--cpus", "2", "--memory", "384M"])
+        .arguments(["--viommu", "auto", "--vfio-device", &nic.at])
+        .script(&format!(
+            r#"{NETWORK}{BEHIND}
+say group "$(ls "$at/iommu_group/devices" | wc -l)"
+say above "$(basename "$(dirname "$(readlink -f "$at")")")"
+lspci -n -s "$(basename "$(dirname "$(readlink -f "$at")")")" | section port
+"#
+        ))
+        .run()
+        .well();
+    assert_eq!(ended.console.said("address"), "10.0.2.15");
+    assert_eq!(ended.console.said("domain"), "DMA");
+    assert_eq!(ended.console.said("group"), "1");
+    assert!(ended.console.section("port").contains("0604"));
+    nic.works_on_the_host();
 }
 
 #[test]
@@ -309,7 +342,7 @@ fn the_hosts_nic_works_behind_an_iommu_that_passes_it_through() {
         .run()
         .well();
     assert_eq!(ended.console.said("domain"), "identity");
-    nic_works(&nic.back());
+    nic.works_on_the_host();
 }
 
 #[test]
@@ -329,7 +362,7 @@ echo "$address" >/sys/bus/pci/drivers/e1000e/bind
         ))
         .run()
         .well();
-    nic_works(&nic.back());
+    nic.works_on_the_host();
 }
 
 #[test]
@@ -369,7 +402,7 @@ fn a_guest_that_is_killed_while_it_uses_the_nic_leaves_it_to_the_host() {
     running.signal("TERM");
     running.signal("TERM");
     running.end().with(KILLED);
-    nic_works(&nic.back());
+    nic.works_on_the_host();
 }
 
 #[test]
