@@ -5,3 +5,4 @@ pub mod amd;
 pub mod emulated;
 pub mod iommufd;
 pub mod shadow;
+pub mod viommu;

@@ -14,6 +14,7 @@ pub mod log;
 pub mod memory;
 mod mmap;
 pub mod msi;
+pub mod protection;
 pub mod ram;
 pub mod tap;
 pub mod vectored;
