@@ -7,7 +7,7 @@ use ravelin::platform::addr::{Bdf, Gpa, Iova};
 use ravelin::iommu::amd::request::{Access, Request};
 
 use crate::driver::{
-    DEVICE_TABLE, Driver, HOLE, device, host_dte, invalidate_device, pasid, pte, read, reg, write,
+    DEVICE_TABLE, Driver, HOLE, device, guest_dte, host_dte, invalidate_device, pasid, pte, read, reg, write,
 };
 
 /// Flags of a record's second dword, and the code above them.
@@ -186,6 +186,30 @@ fn segments_divide_the_table_by_the_highest_bits() {
     assert_eq!(driver.target(&read(beyond, 0x1000)), None);
     let absent = Bdf::from_requester_id(0x2080);
     assert_eq!(driver.target(&read(absent, 0x1000)), None);
+}
+
+#[test]
+fn an_entry_that_maps_a_page_as_well_is_illegal_once_the_walk_has_marked_it() {
+    let mut driver = Driver::running();
+    let (gcr3, root) = (driver.table(), driver.table());
+    driver.put(gcr3, root | 1);
+    // The page of entries is a table, and this device's entry the page of 0x64000 in it, at 0x9000.
+    let entry = DEVICE_TABLE + u64::from(device().requester_id()) * 32;
+    driver.map_guest(root, 4, 0x6_4000, 2, entry & !0xfff | 7);
+    let mut dte = guest_dte(gcr3, 1);
+    dte.host.set_giov(true);
+    dte.host.set_root(9);
+    driver.set_dte(device(), dte);
+    let before = driver.get(entry);
+    assert_eq!(driver.target(&read(device(), 0x6_4123)), Some(0x9123));
+    assert_eq!(
+        driver.get(entry),
+        before | 1 << 5,
+        "accessed, which is reserved in a device's entry"
+    );
+    driver.flush(&[invalidate_device(device())]);
+    assert_eq!(driver.target(&read(device(), 0x6_4123)), None);
+    assert_eq!(driver.events(), [[0x0219, 0x1080_0000, 0x6_4120, 0]]);
 }
 
 #[test]
