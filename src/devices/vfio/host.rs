@@ -85,6 +85,9 @@ pub trait HostFunction: Attach {
 
     /// Signal `eventfds` when the vectors of `kind` from `first` on interrupt; `None` for nothing. Interrupts of this
     /// kind are on from here on.
+    ///
+    /// # Errors
+    /// When the host refuses it, as it does while interrupts of another kind are on.
     fn set_interrupts(&self, kind: Interrupt, first: u32, eventfds: &[Option<&EventFd>]) -> io::Result<()>;
 
     /// Interrupts of `kind` are off from here on, all of them.

@@ -41,6 +41,8 @@ pub(super) struct Interrupts {
 struct State {
     /// What the device uses now; `None` when it may not interrupt.
     on: Option<Interrupt>,
+    /// What the device is still set up for, because the host refused to switch it off. Nothing is `on` as long.
+    left: Option<Interrupt>,
     /// Of the kind in use.
     vectors: Vec<Vector>,
     msix: Option<MsixTable>,
@@ -78,6 +80,7 @@ impl Interrupts {
             wire,
             state: Mutex::new(State {
                 on: None,
+                left: None,
                 vectors: Vec::new(),
                 msix: msix.map(|place| MsixTable::new(place.vectors)),
                 line,
@@ -123,7 +126,7 @@ impl Interrupts {
             table.write_control(DwordWrite::whole(config.value(place.dword)));
         }
         let wanted = self.wanted(&state, config);
-        if state.on != wanted {
+        if state.on != wanted || state.left.is_some() {
             self.switch(&mut state, wanted);
         }
         match state.on {
@@ -194,11 +197,14 @@ impl Interrupts {
         }
     }
 
-    /// From the kind in use to `wanted`. What the host refuses stays off.
+    /// From the kind in use to `wanted`. What the host refuses to switch on stays off. What it refuses to switch off is
+    /// asked for again before anything else: a device has one kind at a time.
     fn switch(&self, state: &mut State, wanted: Option<Interrupt>) {
-        if let Some(kind) = state.on.take() {
+        if let Some(kind) = state.on.take().or(state.left) {
             // The device first, then what it signalled.
-            if let Err(error) = self.host.disable_interrupts(kind) {
+            let off = self.host.disable_interrupts(kind);
+            state.left = off.is_err().then_some(kind);
+            if let Err(error) = off {
                 guest_warn!(name = self.name, ?kind, %error, "the host does not switch interrupts off");
             }
             state.vectors.clear();
@@ -207,6 +213,9 @@ impl Interrupts {
                 let _gone = wire.read();
                 line.set(false);
             }
+        }
+        if state.left.is_some() {
+            return;
         }
         let Some(kind) = wanted else { return };
         match self.switch_on(state, kind) {
@@ -281,12 +290,12 @@ impl Interrupts {
         };
         let vectors = usize::try_from(count).expect("32 at most");
         if state.vectors.len() != vectors {
-            if !state.vectors.is_empty()
-                && let Err(error) = self.host.disable_interrupts(Interrupt::Msi)
-            {
-                guest_warn!(name = self.name, %error, "the host does not switch interrupts off");
+            if !state.vectors.is_empty() {
+                self.switch(state, Some(Interrupt::Msi));
             }
-            state.vectors.clear();
+            if state.on.is_none() {
+                return;
+            }
             state.vectors.resize_with(vectors, Vector::default);
         }
         let mut fresh = false;

@@ -70,6 +70,8 @@ struct State {
     told: Vec<Told>,
     attached: Vec<u32>,
     refused: BTreeMap<Asked, i32>,
+    /// The kind of interrupts that is on.
+    on: Option<Interrupt>,
     /// The eventfds that interrupts signal.
     eventfds: BTreeMap<(Interrupt, u32), EventFd>,
     notices: BTreeMap<Notice, EventFd>,
@@ -123,6 +125,7 @@ impl Device {
                 told: Vec::new(),
                 attached: Vec::new(),
                 refused: BTreeMap::new(),
+                on: None,
                 eventfds: BTreeMap::new(),
                 notices: BTreeMap::new(),
             }),
@@ -188,6 +191,11 @@ impl Device {
         let state = self.state();
         let eventfd = state.notices.get(&notice);
         eventfd.is_some_and(|eventfd| eventfd.write(1).is_ok())
+    }
+
+    /// Interrupts of this kind are set up, whether anybody listens or not.
+    pub fn is_on(&self, kind: Interrupt) -> bool {
+        self.state().on == Some(kind)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -280,6 +288,10 @@ impl HostFunction for Device {
 
     fn set_interrupts(&self, kind: Interrupt, first: u32, eventfds: &[Option<&EventFd>]) -> io::Result<()> {
         let mut state = self.asked(Asked::SetInterrupts)?;
+        if state.on.is_some_and(|on| on != kind) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        state.on = Some(kind);
         let listened = eventfds.iter().map(Option::is_some).collect();
         state.told.push(Told::Interrupts(kind, first, listened));
         for (vector, eventfd) in (first..).zip(eventfds) {
@@ -293,6 +305,10 @@ impl HostFunction for Device {
 
     fn disable_interrupts(&self, kind: Interrupt) -> io::Result<()> {
         let mut state = self.asked(Asked::DisableInterrupts)?;
+        if state.on.is_some_and(|on| on != kind) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        state.on = None;
         state.told.push(Told::Disabled(kind));
         state.eventfds.retain(|(other, _), _| *other != kind);
         Ok(())

@@ -504,13 +504,72 @@ fn interrupts_the_host_refuses_leave_a_function_that_goes_on() {
     let _effect = bench.write(MSIX + 2, &[0x04, 0x00]);
     bench.enable_msix();
     assert!(bench.device.interrupt(Interrupt::Msix, 0));
-    bench.device.refuse(Asked::DisableInterrupts, libc::EIO);
     bench.device.refuse(Asked::Unmask, libc::EIO);
     let _effect = bench.write(MSIX + 2, &[0x04, 0x00]);
     assert!(bench.device.interrupt(Interrupt::Intx, 0));
     bench.function.signalled();
     bench.function.interrupt_ended();
     assert_eq!(bench.wires.levels(), [true, false]);
+}
+
+#[test]
+fn interrupts_the_host_does_not_switch_off_are_off_before_others_come() {
+    let bench = bench();
+    bench.enable_msix();
+    bench.table(0, FIRST_MESSAGE);
+    bench.device.told();
+    bench.device.refuse(Asked::DisableInterrupts, libc::EIO);
+    let _effect = bench.write(MSIX + 2, &[0x04, 0x00]);
+    assert_eq!(bench.messages.routes()[0].history().last(), Some(&None));
+    bench.enable_msix();
+    assert_eq!(
+        bench.device.told(),
+        [],
+        "neither the wire nor messages of a new kind"
+    );
+    bench.device.relent();
+    let _effect = bench.write(MSIX + 2, &[0x04, 0x00]);
+    assert_eq!(
+        bench.device.told(),
+        [Told::Disabled(Interrupt::Msix), set(Interrupt::Intx, 0, &[true])]
+    );
+    bench.enable_msix();
+    assert!(bench.device.interrupt(Interrupt::Msix, 0));
+}
+
+#[test]
+fn fewer_messages_wait_for_the_host_to_switch_the_many_off() {
+    let mut config = nic_config();
+    // Four messages can be had.
+    config[usize::from(MSI) + 2] |= 2 << 1;
+    let bench = bench_with(Device::with(&config).interrupting(Interrupt::Msi, 4, false));
+    let _effect = bench.write(MSI + 2, &[0xa5, 0]);
+    let four = set(Interrupt::Msi, 0, &[true; 4]);
+    assert_eq!(bench.device.told(), [Told::Disabled(Interrupt::Intx), four]);
+    bench.device.refuse(Asked::DisableInterrupts, libc::EIO);
+    let _effect = bench.write(MSI + 2, &[0x95, 0]);
+    let _effect = bench.write(MSI + 2, &[0x85, 0]);
+    assert_eq!(bench.device.told(), []);
+    bench.device.relent();
+    let _effect = bench.write(MSI + 2, &[0x95, 0]);
+    let two = set(Interrupt::Msi, 0, &[true; 2]);
+    assert_eq!(bench.device.told(), [Told::Disabled(Interrupt::Msi), two]);
+    assert!(!bench.device.interrupt(Interrupt::Msi, 2));
+}
+
+#[test]
+fn the_end_asks_again_for_what_the_host_did_not_switch_off() {
+    let bench = bench();
+    bench.enable_msix();
+    bench.device.refuse(Asked::DisableInterrupts, libc::EIO);
+    let _effect = bench.write(MSIX + 2, &[0x04, 0x00]);
+    bench.function.reset();
+    assert!(bench.device.is_on(Interrupt::Msix));
+    bench.device.relent();
+    bench.device.told();
+    drop(bench.function);
+    assert_eq!(bench.device.told()[0], Told::Disabled(Interrupt::Msix));
+    assert!(!bench.device.is_on(Interrupt::Msix));
 }
 
 #[test]
