@@ -1,7 +1,8 @@
 //! The unit against the second translator of `model`, over random tables and requests.
 
 use proptest::prelude::*;
-use ravelin::iommu::amd::request::{Access, Pasid, Request};
+use ravelin::iommu::amd::dma::Abort;
+use ravelin::iommu::amd::request::{Access, Pasid, Request, Translation};
 use ravelin::platform::addr::{Bdf, Gpa, Iova};
 use ravelin::platform::memory::GuestRam;
 
@@ -34,7 +35,11 @@ fn request(q: &Question) -> Request {
 
 /// What the unit makes of it, in the model's terms.
 fn outcome(driver: &Driver, q: &Question) -> Outcome {
-    match driver.on_bus(|bus| bus.translate(&request(q))) {
+    in_terms_of_the_model(driver.on_bus(|bus| bus.translate(&request(q))))
+}
+
+fn in_terms_of_the_model(answer: Result<Translation, Abort>) -> Outcome {
+    match answer {
         Ok(found) => Outcome::Passes {
             target: found.target.0,
             read: found.allowed.read,
@@ -211,6 +216,22 @@ proptest! {
             let expected = answer(&mut Ram(driver.ram.clone()), &registers(&driver), q);
             prop_assert_eq!(outcome(&driver, q), expected);
             prop_assert_eq!(outcome(&driver, q), expected, "from the cache");
+        }
+    }
+
+    #[test]
+    fn many_requests_in_flight_together_end_as_the_model_says(
+        placed in proptest::collection::vec(placed().prop_filter("coded sizes come in copies", |(_, entry)| entry >> 9 & 7 != 7), 0..64),
+        dte in dte(),
+        questions in proptest::collection::vec(question(), 1..24),
+        control in any::<u64>(),
+        exclusion in prop_oneof![4 => Just([0, 0]), 1 => any::<[u64; 2]>().prop_map(|[a, b]| [a & 0xf_f003, b & 0xf_f000])],
+    ) {
+        let driver = set_up(&placed, dte, control, exclusion);
+        let bus = driver.unit.begin();
+        for q in questions.iter().chain(&questions) {
+            let expected = answer(&mut Ram(driver.ram.clone()), &registers(&driver), q);
+            prop_assert_eq!(in_terms_of_the_model(bus.translate(&request(q))), expected);
         }
     }
 }

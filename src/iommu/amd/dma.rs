@@ -10,7 +10,7 @@ use super::iotlb::{Key, Space};
 use super::memory::SystemMemory;
 use super::registers::Exclusion;
 use super::remap::{Lost, Remapped, Remapping, is_interrupt};
-use super::request::{Access, AtsCompletion, Request, Translation};
+use super::request::{Access, AtsCompletion, Pasid, Request, Translation};
 use super::spec::dte::Dte;
 use super::spec::registers::{Control, ExclusionBase};
 use super::walk::{Leaf, Stopped, Why};
@@ -34,7 +34,38 @@ pub struct Abort {
 pub struct InFlight<'a, M> {
     unit: &'a Unit<M>,
     hits: Cell<u64>,
+    /// What was decided last. A request like that one need not be decided again: a changed entry is waited for as a
+    /// changed page is.
+    decided: Cell<Option<Decided>>,
     _inside: Inside<'a>,
+}
+
+/// That tables translate requests of a device, whatever their addresses.
+#[derive(Clone, Copy)]
+struct Decided {
+    requester: Bdf,
+    pasid: Option<Pasid>,
+    privileged: bool,
+    cached_as: CachedAs,
+}
+
+/// Under which key tables are cached, what the entry allows, and whether a user asks.
+#[derive(Clone, Copy)]
+struct CachedAs {
+    key: Key,
+    allowed: Access,
+    user: bool,
+}
+
+impl Decided {
+    /// Whether it is about `request` as well.
+    #[inline]
+    fn is_about(&self, request: &Request) -> bool {
+        self.requester == request.requester
+            && self.pasid == request.pasid
+            && self.privileged == request.privileged
+            && self.cached_as.allowed.allows(request.access)
+    }
 }
 
 impl<M> Drop for InFlight<'_, M> {
@@ -51,6 +82,7 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
         Self {
             unit,
             hits: Cell::new(0),
+            decided: Cell::new(None),
             _inside: unit.grace.enter(),
         }
     }
@@ -59,6 +91,18 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
     /// each, and for all before it touches the first.
     #[inline]
     pub fn translate(&self, request: &Request) -> Result<Translation, Abort> {
+        let decided = self.decided.get().filter(|decided| decided.is_about(request));
+        if let Some(Decided { cached_as, .. }) = decided
+            && !is_interrupt(request.at.0)
+            && let Some(hit) = self.find(cached_as, request)
+        {
+            return Ok(hit);
+        }
+        self.translate_anew(request)
+    }
+
+    /// The same, from the registers on.
+    fn translate_anew(&self, request: &Request) -> Result<Translation, Abort> {
         let unit = self.unit;
         let control = Control::from_bits(unit.control.load(Ordering::Acquire));
         if !control.iommu_en() {
@@ -70,26 +114,43 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
         let dte = unit
             .entry(request.requester)
             .map_err(|none| unit.no_entry(request, none))?;
-        match decide(control, unit.exclusion(), &dte, request) {
+        let exclusion = unit.exclusion();
+        match decide(control, exclusion, &dte, request) {
             Decision::Forward if !dte.host.v() => Ok(untranslated(request.at, Access::BOTH, u64::MAX)),
             // Excluded: the next page may not be.
             Decision::Forward => Ok(untranslated(request.at, Access::BOTH, PAGE_SIZE - 1)),
             Decision::Identity(allowed) => Ok(untranslated(request.at, allowed, u64::MAX)),
             decision => {
-                let Some((key, allowed, user)) = cached_as(&decision) else {
+                let Some(cached_as) = cached_as(&decision) else {
                     return Err(unit.refuse(request, &dte, &decision));
                 };
-                if let Some(hit) = unit.iotlb.find(key, request.at.0, request.access, user) {
-                    self.hits.set(self.hits.get() + 1);
-                    return Ok(Translation {
-                        target: Gpa(hit.target),
-                        run: hit.run,
-                        allowed: hit.allowed.and(allowed),
-                    });
+                // Where a range is excluded, the next address may be in it.
+                if !exclusion.base.enable() {
+                    self.decided.set(Some(Decided {
+                        requester: request.requester,
+                        pasid: request.pasid,
+                        privileged: request.privileged,
+                        cached_as,
+                    }));
                 }
-                unit.miss(request, &dte, &decision, allowed)
+                match self.find(cached_as, request) {
+                    Some(hit) => Ok(hit),
+                    None => unit.miss(request, &dte, &decision, cached_as.allowed),
+                }
             }
         }
+    }
+
+    /// What the cache has for `request`.
+    #[inline]
+    fn find(&self, CachedAs { key, allowed, user }: CachedAs, request: &Request) -> Option<Translation> {
+        let hit = self.unit.iotlb.find(key, request.at.0, request.access, user)?;
+        self.hits.set(self.hits.get() + 1);
+        Some(Translation {
+            target: Gpa(hit.target),
+            run: hit.run,
+            allowed: hit.allowed.and(allowed),
+        })
     }
 
     /// Check that all `len` bytes of a request can be reached, before any of them is. A request that wraps
@@ -191,14 +252,18 @@ const fn untranslated(at: Iova, allowed: Access, within: u64) -> Translation {
     }
 }
 
-/// Under which key the tables of a decision are cached, what the entry allows, and whether a user asks.
+/// Under which key the tables of a decision are cached; `None` where it has none.
 #[inline]
-fn cached_as(decision: &Decision) -> Option<(Key, Access, bool)> {
+fn cached_as(decision: &Decision) -> Option<CachedAs> {
     match decision {
         Decision::Host { domain, allowed, .. } => {
             let space = Space::Host;
             let domain = *domain;
-            Some((Key { domain, space }, *allowed, false))
+            Some(CachedAs {
+                key: Key { domain, space },
+                allowed: *allowed,
+                user: false,
+            })
         }
         Decision::Guest {
             domain,
@@ -209,7 +274,11 @@ fn cached_as(decision: &Decision) -> Option<(Key, Access, bool)> {
             let pasid = table.pasid;
             let space = Space::Guest { pasid, nested };
             let domain = *domain;
-            Some((Key { domain, space }, *allowed, table.user))
+            Some(CachedAs {
+                key: Key { domain, space },
+                allowed: *allowed,
+                user: table.user,
+            })
         }
         _ => None,
     }
@@ -287,7 +356,7 @@ impl<M: SystemMemory> Unit<M> {
         decision: &Decision,
         request: &Request,
     ) -> Option<Result<Leaf, Stopped>> {
-        let (key, ..) = cached_as(decision)?;
+        let CachedAs { key, .. } = cached_as(decision)?;
         let ticket = self.iotlb.ticket(key);
         let found = self.walk(decision, request)?;
         if let Ok(leaf) = &found {
@@ -387,7 +456,7 @@ impl<M: SystemMemory> Unit<M> {
                 return Err(self.abort(Event::IllegalDeviceTableEntry { source, reserved }));
             }
             _ => match (cached_as(&decision), self.walk(&decision, &probe)) {
-                (Some((_, rights, _)), Some(Ok(leaf))) => (rights, leaf),
+                (Some(CachedAs { allowed, .. }), Some(Ok(leaf))) => (allowed, leaf),
                 _ => return Ok(nothing(request.at)),
             },
         };
