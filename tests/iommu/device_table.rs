@@ -141,6 +141,24 @@ fn d11_the_exclusion_range_is_untranslated_and_the_rest_is_not() {
 }
 
 #[test]
+fn a_range_that_is_excluded_while_requests_are_in_flight_is_heeded_by_the_next_that_is_decided() {
+    let mut driver = Driver::running();
+    let root = driver.attach(device(), 1);
+    driver.map(root, 4, 0x20_0000, 2, pte(0x100_0000));
+    let bus = driver.unit.begin();
+    let target = |at| bus.translate(&write(device(), at)).map(|found| found.target);
+    assert_eq!(target(0x20_0000), Ok(Gpa(0x100_0000)));
+    driver.write(reg::EXCLUSION_LIMIT, 0x20_1000);
+    driver.write(reg::EXCLUSION_BASE, 0x20_1003);
+    assert_eq!(
+        target(0x20_0000),
+        Ok(Gpa(0x100_0000)),
+        "the large page is cached again"
+    );
+    assert_eq!(target(0x20_1000), Ok(Gpa(0x20_1000)));
+}
+
+#[test]
 fn d12_a_unit_that_is_off_passes_everything() {
     let driver = Driver::running();
     let mut dte = host_dte(0, 0, 0);

@@ -104,6 +104,8 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
     /// The same, from the registers on.
     fn translate_anew(&self, request: &Request) -> Result<Translation, Abort> {
         let unit = self.unit;
+        // Registers may have changed since: nothing of before outlives a request that heeds them.
+        self.decided.set(None);
         let control = Control::from_bits(unit.control.load(Ordering::Acquire));
         if !control.iommu_en() {
             return Ok(untranslated(request.at, Access::BOTH, u64::MAX));
