@@ -108,6 +108,7 @@ impl<'a> Machine<'a> {
             mmio: board.mmio.clone(),
             ports: board.ports.clone(),
             eoi: board.ioapic.clone(),
+            watched: vm.watched_pages().clone(),
             milestones: Arc::new(Milestones::new(started)),
         });
         let stations = stations(plan, &vm)?;

@@ -277,6 +277,7 @@ impl Machine<'_> {
             counts,
             buses,
             &self.host_ram,
+            around.watched.counts(),
         )
     }
 }

@@ -16,7 +16,7 @@ use crate::iommu::amd::counters::Counts;
 use crate::iommu::amd::spec::event::Code;
 use crate::platform::bus::{Bus, Traffic};
 use crate::platform::host::HostError;
-use crate::platform::kvm::Exit;
+use crate::platform::kvm::{Exit, WatchCounts};
 
 /// Why a processor returned to user space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +30,10 @@ pub enum ExitReason {
     MmioRead,
     /// The guest wrote where there is no RAM.
     MmioWrite,
+    /// The guest wrote to RAM that it can only read, because somebody watches it.
+    RamWrite,
+    /// The guest executed what KVM does not emulate.
+    Unemulated,
     /// A level-triggered interrupt ended.
     EndOfInterrupt,
     /// A kick or a signal.
@@ -39,11 +43,13 @@ pub enum ExitReason {
 }
 
 impl ExitReason {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 9] = [
         Self::PortRead,
         Self::PortWrite,
         Self::MmioRead,
         Self::MmioWrite,
+        Self::RamWrite,
+        Self::Unemulated,
         Self::EndOfInterrupt,
         Self::Interrupted,
         Self::Other,
@@ -57,6 +63,8 @@ impl ExitReason {
             Exit::PortWrite { .. } => Self::PortWrite,
             Exit::MmioRead { .. } => Self::MmioRead,
             Exit::MmioWrite { .. } => Self::MmioWrite,
+            Exit::RamWrite { .. } => Self::RamWrite,
+            Exit::Unemulated(_) => Self::Unemulated,
             Exit::Eoi(_) => Self::EndOfInterrupt,
             Exit::Interrupted => Self::Interrupted,
             Exit::Halt | Exit::TripleFault | Exit::SystemEvent(_) | Exit::Broken(_) => Self::Other,
@@ -128,6 +136,21 @@ pub struct Stats {
     memory: Option<Memory>,
     /// What each IOMMU did.
     viommus: Vec<ViommuReport>,
+    /// What it took to follow tables in guest RAM.
+    watched_pages: WatchedReport,
+}
+
+/// What it took to follow tables in guest RAM.
+#[derive(Debug, Serialize, PartialEq, Eq)]
+struct WatchedReport {
+    /// Pages that are watched now.
+    pages: u64,
+    /// Plain stores to pages that were watched, an exit each.
+    stores: u64,
+    /// Compare-exchanges of 16 bytes carried out for the guest, equal or not.
+    compare_exchanges: u64,
+    /// Times a processor had to leave the guest because memory slots changed.
+    processors_stopped: u64,
 }
 
 /// What one IOMMU did.
@@ -180,6 +203,8 @@ struct ByReason {
     port_write: u64,
     mmio_read: u64,
     mmio_write: u64,
+    ram_write: u64,
+    unemulated: u64,
     end_of_interrupt: u64,
     interrupted: u64,
     other: u64,
@@ -217,6 +242,7 @@ impl Stats {
         counts: impl Iterator<Item = &'a ExitCounts> + Clone,
         [ports, mmio]: [&Bus; 2],
         guest_ram: &[RangeInclusive<u64>],
+        watched: WatchCounts,
     ) -> Self {
         let elapsed = milestones.started.elapsed();
         let sum = |reason| counts.clone().map(|counts| counts.get(reason)).sum::<u64>();
@@ -252,6 +278,8 @@ impl Stats {
                     port_write: sum(ExitReason::PortWrite),
                     mmio_read: sum(ExitReason::MmioRead),
                     mmio_write: sum(ExitReason::MmioWrite),
+                    ram_write: sum(ExitReason::RamWrite),
+                    unemulated: sum(ExitReason::Unemulated),
                     end_of_interrupt: sum(ExitReason::EndOfInterrupt),
                     interrupted: sum(ExitReason::Interrupted),
                     other: sum(ExitReason::Other),
@@ -266,6 +294,7 @@ impl Stats {
             viommus: viommus
                 .map(|(name, counts)| ViommuReport::new(name, &counts))
                 .collect(),
+            watched_pages: WatchedReport::new(watched),
         }
     }
 
@@ -293,6 +322,17 @@ impl ViommuReport {
                 .filter(|(_, count)| *count > 0)
                 .map(|(code, count)| (Code(code).to_string(), count))
                 .collect(),
+        }
+    }
+}
+
+impl WatchedReport {
+    fn new(counts: WatchCounts) -> Self {
+        Self {
+            pages: counts.pages,
+            stores: counts.stores,
+            compare_exchanges: counts.compare_exchanges,
+            processors_stopped: counts.processors_stopped,
         }
     }
 }
@@ -385,6 +425,12 @@ mod tests {
             counts.iter(),
             [&ports, &mmio],
             &[],
+            WatchCounts {
+                pages: 1,
+                stores: 2,
+                compare_exchanges: 3,
+                processors_stopped: 4,
+            },
         );
         let json = serde_json::to_value(&stats).expect("JSON");
         assert_eq!(json["exits"]["total"], 3);
@@ -394,6 +440,9 @@ mod tests {
         assert_eq!(json["exits"]["by_device"][0]["name"], "serial");
         assert_eq!(json["exits"]["by_device"][0]["writes"], 1);
         assert_eq!(json["milestones_ms"]["init"], serde_json::Value::Null);
+        let watched =
+            serde_json::json!({ "pages": 1, "stores": 2, "compare_exchanges": 3, "processors_stopped": 4 });
+        assert_eq!(json["watched_pages"], watched);
     }
 
     #[test]
@@ -460,6 +509,7 @@ Rss:                3000 kB
             [].iter(),
             [&Bus::ports(), &Bus::mmio()],
             &[],
+            WatchCounts::default(),
         );
         let error = stats
             .write(Path::new("/nowhere/stats.json"))

@@ -19,7 +19,7 @@ use crate::guest_warn;
 use crate::platform::bus::Bus;
 use crate::platform::host::HostError;
 use crate::platform::irq::EoiListener;
-use crate::platform::kvm::{Exit, Kick, PowerOnState, Vcpu, kick_signal};
+use crate::platform::kvm::{Exit, Kick, PowerOnState, Vcpu, WatchedPages, kick_signal};
 
 /// What answers a processor's exits.
 pub struct Surroundings {
@@ -29,6 +29,8 @@ pub struct Surroundings {
     pub ports: Arc<Bus>,
     /// Who hears of ended level-triggered interrupts.
     pub eoi: Arc<dyn EoiListener>,
+    /// What carries out stores to RAM that are exits.
+    pub watched: Arc<WatchedPages>,
     /// When the guest began.
     pub milestones: Arc<Milestones>,
 }
@@ -405,6 +407,12 @@ impl Worker {
                         tracing::debug!(at = format_args!("{at:#x}"), ?data, "write to nothing");
                     }
                 }
+                Exit::RamWrite { at, data } => around.watched.store(at, data),
+                Exit::Unemulated(instruction) => match self.vcpu.carry_out(&instruction) {
+                    Ok(true) => {}
+                    Ok(false) => return Stopped::Unable(self.broken(&instruction.to_string())),
+                    Err(error) => return Stopped::Unable(Notice::Host(error)),
+                },
                 Exit::Eoi(vector) => around.eoi.end_of_interrupt(vector),
                 Exit::Interrupted | Exit::Halt => {
                     // The kick that came with the present order may arrive after its thread took the order,
@@ -423,14 +431,16 @@ impl Worker {
                     );
                 }
                 Exit::TripleFault => return Stopped::Unable(Notice::TripleFault { vcpu: self.index }),
-                Exit::Broken(what) => {
-                    let what = format!("{what}; {}", self.vcpu.registers());
-                    return Stopped::Unable(Notice::Broken {
-                        vcpu: self.index,
-                        what,
-                    });
-                }
+                Exit::Broken(what) => return Stopped::Unable(self.broken(&what)),
             }
+        }
+    }
+
+    /// The processor cannot go on because of `what`.
+    fn broken(&self, what: &str) -> Notice {
+        Notice::Broken {
+            vcpu: self.index,
+            what: format!("{what}; {}", self.vcpu.registers()),
         }
     }
 }

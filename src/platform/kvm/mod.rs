@@ -8,10 +8,13 @@ mod cmpxchg16b;
 mod coalesced;
 mod device_memory;
 mod doorbell;
+mod gate;
 mod irq;
+mod slots;
 mod sys;
 mod vcpu;
 mod vm;
+mod watched;
 
 use std::io;
 use std::path::Path;
@@ -23,8 +26,9 @@ use super::addr::PAGE_SIZE;
 use super::host::HostError;
 
 pub use irq::MsiDelivery;
-pub use vcpu::{Direction, Exit, Kick, PowerOnState, Vcpu, allow_kicks, kick_signal};
+pub use vcpu::{Direction, Exit, Kick, PowerOnState, Unemulated, Vcpu, allow_kicks, kick_signal};
 pub use vm::{INTEL_RESERVED, KvmVm, ReadOnlyPage};
+pub use watched::{WatchCounts, WatchedPages};
 
 /// What this program cannot do without, as KVM names it, and what for.
 const REQUIRED: [(Cap, &str); 17] = [

@@ -5,6 +5,7 @@
     reason = "memory slots and the run area are raw addresses in KVM's interface"
 )]
 
+use std::arch::asm;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
@@ -17,9 +18,9 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::mm::{MapFlags, ProtFlags};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-use crate::platform::addr::{Gpa, PAGE_SIZE};
+use crate::platform::addr::{Gpa, GpaRange, PAGE_SIZE};
 use crate::platform::device_memory::DeviceMemory;
 use crate::platform::doorbell::CoalescedWrite;
 use crate::platform::memory::GuestRam;
@@ -27,7 +28,7 @@ use crate::platform::memory::GuestRam;
 use super::page;
 
 /// What a guest may do with a memory slot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum SlotKind {
     /// Read, write and execute: RAM.
     Ram,
@@ -35,27 +36,87 @@ pub(super) enum SlotKind {
     ReadOnly,
 }
 
-/// Make region `index` of `ram` memory slot `slot` of `vm`.
+/// Make `range`, which lies in one mapping of `ram`, memory slot `slot` of `vm`.
 ///
 /// The caller keeps `ram` alive for as long as `vm` lives; [`super::vm::Machine`] owns both.
-pub(super) fn add_slot(vm: &VmFd, slot: u32, ram: &GuestRam, index: usize, kind: SlotKind) -> io::Result<()> {
-    let region = ram.backend().iter().nth(index).ok_or(io::ErrorKind::NotFound)?;
-    let host = region
-        .get_host_address(MemoryRegionAddress(0))
-        .map_err(io::Error::other)?;
+pub(super) fn add_slot(
+    vm: &VmFd,
+    slot: u32,
+    ram: &GuestRam,
+    range: GpaRange,
+    kind: SlotKind,
+) -> io::Result<()> {
+    let (start, size) = (range.start(), range.len());
+    let len = usize::try_from(size).map_err(io::Error::other)?;
+    let memory = ram.backend().get_slice(GuestAddress(start.0), len);
+    let memory = memory.map_err(io::Error::other)?;
     let slot = kvm_userspace_memory_region {
         slot,
         flags: match kind {
             SlotKind::Ram => 0,
             SlotKind::ReadOnly => KVM_MEM_READONLY,
         },
-        guest_phys_addr: region.start_addr().0,
-        memory_size: region.len(),
-        userspace_addr: host as u64,
+        guest_phys_addr: start.0,
+        memory_size: size,
+        userspace_addr: memory.ptr_guard().as_ptr() as u64,
     };
-    // SAFETY: `host` is the start of a live mapping of `memory_size` bytes, which vm-memory made; the owner
-    // of `vm` holds that mapping until after `vm` is closed, so the guest can reach nothing but it.
+    // SAFETY: vm-memory checked that `memory` is `memory_size` bytes of one live mapping; the owner of `vm` holds
+    // that mapping until after `vm` is closed, so the guest can reach nothing but it.
     unsafe { vm.set_user_memory_region(slot) }.map_err(|error| io::Error::from_raw_os_error(error.errno()))
+}
+
+/// Compare the 16 bytes of `ram` at `at`, a multiple of 16, with `expected`, and make them `replacement` if they are
+/// that, in one step for whoever looks. Returns what they were; `None` where they are not all RAM.
+pub(super) fn compare_exchange(ram: &GuestRam, at: Gpa, expected: u128, replacement: u128) -> Option<u128> {
+    let memory = ram
+        .backend()
+        .get_slice(GuestAddress(at.0), size_of::<u128>())
+        .ok()?;
+    let guard = memory.ptr_guard_mut();
+    let bytes = guard.as_ptr().cast::<u128>();
+    if !bytes.is_aligned() || !std::arch::is_x86_feature_detected!("cmpxchg16b") {
+        return None;
+    }
+    let [mut low, mut high] = halves(expected);
+    let [new_low, new_high] = halves(replacement);
+    // SAFETY: the processor has the instruction; `bytes` is aligned and points to 16 bytes of a live mapping that
+    // `guard` borrows from. No Rust reference to guest RAM exists, and others reach it by volatile or atomic accesses.
+    // RBX, which the compiler keeps for itself, is put back.
+    unsafe {
+        asm!(
+            "xchg rbx, rsi",
+            "lock cmpxchg16b [rdi]",
+            "mov rbx, rsi",
+            in("rdi") bytes,
+            inout("rsi") new_low => _,
+            in("rcx") new_high,
+            inout("rax") low,
+            inout("rdx") high,
+            options(nostack),
+        );
+    }
+    Some(u128::from(high) << 64 | u128::from(low))
+}
+
+/// The lower and the upper half of `value`.
+pub(super) fn halves(value: u128) -> [u64; 2] {
+    [value, value >> 64].map(|half| u64::try_from(half & u128::from(u64::MAX)).expect("64 bits"))
+}
+
+/// The thread that calls, as the kernel numbers it.
+pub(super) fn this_thread() -> i32 {
+    rustix::thread::gettid().as_raw_nonzero().get()
+}
+
+/// Send `signal` to thread `thread` of this process. One that has ended needs none.
+pub(super) fn signal_thread(thread: i32, signal: i32) {
+    let process = rustix::process::getpid().as_raw_nonzero().get();
+    // SAFETY: the call takes numbers only. The signal stays in this process, where it has a handler that only sets
+    // a flag, whichever of its threads has that number by now.
+    let result = unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal) };
+    if result != 0 {
+        tracing::debug!(thread, error = %io::Error::last_os_error(), "a thread was not signalled");
+    }
 }
 
 /// Make `memory` memory slot `slot` of `vm`, at `at`.

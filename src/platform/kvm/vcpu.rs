@@ -1,20 +1,25 @@
 //! One virtual processor: run until an exit, and exits as data.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
-    CpuId, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_debugregs, kvm_fpu, kvm_lapic_state,
-    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    CpuId, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, KVM_STATE_NESTED_GUEST_MODE, Msrs,
+    kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use super::cmpxchg16b::{Cmpxchg16b, OPERAND, Place, in_64_bit_mode, numbered};
+use super::gate::{Passage, Stop};
 use super::os;
-use super::sys::{CoalescedRing, InternalError, RunArea};
+use super::sys::{self, CoalescedRing, InternalError, RunArea};
 use super::vm::Machine;
+use crate::platform::addr::Gpa;
 use crate::platform::host::HostError;
 
 /// The time stamp counter. It keeps running over a reset: processors reset one after the other and would
@@ -56,6 +61,16 @@ pub enum Exit<'a> {
         /// 1 to 8 bytes.
         data: &'a [u8],
     },
+    /// A write where there is RAM, which the guest could only read when it wrote: for
+    /// [`WatchedPages::store`](super::WatchedPages::store).
+    RamWrite {
+        /// Guest physical address.
+        at: Gpa,
+        /// 1 to 8 bytes.
+        data: &'a [u8],
+    },
+    /// An instruction that KVM does not emulate: for [`Vcpu::carry_out`].
+    Unemulated(Unemulated),
     /// A level-triggered interrupt of this vector ended.
     Eoi(u8),
     /// The processor halted outside the kernel's local APIC.
@@ -66,9 +81,23 @@ pub enum Exit<'a> {
     TripleFault,
     /// The guest asked its hypervisor for something: KVM_SYSTEM_EVENT_*.
     SystemEvent(u32),
-    /// The processor's state cannot be entered, or KVM cannot emulate what the guest executed. Says what the
-    /// kernel says; [`Vcpu::registers`] tells the rest.
+    /// The processor's state cannot be entered, or KVM met what it cannot handle. Says what the kernel says;
+    /// [`Vcpu::registers`] tells the rest.
     Broken(String),
+}
+
+/// An instruction that KVM handed over because it does not emulate it. Displayed, it is what KVM says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unemulated {
+    /// As many bytes as KVM had fetched: none, or up to 15, the next instruction's among them.
+    code: Vec<u8>,
+    what: String,
+}
+
+impl fmt::Display for Unemulated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)
+    }
 }
 
 /// Which way an access goes, for counters.
@@ -86,13 +115,34 @@ pub struct Vcpu {
     area: Arc<RunArea>,
     apic_id: u32,
     reentries: Reentries,
+    passage: Arc<Passage>,
+    /// The thread that runs it, once one does.
+    thread: Arc<OnceLock<i32>>,
     /// Keeps the machine, and with it the guest's RAM, while this processor can run.
-    _machine: Arc<Machine>,
+    machine: Arc<Machine>,
+}
+
+/// Stops a processor while memory slots change.
+struct Interruption {
+    area: Arc<RunArea>,
+    thread: Arc<OnceLock<i32>>,
+}
+
+impl Stop for Interruption {
+    fn stop(&self) {
+        self.area.set_immediate_exit(true);
+        if let Some(thread) = self.thread.get() {
+            sys::signal_thread(*thread, kick_signal());
+        }
+    }
 }
 
 /// KVM_INTERNAL_ERROR_DELIVERY_EV: an access that KVM must emulate, while the processor says that it delivers
 /// an event.
 const DELIVERY_EVENT: u32 = 3;
+
+/// KVM_INTERNAL_ERROR_EMULATION: an instruction that KVM does not emulate.
+const EMULATION: u32 = 1;
 
 /// Entries per second that [`DELIVERY_EVENT`] may cost.
 const MOST_REENTRIES: u32 = 100;
@@ -161,12 +211,19 @@ impl Vcpu {
             .create_vcpu(u64::from(apic_id))
             .map_err(|error| refused(os(error)))?;
         let area = Arc::new(RunArea::map(&fd, run_area).map_err(refused)?);
+        let thread = Arc::new(OnceLock::new());
+        let passage = machine.watched.gate().passage(Box::new(Interruption {
+            area: area.clone(),
+            thread: thread.clone(),
+        }));
         Ok(Self {
             fd,
             area,
             apic_id,
             reentries: Reentries::default(),
-            _machine: machine.clone(),
+            passage,
+            thread,
+            machine: machine.clone(),
         })
     }
 
@@ -192,13 +249,22 @@ impl Vcpu {
         self.area.set_immediate_exit(false);
     }
 
-    /// Run the guest until it needs us.
+    /// Run the guest until it needs us. Waits while memory slots change.
     ///
     /// # Errors
     /// When the host cannot run it, RAM that cannot be backed included.
     pub fn run(&mut self) -> Result<Exit<'_>, HostError> {
-        let (area, apic_id) = (&self.area, self.apic_id);
-        let exit = match self.fd.run() {
+        let (area, apic_id, watched) = (&self.area, self.apic_id, &self.machine.watched);
+        self.thread.get_or_init(sys::this_thread);
+        watched.gate().enter(&self.passage).map_err(|jammed| {
+            HostError::new(
+                format!("run the processor with APIC ID {apic_id}"),
+                io::Error::other(&*jammed.0),
+            )
+        })?;
+        let result = self.fd.run();
+        watched.gate().leave(&self.passage);
+        let exit = match result {
             Ok(exit) => exit,
             Err(error) => {
                 let error = os(error);
@@ -221,6 +287,9 @@ impl Vcpu {
                 return Ok(Exit::PortWrite { port, width, data });
             }
             VcpuExit::MmioRead(at, data) => return Ok(Exit::MmioRead { at, data }),
+            VcpuExit::MmioWrite(at, data) if watched.has(Gpa(at), data.len()) => {
+                return Ok(Exit::RamWrite { at: Gpa(at), data });
+            }
             VcpuExit::MmioWrite(at, data) => return Ok(Exit::MmioWrite { at, data }),
             VcpuExit::IoapicEoi(vector) => return Ok(Exit::Eoi(vector)),
             VcpuExit::Hlt => return Ok(Exit::Halt),
@@ -236,7 +305,13 @@ impl Vcpu {
                     tracing::debug!(apic_id, "an event waits for an access: entering again");
                     return Ok(Exit::Interrupted);
                 }
-                describe(error)
+                if error.suberror == EMULATION {
+                    return Ok(Exit::Unemulated(Unemulated {
+                        code: code(&error),
+                        what: describe(&error),
+                    }));
+                }
+                describe(&error)
             }
             VcpuExit::MemoryFault { gpa, size, .. } => {
                 format!("{size} bytes of guest memory at {gpa:#x} cannot be reached")
@@ -244,6 +319,80 @@ impl Vcpu {
             other => format!("KVM gave an exit this program did not ask for: {other:?}"),
         };
         Ok(Exit::Broken(broken))
+    }
+
+    /// Do what `instruction`, which the last exit handed over, would have done. `false` when nothing here can, and the
+    /// processor cannot go on.
+    ///
+    /// That is CMPXCHG16B on RAM, whether the page is still watched or not. Whether the guest may write there needs no
+    /// look: its own tables are checked before the host's, and only the host's refused. What an instruction leaves
+    /// besides its result, a single-step trap, is left out. Everything else becomes #UD, as it does without this,
+    /// unless the guest's kernel executed it.
+    ///
+    /// # Errors
+    /// When the host hands out no registers or takes none.
+    pub fn carry_out(&self, instruction: &Unemulated) -> Result<bool, HostError> {
+        if !self.machine.watched.enabled() {
+            return Ok(false);
+        }
+        let (sregs, nested) = (self.sregs()?, self.runs_nested_guest());
+        if !nested && in_64_bit_mode(&sregs) && self.compare_exchange(instruction, &sregs)? {
+            return Ok(true);
+        }
+        // SS holds the privilege level.
+        if !nested && sregs.ss.dpl == 0 {
+            return Ok(false);
+        }
+        tracing::debug!(apic_id = self.apic_id, %instruction, "the guest gets #UD");
+        self.raise_undefined_opcode()?;
+        Ok(true)
+    }
+
+    /// Carry `instruction` out if it is a CMPXCHG16B on RAM.
+    fn compare_exchange(&self, instruction: &Unemulated, sregs: &kvm_sregs) -> Result<bool, HostError> {
+        let Some(decoded) = Cmpxchg16b::decode(&instruction.code) else {
+            return Ok(false);
+        };
+        let read = |error| self.refused("read the registers", error);
+        let mut regs = self.fd.get_regs().map_err(read)?;
+        let address = decoded.address(&Place {
+            registers: &numbered(&regs),
+            rip: regs.rip,
+            fs: sregs.fs.base,
+            gs: sregs.gs.base,
+        });
+        let translated = self.fd.translate_gva(address);
+        let translated = translated.map_err(|error| self.refused("translate an address", error))?;
+        // One that is not aligned is #GP on a processor, before any other fault.
+        if translated.valid == 0 || !address.is_multiple_of(OPERAND) {
+            return Ok(false);
+        }
+        let (expected, replacement) = (Cmpxchg16b::expected(&regs), Cmpxchg16b::replacement(&regs));
+        let at = Gpa(translated.physical_address);
+        let found = self.machine.watched.compare_exchange(at, expected, replacement);
+        let Some(found) = found else { return Ok(false) };
+        decoded.complete(&mut regs, found);
+        self.set_regs(&regs)?;
+        Ok(true)
+    }
+
+    /// Whether the guest runs a guest of its own at the moment.
+    fn runs_nested_guest(&self) -> bool {
+        let mut state = KvmNestedStateBuffer::empty();
+        // A host that cannot tell has none.
+        let told = self.fd.nested_state(&mut state).is_ok();
+        told && u32::from(state.flags) & KVM_STATE_NESTED_GUEST_MODE != 0
+    }
+
+    /// The guest finds #UD where it is.
+    fn raise_undefined_opcode(&self) -> Result<(), HostError> {
+        const INVALID_OPCODE: u8 = 6;
+        let refused = |error| self.refused("raise #UD", error);
+        let mut events = self.fd.get_vcpu_events().map_err(refused)?;
+        events.exception.injected = 1;
+        events.exception.nr = INVALID_OPCODE;
+        events.exception.has_error_code = 0;
+        self.fd.set_vcpu_events(&events).map_err(refused)
     }
 
     /// The registers that matter for a post-mortem, in one line.
@@ -371,10 +520,27 @@ fn msr_entry(index: u32, data: u64) -> kvm_msr_entry {
     }
 }
 
-/// What KVM_EXIT_INTERNAL_ERROR says, for the log. With KVM_INTERNAL_ERROR_EMULATION and its flag bit 0 the
-/// words carry the instruction's bytes (Documentation/virt/kvm/api.rst, 5 "The kvm_run structure").
-fn describe(error: InternalError) -> String {
-    const EMULATION: u32 = 1;
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.machine.watched.gate().forget(&self.passage);
+    }
+}
+
+/// The bytes that KVM_INTERNAL_ERROR_EMULATION carries when its flag bit 0 is set (Documentation/virt/kvm/api.rst, 5
+/// "The `kvm_run` structure"): a length, and as many of 15. None otherwise.
+fn code(error: &InternalError) -> Vec<u8> {
+    match error.data.get(..error.valid).unwrap_or_default() {
+        [flags, rest @ ..] if error.suberror == EMULATION && flags & 1 != 0 => {
+            let mut bytes = rest.iter().flat_map(|word| word.to_le_bytes());
+            let len = bytes.next().map_or(0, usize::from);
+            bytes.take(len.min(15)).collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// What KVM_EXIT_INTERNAL_ERROR says, for the log.
+fn describe(error: &InternalError) -> String {
     let words = error.data.get(..error.valid).unwrap_or_default();
     let kind = match error.suberror {
         EMULATION => "KVM cannot emulate an instruction".to_owned(),
@@ -383,18 +549,15 @@ fn describe(error: InternalError) -> String {
         4 => "the processor gave an exit KVM does not know".to_owned(),
         other => format!("KVM gave internal error {other}"),
     };
-    match (error.suberror, words) {
-        (EMULATION, [flags, rest @ ..]) if flags & 1 != 0 && !rest.is_empty() => {
-            let bytes: Vec<u8> = rest.iter().flat_map(|word| word.to_le_bytes()).collect();
-            let (len, code) = bytes.split_first().expect("a word has eight bytes");
-            let mut text = format!("{kind}:");
-            for byte in code.iter().take(usize::from(*len)) {
-                write!(text, " {byte:02x}").expect("a string takes all text");
-            }
-            text
-        }
-        _ => format!("{kind}, details {words:x?}"),
+    let code = code(error);
+    if code.is_empty() {
+        return format!("{kind}, details {words:x?}");
     }
+    let mut text = format!("{kind}:");
+    for byte in code {
+        write!(text, " {byte:02x}").expect("a string takes all text");
+    }
+    text
 }
 
 /// Everything of a processor that a reset puts back, as it was when the processor was made.
@@ -493,7 +656,7 @@ mod tests {
         let mut data = [0; 16];
         data[0] = 1;
         data[1] = u64::from_le_bytes([5, 0xf0, 0x48, 0x0f, 0xc7, 0x0f, 0x90, 0x90]);
-        let text = describe(InternalError {
+        let text = describe(&InternalError {
             suberror: 1,
             data,
             valid: 4,
@@ -505,7 +668,7 @@ mod tests {
     fn an_internal_error_without_bytes_shows_its_words() {
         let mut data = [0; 16];
         data[..2].copy_from_slice(&[0x80, 0xff]);
-        let text = describe(InternalError {
+        let text = describe(&InternalError {
             suberror: 9,
             data,
             valid: 2,
@@ -517,7 +680,7 @@ mod tests {
     fn a_length_byte_larger_than_the_bytes_is_harmless() {
         let mut data = [0; 16];
         data[..2].copy_from_slice(&[1, 0xff]);
-        let text = describe(InternalError {
+        let text = describe(&InternalError {
             suberror: 1,
             data,
             valid: 2,

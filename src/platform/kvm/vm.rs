@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
-    KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap,
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap,
 };
 use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -16,8 +16,10 @@ use super::coalesced::KvmCoalescedWrites;
 use super::device_memory::DeviceSlots;
 use super::doorbell::Ioeventfds;
 use super::irq::MsiDelivery;
+use super::slots::{Piece, SlotHost};
 use super::sys::SlotKind;
 use super::vcpu::Vcpu;
+use super::watched::WatchedPages;
 use super::{Kvm, KvmError, os, page, sys};
 use crate::platform::addr::Gpa;
 use crate::platform::device_memory::DeviceMemoryHost;
@@ -25,6 +27,7 @@ use crate::platform::doorbell::{CoalescedWrites, DoorbellHost};
 use crate::platform::host::HostError;
 use crate::platform::irq::IOAPIC_INPUTS;
 use crate::platform::memory::GuestRam;
+use crate::platform::protection::{Watcher, WriteProtection};
 
 /// First of four pages that KVM needs on Intel hosts, between the local APICs' window and the end of 4 GiB: one for
 /// an identity map, three for a task state segment. Nothing of the guest's may lie there.
@@ -34,9 +37,31 @@ pub const INTEL_RESERVED: u64 = 0xfeff_c000;
 /// descriptor is closed first, since fields are dropped in order.
 pub(super) struct Machine {
     pub(super) fd: VmFd,
-    /// RAM, and the pages that the guest can only read.
+    /// Pages of registers that the guest can only read.
     memory: Mutex<Vec<GuestRam>>,
     slots: Mutex<SlotNumbers>,
+    /// RAM, and who hears of stores to it.
+    pub(super) watched: Arc<WatchedPages>,
+}
+
+impl SlotHost for Machine {
+    fn add(&self, piece: Piece) -> io::Result<u32> {
+        let slot = self.slots().take();
+        let added = sys::add_slot(&self.fd, slot, self.watched.ram(), piece.range, piece.kind);
+        match added {
+            Ok(()) => Ok(slot),
+            Err(error) => {
+                self.slots().give_back(slot);
+                Err(error)
+            }
+        }
+    }
+
+    fn remove(&self, slot: u32, piece: Piece) -> io::Result<()> {
+        sys::remove_slot(&self.fd, slot, piece.range.start())?;
+        self.slots().give_back(slot);
+        Ok(())
+    }
 }
 
 impl Machine {
@@ -83,12 +108,14 @@ impl KvmVm {
             .fd
             .create_vm()
             .map_err(|error| HostError::new("create a virtual machine", os(error)))?;
-        let mut slots = SlotNumbers::default();
-        for (index, range) in ram.ranges().enumerate() {
-            let slot = slots.take();
-            sys::add_slot(&fd, slot, ram, index, SlotKind::Ram)
-                .map_err(|source| HostError::new(format!("give the guest RAM at {range}"), source))?;
-        }
+        let machine = Arc::new(Machine {
+            fd,
+            memory: Mutex::default(),
+            slots: Mutex::default(),
+            watched: Arc::new(WatchedPages::new(ram.clone())),
+        });
+        machine.watched.fill(&*machine)?;
+        let fd = &machine.fd;
         let at = usize::try_from(INTEL_RESERVED).expect("this program is 64-bit");
         fd.set_identity_map_address(INTEL_RESERVED)
             .and_then(|()| fd.set_tss_address(at + page()))
@@ -96,19 +123,14 @@ impl KvmVm {
                 HostError::new(format!("reserve {at:#x}-{:#x}", at + (4 * page() - 1)), os(error))
             })?;
         enable(
-            &fd,
+            fd,
             "KVM_CAP_SPLIT_IRQCHIP",
             KVM_CAP_SPLIT_IRQCHIP,
             u64::from(IOAPIC_INPUTS),
         )?;
         // Destinations of 32 bits, and 0xff is then the processor with that ID, not everybody.
         let x2apic = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
-        enable(&fd, "KVM_CAP_X2APIC_API", KVM_CAP_X2APIC_API, u64::from(x2apic))?;
-        let machine = Arc::new(Machine {
-            fd,
-            memory: Mutex::new(vec![ram.clone()]),
-            slots: Mutex::new(slots),
-        });
+        enable(fd, "KVM_CAP_X2APIC_API", KVM_CAP_X2APIC_API, u64::from(x2apic))?;
         Ok(Self {
             delivery: MsiDelivery::new(machine.clone()),
             machine,
@@ -131,9 +153,10 @@ impl KvmVm {
         let regions = GuestMemoryMmap::from_ranges(&[(GuestAddress(at.0), page())])
             .map_err(|error| failed(io::Error::other(error)))?;
         let page = GuestRam::new(regions);
+        let range = page.ranges().next().expect("a page");
         let mut memory = self.machine.memory.lock().unwrap_or_else(PoisonError::into_inner);
         let slot = self.machine.slots().take();
-        sys::add_slot(&self.machine.fd, slot, &page, 0, SlotKind::ReadOnly).map_err(failed)?;
+        sys::add_slot(&self.machine.fd, slot, &page, range, SlotKind::ReadOnly).map_err(failed)?;
         memory.push(page.clone());
         Ok(ReadOnlyPage { page, at })
     }
@@ -172,6 +195,27 @@ impl KvmVm {
         })
     }
 
+    /// How stores to pages of RAM are noticed. A machine that never asks has none of the exits this makes.
+    ///
+    /// # Errors
+    /// When this host's KVM cannot hand over an instruction it does not emulate.
+    pub fn write_protection(&self) -> Result<Arc<dyn WriteProtection>, HostError> {
+        enable(
+            &self.machine.fd,
+            "KVM_CAP_EXIT_ON_EMULATION_FAILURE",
+            KVM_CAP_EXIT_ON_EMULATION_FAILURE,
+            1,
+        )?;
+        self.machine.watched.enable();
+        Ok(Arc::new(ReadOnlySlots(self.machine.clone())))
+    }
+
+    /// Who carries out stores to RAM that are exits, and counts them.
+    #[must_use]
+    pub fn watched_pages(&self) -> &Arc<WatchedPages> {
+        &self.machine.watched
+    }
+
     /// How guest writes become eventfd signals.
     #[must_use]
     pub fn doorbells(&self) -> Arc<dyn DoorbellHost> {
@@ -187,6 +231,15 @@ fn refused_page(owner: &str, at: Gpa, source: io::Error) -> HostError {
         format!("give the guest a page of {owner} to read at {at}"),
         source,
     )
+}
+
+/// Notices stores to pages of RAM by making them memory slots that the guest can only read.
+struct ReadOnlySlots(Arc<Machine>);
+
+impl WriteProtection for ReadOnlySlots {
+    fn watch(&self, watcher: &Weak<dyn Watcher>, pages: &BTreeSet<Gpa>) -> Result<(), HostError> {
+        self.0.watched.watch(&*self.0, watcher, pages)
+    }
 }
 
 /// A page that the guest can only read.

@@ -6,6 +6,8 @@
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
+use super::sys::halves;
+
 /// Bytes that the instruction compares and exchanges; its operand begins at a multiple of them.
 pub(super) const OPERAND: u64 = 16;
 
@@ -192,9 +194,7 @@ impl Cmpxchg16b {
         if equal {
             regs.rflags |= ZERO;
         } else {
-            let [low, high] = [found, found >> 64].map(|half| half & u128::from(u64::MAX));
-            regs.rax = u64::try_from(low).expect("64 bits");
-            regs.rdx = u64::try_from(high).expect("64 bits");
+            [regs.rax, regs.rdx] = halves(found);
         }
         regs.rip = regs.rip.wrapping_add(self.len.into());
     }
