@@ -20,8 +20,8 @@ pub trait Watcher: Send + Sync {
 /// Reads cost nothing, stores an exit each. Stores of devices are not noticed.
 pub trait WriteProtection: Send + Sync {
     /// From the return of this on, `watcher` hears of every store to `pages` (each the first byte of a page of guest
-    /// RAM), and of no other. This replaces what it watched before; nothing watched, it is forgotten. Pages may have
-    /// several watchers.
+    /// RAM), and of no other, save one that was being carried out meanwhile. This replaces what it watched before;
+    /// nothing watched, it is forgotten. Pages may have several watchers.
     ///
     /// May be called by a watcher's owner while a processor's access is being carried out, and stops every other
     /// processor for a moment. No lock that an access of the guest's would need may be held.

@@ -9,6 +9,8 @@ mod coalesced;
 mod device_memory;
 mod doorbell;
 mod gate;
+#[cfg(test)]
+mod hand_written;
 mod irq;
 mod slots;
 mod sys;

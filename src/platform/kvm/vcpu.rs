@@ -249,19 +249,26 @@ impl Vcpu {
         self.area.set_immediate_exit(false);
     }
 
+    /// Go where memory slots do not change until [`super::gate::Gate::leave`].
+    fn enter(&self) -> Result<(), HostError> {
+        self.thread.get_or_init(sys::this_thread);
+        self.machine
+            .watched
+            .gate()
+            .enter(&self.passage)
+            .map_err(|jammed| {
+                let what = format!("run the processor with APIC ID {}", self.apic_id);
+                HostError::new(what, io::Error::other(&*jammed.0))
+            })
+    }
+
     /// Run the guest until it needs us. Waits while memory slots change.
     ///
     /// # Errors
     /// When the host cannot run it, RAM that cannot be backed included.
     pub fn run(&mut self) -> Result<Exit<'_>, HostError> {
+        self.enter()?;
         let (area, apic_id, watched) = (&self.area, self.apic_id, &self.machine.watched);
-        self.thread.get_or_init(sys::this_thread);
-        watched.gate().enter(&self.passage).map_err(|jammed| {
-            HostError::new(
-                format!("run the processor with APIC ID {apic_id}"),
-                io::Error::other(&*jammed.0),
-            )
-        })?;
         let result = self.fd.run();
         watched.gate().leave(&self.passage);
         let exit = match result {
@@ -361,7 +368,10 @@ impl Vcpu {
             fs: sregs.fs.base,
             gs: sregs.gs.base,
         });
+        // The guest's tables are read through memory slots.
+        self.enter()?;
         let translated = self.fd.translate_gva(address);
+        self.machine.watched.gate().leave(&self.passage);
         let translated = translated.map_err(|error| self.refused("translate an address", error))?;
         // One that is not aligned is #GP on a processor, before any other fault.
         if translated.valid == 0 || !address.is_multiple_of(OPERAND) {

@@ -1,3 +1,5 @@
+//! The instruction in all its forms, as an assembler writes it, and what only looks like it.
+
 use super::*;
 use proptest::prelude::*;
 

@@ -1,3 +1,5 @@
+//! Who hears of which store, by a kernel that only keeps slots.
+
 use super::*;
 use crate::platform::kvm::gate::{Jammed, Passage, Stop};
 use crate::platform::kvm::slots::tests::FakeSlots;
