@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod amd;
 pub mod emulated;
+pub mod function;
 pub mod iommufd;
 pub mod shadow;
 pub mod viommu;

@@ -10,7 +10,6 @@
 //! loop. Whoever is in flight therefore writes no register of a unit and waits for nobody who might: devices
 //! take a view of memory per request, and interrupts of the unit itself go out once the view is dropped.
 
-mod function;
 mod hearing;
 mod ioapic;
 mod messages;
@@ -18,7 +17,7 @@ mod polling;
 #[cfg(test)]
 mod testing;
 
-pub use function::{CAPABILITY_AT, IDENTITY};
+pub use super::function::{CAPABILITY_AT, IDENTITY};
 pub use ioapic::RemappingIoApic;
 pub use messages::RemappingSink;
 pub use polling::{DoorbellThread, LateWrites};
@@ -43,8 +42,11 @@ use super::amd::sync;
 use super::amd::view::View;
 use super::amd::window::RegisterWindow;
 use super::amd::{Effects, Unit};
+use super::function::UnitFunction;
 use super::shadow::Views;
-use crate::pci::endpoint::Endpoint;
+use crate::pci::access::DwordWrite;
+use crate::pci::bar::BarSpec;
+use crate::pci::{Command, ConfigEffect, Function};
 use crate::platform::addr::{Bdf, GpaRange, Iova, Sbdf};
 use crate::platform::bus::BusDevice;
 use crate::platform::dma::{Requester, Run, Translations, Translator};
@@ -95,9 +97,7 @@ pub struct EmulatedUnit {
     ats: bool,
     ram: GuestRam,
     /// Its PCI function.
-    endpoint: Endpoint,
-    /// Where the MSI capability is in configuration space, in dwords.
-    msi_at: u16,
+    function: UnitFunction,
     /// As whom its own interrupts are sent: no Bus Master Enable holds them up.
     own: Arc<Requester>,
     messages: Arc<dyn MsiSink>,
@@ -116,7 +116,7 @@ impl EmulatedUnit {
             .map_err(|source| HostError::new(format!("create the eventfd of {}", parts.name), source))?;
         let own = Arc::new(Requester::new(parts.at));
         own.set_bus_master(true);
-        let (endpoint, msi_at) = function::endpoint(
+        let function = UnitFunction::new(
             &parts.features,
             parts.mmio,
             parts.at,
@@ -133,14 +133,13 @@ impl EmulatedUnit {
             polling: OnceLock::new(),
             ats,
             ram: parts.ram,
-            endpoint,
-            msi_at,
+            function,
             own,
             messages: parts.messages,
             routes,
             more,
         };
-        connected.mirror_msi();
+        connected.unit.mirror_msi(connected.function.msi());
         Ok(Arc::new(connected))
     }
 
@@ -243,7 +242,7 @@ impl EmulatedUnit {
     /// Do what an access or a request set off. The caller is not in flight.
     fn perform(&self, effects: Effects) {
         if let Some(msi) = effects.program_msi {
-            self.program_msi(msi);
+            self.function.program_msi(msi);
         }
         let interrupts = [effects.interrupts.event, effects.interrupts.ppr];
         interrupts
@@ -260,7 +259,7 @@ impl EmulatedUnit {
     /// Send an interrupt of the unit itself, which nothing remaps.
     fn interrupt(&self, interrupt: Interrupt) {
         match interrupt {
-            Interrupt::Msi { number } => self.endpoint.signal(number.into()),
+            Interrupt::Msi { number } => self.function.endpoint().signal(number.into()),
             Interrupt::X2apic {
                 destination,
                 logical,
@@ -312,6 +311,42 @@ impl BusDevice for EmulatedUnit {
         if let Some(polling) = self.polling.get() {
             polling.written(offset, Instant::now());
         }
+    }
+}
+
+impl Function for EmulatedUnit {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn config_read(&self, dword: u16) -> u32 {
+        self.function.endpoint().config_read(dword)
+    }
+
+    fn config_write(&self, dword: u16, write: DwordWrite) -> ConfigEffect {
+        let effect = self.function.endpoint().config_write(dword, write);
+        if effect.contains(ConfigEffect::INTERRUPTS) {
+            self.unit.mirror_msi(self.function.msi());
+        }
+        effect
+    }
+
+    fn requester(&self) -> &Arc<Requester> {
+        self.function.endpoint().requester()
+    }
+
+    fn bars(&self) -> &[BarSpec] {
+        self.function.endpoint().bars()
+    }
+
+    fn command(&self) -> Command {
+        self.function.endpoint().command()
+    }
+
+    /// The configuration registers alone: while devices run, the unit must not stop confining them.
+    fn reset(&self) {
+        self.function.endpoint().reset();
+        self.unit.mirror_msi(self.function.msi());
     }
 }
 
