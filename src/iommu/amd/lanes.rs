@@ -32,6 +32,15 @@ impl LaneWrite {
         old & !mask | self.value & mask
     }
 
+    /// This write with zeros in place of ones outside `bits`.
+    #[must_use]
+    pub const fn only(self, bits: u64) -> Self {
+        Self {
+            value: self.value & bits,
+            mask: self.mask,
+        }
+    }
+
     /// Write-one-to-clear: only ones that were really written clear a bit.
     #[must_use]
     pub const fn clear(self, old: u64, w1c: u64) -> u64 {
@@ -72,6 +81,12 @@ mod tests {
         let write = LaneWrite::new(1, &[0xab]).expect("aligned");
         assert_eq!(write.store(u64::MAX, u64::MAX), 0xffff_ffff_ffff_abff);
         assert!(write.touches(0xff00) && !write.touches(0xff));
+    }
+
+    #[test]
+    fn ones_that_are_not_to_be_written_become_zeros() {
+        let write = LaneWrite::new(0, &[0xff, 0xff]).expect("aligned").only(0x0f0f);
+        assert_eq!(write.store(0xffff_aaaa, u64::MAX), 0xffff_0f0f);
     }
 
     #[test]

@@ -1,3 +1,470 @@
-//! A unit of the guest's that a unit of the host's serves: modes `hw` and `sim`.
+//! Modes `hw` and `sim`: a unit of the guest's that a unit of the host's serves.
+//!
+//! The guest finds the unit it finds in mode `emulated`. Its rings and its tables are worked on by the host's unit
+//! itself, by the seam [`host::ViommuHost`]; what is left to do is here:
+//!
+//! ```text
+//! MMIO page 1          registers, kept here; what they say is brought to the host       [this file]
+//! MMIO page 3          heads, tails, Status: the host's own page, mapped or forwarded
+//! rings                a queue of the host's exactly while they are on                  [rings]
+//! unit's interrupts    sent where registers or the MSI capability say                   [interrupts]
+//! device table         entries of functions behind the unit, as they change: attached   [following, intent]
+//! ```
+//!
+//! # Following the device table
+//!
+//! The host never reads the guest's table. While the unit is on, the pages that hold entries of its functions are watched
+//! ([`WriteProtection`]): a store there is followed before the processor that made it goes on, whatever the entry then
+//! says, half-written or not; hardware may read it at any time, too. What stood there before is taken over when the
+//! watch begins. Stores of devices to the table are not noticed, until something else has the entry read again.
+//!
+//! A function is never without confinement: it passes from guest tables to others by one request, and what the host
+//! refuses, or the guest's entry asks for in vain, leaves it blocked.
+//!
+//! # Locks, and who waits for whom
+//!
+//! Two, taken in this order where both are: the host's side (`service`), held across requests to the host; the registers,
+//! held for a look or a change only. Reads of registers and everything about page 3 pass without the first.
+//!
+//! Watching other pages stops all other processors until their exits are over, and those may want either lock, for a
+//! store to a watched page or a register. So none is held across it. Who is at it says so (`rewatching`); another
+//! processor that changes registers meanwhile leaves what follows from that to it, and goes on. It is brought before
+//! that one's access is over. Only a guest whose processors write one unit's registers at the same time sees this.
+//!
+//! Nothing the host is asked under the lock may wait for a processor of the guest.
 
+pub mod features;
 pub mod host;
+
+mod asking;
+mod counters;
+mod following;
+mod intent;
+mod interrupts;
+mod rings;
+mod service;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
+pub use counters::Counts;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use super::amd::features::Features;
+use super::amd::lanes::{LaneWrite, read_lanes};
+use super::amd::registers::{Effect, Registers};
+use super::amd::spec::registers::Reg;
+use super::function::UnitFunction;
+use crate::guest_warn;
+use crate::pci::access::DwordWrite;
+use crate::pci::bar::BarSpec;
+use crate::pci::{Command, ConfigEffect, Function};
+use crate::platform::addr::{Gpa, GpaRange, PAGE_SIZE, Sbdf};
+use crate::platform::bus::BusDevice;
+use crate::platform::device_memory::DeviceMemory;
+use crate::platform::dma::Requester;
+use crate::platform::host::HostError;
+use crate::platform::memory::GuestRam;
+use crate::platform::msi::{MsiMessage, MsiPort, MsiRoute, MsiSink};
+use crate::platform::protection::{Watcher, WriteProtection};
+
+use asking::Asking;
+use counters::{Count, Counters};
+use following::Followed;
+use host::{HostDevice, VfPage, Viommu, ViommuHost};
+use interrupts::MsiState;
+use service::{Said, Service, Table, entry};
+
+/// What a served unit is made of.
+pub struct ServedParts {
+    /// What the operator calls it.
+    pub name: String,
+    /// Where its PCI function is.
+    pub at: Sbdf,
+    /// Its registers: 16 KiB at a multiple of that.
+    pub mmio: GpaRange,
+    /// What it offers: [`features::offer`], the same for all units of a guest.
+    pub features: Features,
+    /// The memory its device table is in.
+    pub ram: GuestRam,
+    /// The unit of the host's.
+    pub host: Arc<dyn ViommuHost>,
+    /// What notices stores to the device table.
+    pub protection: Arc<dyn WriteProtection>,
+    /// The functions behind it: as whom the guest knows each at present, and as whom the host does.
+    pub functions: Vec<(Arc<Requester>, HostDevice)>,
+}
+
+/// A unit in a machine that the host serves.
+///
+/// Whoever maps its page 3 for the guest takes that away before the unit is dropped.
+pub struct ServedUnit {
+    name: String,
+    features: Features,
+    ram: GuestRam,
+    registers: Mutex<Registers>,
+    function: UnitFunction,
+    /// `None` only while this is dropped.
+    page: Option<VfPage>,
+    requesters: Vec<Arc<Requester>>,
+    asking: Asking,
+    service: Mutex<Service>,
+    protection: Arc<dyn WriteProtection>,
+    me: Weak<dyn Watcher>,
+}
+
+/// Where an access goes.
+enum At {
+    /// To a register, or a gap between registers, of page 1.
+    Register,
+    /// To page 3, so many bytes in.
+    Running(u64),
+    /// Nowhere: pages 2 and 4, and what no register takes.
+    Nowhere,
+}
+
+impl At {
+    /// An access of `len` bytes at `offset`. Registers take powers of two up to 8 that are aligned to themselves; so none
+    /// lies in two pages.
+    fn of(offset: u64, len: usize) -> Self {
+        let len = len as u64;
+        if !matches!(len, 1 | 2 | 4 | 8) || !offset.is_multiple_of(len) {
+            return Self::Nowhere;
+        }
+        match offset / PAGE_SIZE {
+            0 => Self::Register,
+            2 => Self::Running(offset % PAGE_SIZE),
+            _ => Self::Nowhere,
+        }
+    }
+}
+
+/// The way out for messages of a unit whose interrupts the host sends: nothing leaves here.
+struct NoWay;
+
+impl MsiSink for NoWay {
+    fn signal(&self, _requester: &Requester, _message: MsiMessage) {}
+
+    fn route(&self, _requester: &Arc<Requester>) -> Result<Box<dyn MsiRoute>, HostError> {
+        Err(HostError::new(
+            "route an interrupt of a served unit",
+            io::ErrorKind::Unsupported,
+        ))
+    }
+}
+
+impl ServedUnit {
+    /// A unit made of `parts`, as after power-on: off, its functions attached to guest physical memory.
+    ///
+    /// # Errors
+    /// When the host makes no vIOMMU, or attaches a function to no memory. Nothing is left of it then.
+    pub fn new(parts: ServedParts) -> Result<Arc<Self>, HostError> {
+        let name = &parts.name;
+        let Viommu { id, page } = parts
+            .host
+            .viommu_alloc()
+            .map_err(|source| HostError::new(format!("make the vIOMMU {name} of the host"), source))?;
+        for (requester, device) in &parts.functions {
+            if let Err(source) = parts.host.attach(*device, parts.host.parent()) {
+                let at = requester.sbdf();
+                drop(page);
+                // The error at hand is the one that counts.
+                let _ = parts.host.destroy(id);
+                return Err(HostError::new(
+                    format!("attach {at} behind {name} to guest memory"),
+                    source,
+                ));
+            }
+        }
+        let own = MsiPort::new(Arc::new(Requester::new(parts.at)), Arc::new(NoWay));
+        let requesters = parts.functions.iter().map(|(requester, _)| requester.clone());
+        let requesters = requesters.collect();
+        let functions = parts.functions.into_iter();
+        let functions = functions.map(|(requester, device)| Followed::new(requester, device));
+        let service = Service::new(functions.collect());
+        let function = UnitFunction::new(&parts.features, parts.mmio, parts.at, own);
+        let mut registers = Registers::new(parts.features);
+        registers.mirror_msi(function.msi());
+        Ok(Arc::new_cyclic(|me: &Weak<Self>| Self {
+            registers: Mutex::new(registers),
+            features: parts.features,
+            ram: parts.ram,
+            function,
+            page: Some(page),
+            requesters,
+            asking: Asking {
+                name: parts.name.clone(),
+                host: parts.host,
+                viommu: id,
+                counters: Counters::default(),
+            },
+            service: Mutex::new(service),
+            protection: parts.protection,
+            me: me.clone() as Weak<dyn Watcher>,
+            name: parts.name,
+        }))
+    }
+
+    /// What the operator calls it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Page 3 where it is memory of the host's unit, to be put 2000h bytes after the first register. `None` where
+    /// accesses to it come here.
+    #[must_use]
+    pub fn page(&self) -> Option<&Arc<DeviceMemory>> {
+        match &self.page {
+            Some(VfPage::Mapped(memory)) => Some(memory),
+            _ => None,
+        }
+    }
+
+    /// What it asked of its host so far.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.asking.counters.counts()
+    }
+
+    /// Registers, what functions reach, and what was asked of the host, in one line.
+    #[must_use]
+    pub fn state(&self) -> String {
+        const SHOWN: [(&str, Reg); 8] = [
+            ("control", Reg::Control),
+            ("device table", Reg::DeviceTableBase),
+            ("commands", Reg::CommandBase),
+            ("events", Reg::EventBase),
+            ("page requests", Reg::PprBase),
+            ("x2APIC event", Reg::XtEvent),
+            ("x2APIC PPR", Reg::XtPpr),
+            ("EFR", Reg::Efr),
+        ];
+        let registers = {
+            let registers = self.registers();
+            SHOWN.map(|(name, reg)| format!("{name} {:#x}", registers.read(reg)))
+        };
+        let service = self.service().state();
+        format!("{}; {service}; {}", registers.join(", "), self.counts())
+    }
+
+    /// Everything but the PCI function as after power-on. No processor runs: functions reach guest memory untranslated.
+    pub fn reset(&self) {
+        self.registers().reset();
+        self.serve();
+        let _without_it_the_driver_clears_heads_and_tails = self
+            .asking
+            .ask_if_supported("put heads and tails of a guest's rings back", |host| {
+                host.reset_page(self.asking.viommu)
+            });
+    }
+
+    /// Bus numbers of functions behind the unit may have changed. No lock may be held that an access of the guest's would
+    /// need. Without this the next write to a register finds out.
+    pub fn renumbered(&self) {
+        self.serve();
+    }
+
+    fn registers(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn service(&self) -> MutexGuard<'_, Service> {
+        self.service.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn table(&self) -> Table<'_> {
+        Table {
+            ram: &self.ram,
+            features: &self.features,
+        }
+    }
+
+    fn msi(&self) -> MsiState {
+        MsiState {
+            message: self.function.msi(),
+            masked: self.function.msi_is_masked(),
+        }
+    }
+
+    /// What the guest has the host do at present.
+    fn said(&self) -> Said {
+        let msi = self.msi();
+        let registers = self.registers();
+        Said {
+            configuration: registers.configuration(),
+            rings: rings::wanted(&registers),
+            routes: interrupts::wanted(&registers, &msi),
+        }
+    }
+
+    /// Bring the host to what the guest says by now. No lock is held.
+    fn serve(&self) {
+        let mut service = self.service();
+        if !service.rewatching {
+            // What could not be watched is tried again.
+            service.unwatchable = None;
+        }
+        loop {
+            let said = self.said();
+            service.bring(&said, &self.table(), &self.asking);
+            let wanted: BTreeSet<Gpa> = self
+                .requesters
+                .iter()
+                .filter_map(|requester| self.table().page(&said.configuration, requester.sbdf().bdf))
+                .collect();
+            let settled = service.watched == wanted || service.unwatchable.as_ref() == Some(&wanted);
+            if service.rewatching || settled {
+                return;
+            }
+            service.rewatching = true;
+            drop(service);
+            let answer = self.protection.watch(&self.me, &wanted);
+            service = self.service();
+            service.rewatching = false;
+            match answer {
+                Ok(()) => {
+                    self.asking.counters.add(Count::Watches);
+                    service.watched = wanted;
+                    service.unwatchable = None;
+                }
+                Err(error) => {
+                    self.asking.counters.add(Count::Refusals);
+                    guest_warn!(iommu = self.name, %error, reason = %error.source, "stores to a device table are not noticed; functions with entries there are blocked");
+                    service.unwatchable = Some(wanted);
+                }
+            }
+        }
+    }
+
+    /// Bring what the MSI capability says. A configuration access changes nothing else.
+    fn serve_interrupts(&self) {
+        self.registers().mirror_msi(self.function.msi());
+        let mut service = self.service();
+        let routes = self.said().routes;
+        service.bring_routes(&routes, &self.asking);
+    }
+
+    fn write_register(&self, offset: u64, data: &[u8]) {
+        let (reg, within) = (Reg::at(offset & !7), offset & 7);
+        let within = usize::try_from(within).expect("less than 8");
+        let Some((reg, lanes)) = reg.zip(LaneWrite::new(within, data)) else {
+            return;
+        };
+        let lanes = match reg {
+            Reg::Control => lanes.only(features::control_writable(&self.features).into_bits()),
+            // No request of a function passes here that could be excluded.
+            Reg::ExclusionBase | Reg::ExclusionLimit => return,
+            _ => lanes,
+        };
+        let effect = self.registers().write(reg, lanes);
+        if let Effect::ProgramMsi(msi) = effect {
+            self.function.program_msi(msi);
+        }
+        self.serve();
+    }
+}
+
+impl Watcher for ServedUnit {
+    fn written(&self, range: GpaRange) {
+        let hit = |entry: Option<GpaRange>| entry.is_some_and(|entry| entry.overlaps(range));
+        let configuration = self.registers().configuration();
+        let owned = self
+            .requesters
+            .iter()
+            .any(|requester| hit(entry(&configuration, requester.sbdf().bdf)));
+        if !owned {
+            self.asking.counters.add(Count::StrangeStores);
+            return;
+        }
+        self.asking.counters.add(Count::Stores);
+        let mut service = self.service();
+        // Registers may have changed while others were at it.
+        let configuration = self.registers().configuration();
+        service.follow(&configuration, &self.table(), &self.asking, hit);
+    }
+}
+
+impl BusDevice for ServedUnit {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        match At::of(offset, data.len()) {
+            At::Register => {
+                let value = Reg::at(offset & !7).map_or(0, |reg| self.registers().read(reg));
+                let within = usize::try_from(offset & 7).expect("less than 8");
+                read_lanes(value, within, data);
+            }
+            At::Running(offset) => {
+                if let Some(VfPage::Trapped(device)) = &self.page {
+                    device.read(offset, data);
+                }
+            }
+            At::Nowhere => {}
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match At::of(offset, data.len()) {
+            At::Register => self.write_register(offset, data),
+            At::Running(offset) => {
+                if let Some(VfPage::Trapped(device)) = &self.page {
+                    device.write(offset, data);
+                }
+            }
+            At::Nowhere => {}
+        }
+    }
+}
+
+impl Function for ServedUnit {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn config_read(&self, dword: u16) -> u32 {
+        self.function.endpoint().config_read(dword)
+    }
+
+    fn config_write(&self, dword: u16, write: DwordWrite) -> ConfigEffect {
+        let effect = self.function.endpoint().config_write(dword, write);
+        if effect.contains(ConfigEffect::INTERRUPTS) {
+            self.serve_interrupts();
+        }
+        effect
+    }
+
+    fn requester(&self) -> &Arc<Requester> {
+        self.function.endpoint().requester()
+    }
+
+    fn bars(&self) -> &[BarSpec] {
+        self.function.endpoint().bars()
+    }
+
+    fn command(&self) -> Command {
+        self.function.endpoint().command()
+    }
+
+    /// The configuration registers alone: while devices run, the unit must not stop confining them.
+    fn reset(&self) {
+        self.function.endpoint().reset();
+        self.serve_interrupts();
+    }
+}
+
+impl Drop for ServedUnit {
+    fn drop(&mut self) {
+        self.page = None;
+        let service = self.service.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if !service.watched.is_empty()
+            && let Err(error) = self.protection.watch(&self.me, &BTreeSet::new())
+        {
+            tracing::warn!(iommu = self.name, %error, reason = %error.source, "pages of a device table stay watched");
+        }
+        service.end(&self.asking);
+    }
+}

@@ -1,0 +1,76 @@
+//! Requests to the host, each counted when it is refused and told to the operator.
+
+use std::io;
+use std::sync::Arc;
+
+use super::counters::{Count, Counters};
+use super::host::{ObjectId, ViommuHost};
+use crate::{guest_line, guest_warn};
+
+/// A unit's host, and the guest's unit there.
+pub(super) struct Asking {
+    /// What the operator calls the unit.
+    pub(super) name: String,
+    pub(super) host: Arc<dyn ViommuHost>,
+    pub(super) viommu: ObjectId,
+    pub(super) counters: Counters,
+}
+
+/// The host refused, and the operator knows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Refused;
+
+impl Asking {
+    /// Ask. `what` is what the host is to do.
+    pub(super) fn ask<T>(
+        &self,
+        what: &str,
+        request: impl FnOnce(&dyn ViommuHost) -> io::Result<T>,
+    ) -> Result<T, Refused> {
+        request(&*self.host).map_err(|error| {
+            self.counters.add(Count::Refusals);
+            guest_warn!(iommu = self.name, %error, "the host refuses to {what}");
+            Refused
+        })
+    }
+
+    /// Ask for what may be asked of some hosts only; whether it was done.
+    pub(super) fn ask_if_supported(
+        &self,
+        what: &str,
+        request: impl FnOnce(&dyn ViommuHost) -> io::Result<()>,
+    ) -> bool {
+        match request(&*self.host) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => false,
+            answer => self.ask(what, |_| answer).is_ok(),
+        }
+    }
+
+    /// Something of the guest's is not confined as the guest wants it, and nothing can be done about it.
+    pub(super) fn alarm(&self, what: &str) {
+        guest_line!(error, iommu = self.name, "{what}");
+    }
+}
+
+/// Objects that nothing uses any more and that the host did not destroy when it was asked to.
+#[derive(Default)]
+pub(super) struct Leftovers(Vec<ObjectId>);
+
+impl Leftovers {
+    /// Destroy `id`, now or later.
+    pub(super) fn destroy(&mut self, id: ObjectId, asking: &Asking) {
+        if asking.ask("destroy an object", |host| host.destroy(id)).is_err() {
+            self.0.push(id);
+        }
+    }
+
+    /// Ask once more for what was refused before.
+    pub(super) fn retry(&mut self, asking: &Asking) {
+        self.0
+            .retain(|id| asking.ask("destroy an object", |host| host.destroy(*id)).is_err());
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+}

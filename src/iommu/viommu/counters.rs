@@ -1,0 +1,116 @@
+//! What a served unit asked of its host, in numbers.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::Serialize;
+
+/// Running totals.
+#[derive(Default)]
+pub(super) struct Counters([AtomicU64; Count::ALL.len()]);
+
+/// What is counted.
+#[derive(Clone, Copy)]
+pub(super) enum Count {
+    Stores,
+    StrangeStores,
+    PassThrough,
+    Blocked,
+    Nested,
+    QueuesMade,
+    QueuesDestroyed,
+    Routes,
+    Events,
+    Watches,
+    Refusals,
+}
+
+impl Count {
+    const ALL: [Self; 11] = [
+        Self::Stores,
+        Self::StrangeStores,
+        Self::PassThrough,
+        Self::Blocked,
+        Self::Nested,
+        Self::QueuesMade,
+        Self::QueuesDestroyed,
+        Self::Routes,
+        Self::Events,
+        Self::Watches,
+        Self::Refusals,
+    ];
+}
+
+/// Totals since the unit was made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct Counts {
+    /// Stores to device table entries of functions behind the unit.
+    pub stores: u64,
+    /// Stores to other bytes of the pages with such entries.
+    pub strange_stores: u64,
+    /// Functions attached to guest physical memory.
+    pub pass_through: u64,
+    /// Functions blocked.
+    pub blocked: u64,
+    /// Functions attached to tables of the guest's.
+    pub nested: u64,
+    /// Rings handed to the host.
+    pub queues_made: u64,
+    /// Rings taken back.
+    pub queues_destroyed: u64,
+    /// Changes of where interrupts go.
+    pub routes: u64,
+    /// Events put into the guest's log.
+    pub events: u64,
+    /// Changes of the pages whose stores are noticed.
+    pub watches: u64,
+    /// Requests the host refused.
+    pub refusals: u64,
+}
+
+impl Counters {
+    pub(super) fn add(&self, what: Count) {
+        self.0[what as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn counts(&self) -> Counts {
+        let of = |what: Count| self.0[what as usize].load(Ordering::Relaxed);
+        Counts {
+            stores: of(Count::Stores),
+            strange_stores: of(Count::StrangeStores),
+            pass_through: of(Count::PassThrough),
+            blocked: of(Count::Blocked),
+            nested: of(Count::Nested),
+            queues_made: of(Count::QueuesMade),
+            queues_destroyed: of(Count::QueuesDestroyed),
+            routes: of(Count::Routes),
+            events: of(Count::Events),
+            watches: of(Count::Watches),
+            refusals: of(Count::Refusals),
+        }
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            stores,
+            strange_stores,
+            pass_through,
+            blocked,
+            nested,
+            queues_made,
+            queues_destroyed,
+            routes,
+            events,
+            watches,
+            refusals,
+        } = self;
+        write!(
+            f,
+            "{stores} stores to entries, {strange_stores} beside them, {watches} changes of watched pages; attached {nested} times to \
+             guest tables, {pass_through} to memory, {blocked} to nothing; {queues_made} rings made, {queues_destroyed} destroyed, \
+             {routes} interrupt routes, {events} events put in, {refusals} refusals"
+        )
+    }
+}

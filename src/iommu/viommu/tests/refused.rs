@@ -1,0 +1,212 @@
+//! A host that refuses.
+
+use std::sync::Arc;
+
+use super::super::host::QueueKind;
+use super::super::testing::{DEVICE_TABLE, FakeHost, LOG, RING, Reached, Rig, dte};
+use crate::iommu::amd::features::Wanted;
+use crate::platform::addr::Gpa;
+
+/// What a guest does in its life, step by step.
+const LIFE: [fn(&Rig); 16] = [
+    Rig::start,
+    |rig| rig.entry(0, dte(0x5000, 7)),
+    |rig| rig.entry(1, dte(0x5000, 7)),
+    |rig| rig.entry(0, dte(0x6000, 8)),
+    |rig| rig.entry(1, [1, 0, 0, 0]),
+    |rig| rig.entry(1, [3 << 61 | 3, 0, 0, 0]),
+    |rig| rig.entry(2, [3 << 61 | 3 | 1 << 9, 0, 0, 0]),
+    |rig| rig.entry(2, dte(0x7000, 9)),
+    |rig| rig.control(4, true),
+    |rig| rig.write(0x170, 8, 0x55 << 32),
+    |rig| {
+        let [first, last] = [0, 2].map(|index| rig.requesters[index].sbdf());
+        rig.requesters[0].renumber(last);
+        rig.requesters[2].renumber(first);
+        rig.unit.renumbered();
+    },
+    |rig| rig.write(0x00, 8, (DEVICE_TABLE + 0x1000) | 0x3f),
+    |rig| rig.control(0, false),
+    |rig| rig.unit.reset(),
+    Rig::start,
+    |rig| rig.entry(0, dte(0x8000, 1)),
+];
+
+/// A register write that says nothing new.
+fn touch(rig: &Rig) {
+    rig.write(0x18, 8, rig.read(0x18));
+}
+
+#[test]
+fn any_one_request_may_be_refused_and_nothing_is_lost() {
+    let mut at = 1;
+    loop {
+        let host = FakeHost::new();
+        host.refuse_at(Some(at));
+        let Ok(rig) = Rig::try_over(host.clone(), &Wanted::EVERYTHING) else {
+            host.check();
+            assert_eq!(host.left(), 0, "request {at}");
+            at += 1;
+            continue;
+        };
+        for step in LIFE {
+            step(&rig);
+            rig.check_refused();
+        }
+        touch(&rig);
+        rig.check();
+        let Rig { unit, .. } = rig;
+        assert_eq!(Arc::strong_count(&unit), 1);
+        drop(unit);
+        host.check();
+        assert_eq!(host.left(), 0, "request {at}");
+        assert!(
+            (0..3).all(|index| host.place(index) == Reached::Nothing),
+            "request {at}"
+        );
+        if host.asked() < at {
+            break;
+        }
+        at += 1;
+    }
+    assert!(at > 60, "{at} requests are no life");
+}
+
+#[test]
+fn a_host_that_refuses_a_kind_of_request_leaves_less_and_never_more() {
+    for name in [
+        "vdevice", "nested", "attach", "pass", "block", "queue", "route", "event", "destroy", "reset",
+    ] {
+        let host = FakeHost::new();
+        let rig = Rig::over(host.clone(), &Wanted::EVERYTHING);
+        host.refuse(Some(name));
+        for step in LIFE {
+            step(&rig);
+            rig.check_refused();
+        }
+        assert!(rig.unit.counts().refusals > 0, "{name}");
+        host.refuse(None);
+        touch(&rig);
+        rig.check();
+        drop(rig.unit);
+        host.check();
+        assert_eq!(host.left(), 0, "{name}");
+    }
+}
+
+#[test]
+fn a_function_whose_tables_are_refused_is_blocked_until_they_are_not() {
+    for name in ["nested", "attach"] {
+        let rig = Rig::running();
+        rig.entry(0, dte(0x5000, 7));
+        rig.entry(1, [0; 4]);
+        rig.host.refuse(Some(name));
+        rig.entry(0, dte(0x6000, 7));
+        rig.entry(1, dte(0x6000, 7));
+        // Neither in its old tables nor passing.
+        assert_eq!(rig.host.place(0), Reached::Nothing);
+        assert_eq!(rig.host.place(1), Reached::Nothing);
+        assert_eq!(rig.host.tables(), 0, "what was made for nothing is gone");
+        rig.host.refuse(None);
+        rig.half(0, 0, dte(0x6000, 7));
+        assert!(matches!(rig.host.place(0), Reached::Tables(_)));
+        touch(&rig);
+        rig.check();
+    }
+}
+
+#[test]
+fn a_function_that_cannot_even_be_blocked_is_told_of() {
+    let rig = Rig::running();
+    let entry = dte(0x5000, 7);
+    rig.entry(0, entry);
+    rig.host.refuse(Some("block"));
+    rig.entry(0, [1, 0, 0, 0]);
+    assert!(matches!(rig.host.place(0), Reached::Tables(_)));
+    let told = "has guest tables at 0x5000 in domain 7, NOT as its guest wants";
+    assert!(rig.unit.state().contains(told), "{}", rig.unit.state());
+    // What it wants is what it has again.
+    rig.entry(0, entry);
+    assert!(!rig.unit.state().contains("NOT"), "{}", rig.unit.state());
+    rig.entry(0, [1, 0, 0, 0]);
+    rig.host.refuse(None);
+    touch(&rig);
+    assert_eq!(rig.host.place(0), Reached::Nothing);
+    rig.check();
+}
+
+#[test]
+fn a_ring_that_is_refused_stays_off_and_the_rest_goes_on() {
+    let rig = Rig::new();
+    rig.host.refuse(Some("queue"));
+    rig.start();
+    assert_eq!(rig.host.queue(QueueKind::Command), None);
+    assert!((0..3).all(|index| rig.host.place(index) == Reached::Nothing));
+    rig.host.refuse(None);
+    // The driver tries again elsewhere.
+    rig.control(2, false);
+    rig.write(0x10, 8, (LOG + 0x8000) | 8 << 56);
+    rig.control(2, true);
+    assert_eq!(
+        rig.host.queue(QueueKind::Event).expect("on").base,
+        Gpa(LOG + 0x8000)
+    );
+    assert_eq!(rig.host.queue(QueueKind::Command).expect("on").base, Gpa(RING));
+    rig.check();
+}
+
+#[test]
+fn a_queue_that_the_host_keeps_is_asked_for_again() {
+    let rig = Rig::running();
+    rig.host.refuse(Some("destroy"));
+    rig.control(12, false);
+    assert!(rig.host.queue(QueueKind::Command).is_some());
+    rig.host.refuse(None);
+    touch(&rig);
+    assert_eq!(rig.host.queue(QueueKind::Command), None);
+    rig.check();
+}
+
+#[test]
+fn a_table_that_cannot_be_watched_blocks_its_functions() {
+    let rig = Rig::new();
+    for index in 0..3 {
+        rig.entry(index, dte(0x5000, 7));
+    }
+    rig.protection.refuse(true);
+    rig.start();
+    assert!((0..3).all(|index| rig.host.place(index) == Reached::Nothing));
+    assert!(rig.unit.state().contains("CANNOT be watched"));
+    // Off is off.
+    rig.control(0, false);
+    assert!((0..3).all(|index| rig.host.place(index) == Reached::Memory));
+    rig.control(0, true);
+    assert!((0..3).all(|index| rig.host.place(index) == Reached::Nothing));
+    rig.protection.refuse(false);
+    touch(&rig);
+    rig.check();
+    assert!(!rig.unit.state().contains("CANNOT"));
+    // Moved where it cannot be watched: what is watched stays so, and nobody reads what is not.
+    rig.protection.refuse(true);
+    rig.write(0x00, 8, 0x30_0000 | 0x3f);
+    assert!((0..3).all(|index| rig.host.place(index) == Reached::Nothing));
+    rig.write(0x00, 8, DEVICE_TABLE | 0x3f);
+    rig.check();
+}
+
+#[test]
+fn a_unit_that_cannot_be_made_leaves_nothing() {
+    let host = FakeHost::new();
+    host.refuse(Some("pass"));
+    let error = Rig::try_over(host.clone(), &Wanted::DEFAULT)
+        .err()
+        .expect("refused");
+    assert_eq!(
+        error.to_string(),
+        "cannot attach 0000:01:00.0 behind iommu0 to guest memory"
+    );
+    assert_eq!(host.left(), 0);
+    host.refuse(Some("viommu"));
+    let error = Rig::try_over(host, &Wanted::DEFAULT).err().expect("refused");
+    assert_eq!(error.to_string(), "cannot make the vIOMMU iommu0 of the host");
+}
