@@ -357,6 +357,18 @@ impl Registers {
         }
     }
 
+    /// The guest wrote lanes of the base register of a ring that somebody else works on: it moves, whether it runs or not.
+    /// Other registers, and that of a log that is not offered, stay as they are.
+    pub fn move_ring(&mut self, reg: Reg, lanes: LaneWrite) {
+        let ring = match reg {
+            Reg::CommandBase => &mut self.command,
+            Reg::EventBase => &mut self.event.ring,
+            Reg::PprBase if self.features.efr.ppr() => &mut self.ppr.ring,
+            _ => return,
+        };
+        let _nothing_more = rebase(ring, lanes);
+    }
+
     /// Interrupts that became due: a status bit and its enable are both set, and no interrupt went out
     /// since the bit was last clear (section 2.8). A register that names no vector keeps it due.
     pub fn take_interrupts(&mut self) -> Interrupts {

@@ -12,7 +12,7 @@ use super::intent::{Intent, Refusal};
 use crate::guest_warn;
 use crate::iommu::amd::events::{Event, Kind, Source, Tag};
 use crate::iommu::amd::spec::dte::Dte;
-use crate::platform::addr::{Bdf, Gpa};
+use crate::platform::addr::Bdf;
 use crate::platform::dma::Requester;
 
 /// What a function is attached to.
@@ -193,7 +193,7 @@ impl Followed {
             kind: Kind::Memory,
         };
         let event = match refusal {
-            Refusal::NoMemory => Event::DeviceTableHardwareError { source, at: Gpa(0) },
+            Refusal::NoMemory { at } => Event::DeviceTableHardwareError { source, at },
             _ => Event::IllegalDeviceTableEntry {
                 source,
                 reserved: refusal == Refusal::Reserved,

@@ -8,6 +8,7 @@ use std::fmt;
 use crate::iommu::amd::features::Features;
 use crate::iommu::amd::spec::dte::{Dte, Guest, Host, Interrupt};
 use crate::iommu::amd::spec::registers::Control;
+use crate::platform::addr::Gpa;
 
 /// What a device is to reach.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -35,8 +36,11 @@ pub(super) enum Refusal {
     Levels,
     /// The guest table is at address 0, where hosts take it for absent.
     NoRoot,
-    /// It is not in memory.
-    NoMemory,
+    /// No memory is where it should lie.
+    NoMemory {
+        /// There.
+        at: Gpa,
+    },
 }
 
 impl fmt::Display for Refusal {
@@ -47,7 +51,7 @@ impl fmt::Display for Refusal {
             Self::OneDirection => "only one of read and write is allowed",
             Self::Levels => "table levels that the unit does not offer",
             Self::NoRoot => "a guest table at address 0",
-            Self::NoMemory => "it is not in memory",
+            Self::NoMemory { .. } => "no memory is where it should lie",
         })
     }
 }

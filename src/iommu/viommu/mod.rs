@@ -355,16 +355,24 @@ impl ServedUnit {
         let Some((reg, lanes)) = reg.zip(LaneWrite::new(within, data)) else {
             return;
         };
-        let lanes = match reg {
-            Reg::Control => lanes.only(features::control_writable(&self.features).into_bits()),
+        let mut registers = self.registers();
+        match reg {
             // No request of a function passes here that could be excluded.
             Reg::ExclusionBase | Reg::ExclusionLimit => return,
-            _ => lanes,
-        };
-        let effect = self.registers().write(reg, lanes);
-        if let Effect::ProgramMsi(msi) = effect {
-            self.function.program_msi(msi);
+            // A kernel that finds a ring of its predecessor's on may move it as it is.
+            Reg::CommandBase | Reg::EventBase | Reg::PprBase => registers.move_ring(reg, lanes),
+            _ => {
+                let lanes = match reg {
+                    Reg::Control => lanes.only(features::control_writable(&self.features).into_bits()),
+                    _ => lanes,
+                };
+                let effect = registers.write(reg, lanes);
+                if let Effect::ProgramMsi(msi) = effect {
+                    self.function.program_msi(msi);
+                }
+            }
         }
+        drop(registers);
         self.serve();
     }
 }

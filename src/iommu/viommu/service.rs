@@ -50,7 +50,7 @@ impl Table<'_> {
         };
         match fetch(self.ram, at) {
             Ok(dte) => judge(configuration.control, self.features, &dte),
-            Err(_) => Intent::Refused(Refusal::NoMemory),
+            Err(_) => Intent::Refused(Refusal::NoMemory { at }),
         }
     }
 }

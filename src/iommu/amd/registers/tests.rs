@@ -212,3 +212,21 @@ fn reset_keeps_nothing_a_guest_wrote() {
         assert_eq!(read(&registers), read(&fresh), "{offset:#x}");
     }
 }
+
+#[test]
+fn a_ring_that_somebody_else_works_on_moves_while_it_runs() {
+    let mut registers = Registers::new(Features::offer(Wanted::DEFAULT));
+    let on = Control::new().with_iommu_en(true).with_cmd_buf_en(true);
+    let lanes = |value: u64| LaneWrite::new(0, &value.to_le_bytes()).expect("a quadword");
+    enable(&mut registers, on);
+    assert!(registers.command_runs());
+    let _ = write(&mut registers, Reg::CommandBase, 0x5000 | 9 << 56);
+    assert_eq!(registers.read(Reg::CommandBase), 8 << 56);
+    registers.move_ring(Reg::CommandBase, lanes(0x5000 | 9 << 56));
+    assert_eq!(registers.read(Reg::CommandBase), 0x5000 | 9 << 56);
+    // Not offered, and no ring.
+    registers.move_ring(Reg::PprBase, lanes(0x5000 | 9 << 56));
+    registers.move_ring(Reg::DeviceTableBase, lanes(0x5000));
+    assert_eq!(registers.read(Reg::PprBase), 8 << 56);
+    assert_eq!(registers.read(Reg::DeviceTableBase), 0);
+}

@@ -11,6 +11,7 @@ use crate::iommu::viommu::host::{
 };
 use crate::platform::addr::Bdf;
 use crate::platform::bus::BusDevice;
+use crate::platform::device_memory::DeviceMemory;
 
 const PARENT: ObjectId = ObjectId(1);
 const BLOCKED: ObjectId = ObjectId(2);
@@ -38,6 +39,7 @@ struct State {
     /// Requests of this name are refused.
     refused_name: Option<&'static str>,
     unsupported: bool,
+    mapped: Option<Arc<DeviceMemory>>,
     events: Vec<[u32; 4]>,
     resets: usize,
     /// Who broke which rule of the host's.
@@ -99,6 +101,11 @@ impl FakeHost {
     /// Have no requests that some hosts have not.
     pub(in crate::iommu::viommu) fn support_little(&self) {
         self.state().unsupported = true;
+    }
+
+    /// Have page 3 mapped rather than answer accesses.
+    pub(in crate::iommu::viommu) fn map_page(&self, page: Arc<DeviceMemory>) {
+        self.state().mapped = Some(page);
     }
 
     /// How many requests were made.
@@ -230,10 +237,11 @@ impl ViommuHost for FakeHost {
             return Err(state.wrong("a second vIOMMU".to_owned(), 17));
         }
         let id = state.add(Object::Viommu, "viommu".to_owned());
-        Ok(Viommu {
-            id,
-            page: VfPage::Trapped(self.page.clone()),
-        })
+        let page = match &state.mapped {
+            Some(memory) => VfPage::Mapped(memory.clone()),
+            None => VfPage::Trapped(self.page.clone()),
+        };
+        Ok(Viommu { id, page })
     }
 
     fn vdevice_alloc(&self, viommu: ObjectId, device: HostDevice, guest: Bdf) -> io::Result<ObjectId> {
@@ -369,7 +377,10 @@ impl ViommuHost for FakeHost {
             }
             Object::Queue(_) => false,
         };
-        if in_use {
+        // Its page is to be unmapped first.
+        let page = state.mapped.as_ref().filter(|_| object == Object::Viommu);
+        let mapped = page.is_some_and(|page| Arc::strong_count(page) > 1);
+        if in_use || mapped {
             // After a refusal that is how it has to be; the owner asks again.
             if state.refused_at.is_none_or(|at| at > state.asked) && state.refused_name.is_none() {
                 return Err(state.wrong(format!("{object:?} is destroyed in use"), 16));

@@ -13,10 +13,13 @@ use crate::platform::protection::{Watcher, WriteProtection};
 /// What a processor does while another one has all stopped.
 type Exit = Box<dyn FnOnce() + Send>;
 
+/// Who watches what.
+type Watched = (Weak<dyn Watcher>, BTreeSet<Gpa>);
+
 /// The pages.
 pub(in crate::iommu::viommu) struct FakeProtection {
     ram: GuestRam,
-    watchers: Mutex<Vec<(Weak<dyn Watcher>, BTreeSet<Gpa>)>>,
+    watchers: Mutex<Vec<Watched>>,
     refuse: AtomicBool,
     exit: Mutex<Option<Exit>>,
 }

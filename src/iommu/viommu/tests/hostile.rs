@@ -53,6 +53,10 @@ fn a_table_where_no_memory_is_blocks() {
             "{base:#x}"
         );
         rig.check();
+        let at = base + 32 * u64::from(rig.id(0));
+        let [low, high] = [at & 0xffff_ffff, at >> 32].map(|half| u32::try_from(half).expect("a half"));
+        let record = [0x100, 3 << 28 | 2 << 25, low, high];
+        assert!(rig.host.events().contains(&record), "{:x?}", rig.host.events());
     }
     assert!(rig.protection.watched().is_empty());
     // The page before the end holds entries of bus 1 and none of bus 2.
@@ -157,7 +161,7 @@ fn processors_that_do_everything_at_once_leave_what_the_last_one_said() {
         let toggler = scope.spawn(|| {
             for round in 0..200_u64 {
                 rig.control(0, round % 3 != 0);
-                rig.write(0x00, 8, (DEVICE_TABLE + (round % 2 << 12)) | 0x3f);
+                rig.write(0x00, 8, (DEVICE_TABLE + 0x1000 * (round % 2)) | 0x3f);
             }
         });
         for index in 0..3 {

@@ -1,5 +1,7 @@
 //! What drivers do.
 
+use std::sync::Arc;
+
 use super::super::host::{InterruptTarget, Queue, QueueKind, UnitInterrupt};
 use super::super::testing::{DEVICE_TABLE, FakeHost, LOG, RING, Reached, Rig, dte};
 use crate::iommu::amd::features::Wanted;
@@ -8,6 +10,7 @@ use crate::pci::Function;
 use crate::pci::access::DwordWrite;
 use crate::platform::addr::{Bdf, Gpa, Sbdf};
 use crate::platform::bus::BusDevice;
+use crate::platform::device_memory::DeviceMemory;
 
 /// What a store to an entry set off.
 fn tables(entry: [u64; 4]) -> Reached {
@@ -213,6 +216,30 @@ fn a_second_kernel_finds_the_unit_on_and_brings_its_own_table() {
     // The old table is memory like any other.
     rig.entry(0, [3, 0, 0, 0]);
     rig.check();
+}
+
+#[test]
+fn a_second_kernel_moves_rings_that_it_finds_on() {
+    let rig = Rig::running();
+    rig.host.granted();
+    for (register, kind) in [
+        (0x08, QueueKind::Command),
+        (0x10, QueueKind::Event),
+        (0x38, QueueKind::Ppr),
+    ] {
+        rig.write(register, 8, 0x50_0000 | 10 << 56);
+        let queue = rig.host.queue(kind).expect("on");
+        assert_eq!((queue.base, queue.length), (Gpa(0x50_0000), 10));
+        let made = format!("queue {kind:?}");
+        assert_eq!(rig.host.granted(), ["destroy queue", &made]);
+        // The same once more.
+        rig.write(register, 8, 0x50_0000 | 10 << 56);
+        assert!(rig.host.granted().is_empty());
+        rig.write(register + 4, 4, 0);
+        assert_eq!(rig.host.queue(kind), None, "of no length");
+        rig.check();
+        rig.host.granted();
+    }
 }
 
 #[test]
@@ -431,6 +458,26 @@ fn page_3_is_the_hosts_and_pages_2_and_4_are_nobodys() {
         rig.write(at, 8, u64::MAX);
         assert_eq!(rig.read(at), 0, "{at:#x}");
     }
+}
+
+#[test]
+fn a_page_3_that_is_mapped_is_handed_out_and_let_go_first() {
+    let file = tempfile::tempfile().expect("a file");
+    file.set_len(0x1000).expect("room");
+    let page = Arc::new(DeviceMemory::map(&file, 0, 0x1000).expect("mapped"));
+    let host = FakeHost::new();
+    host.map_page(page.clone());
+    drop(page);
+    let rig = Rig::over(host.clone(), &Wanted::DEFAULT);
+    assert_eq!(rig.unit.page().expect("mapped").len(), 0x1000);
+    // What still arrives here.
+    rig.write(0x2008, 4, 0x10);
+    assert_eq!(rig.read(0x2020), 0);
+    assert!(rig.host.page.0.lock().expect("not poisoned").is_empty());
+    drop(rig.unit);
+    host.check();
+    assert_eq!(host.left(), 0);
+    assert!(Rig::new().unit.page().is_none());
 }
 
 #[test]
