@@ -20,6 +20,17 @@ pub(super) struct Asking {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Refused;
 
+/// What became of a request that not every host knows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Answer {
+    /// Granted.
+    Done,
+    /// Refused, and the operator knows.
+    Refused,
+    /// This host has no such request, and never will.
+    Unsupported,
+}
+
 impl Asking {
     /// Ask. `what` is what the host is to do.
     pub(super) fn ask<T>(
@@ -34,15 +45,18 @@ impl Asking {
         })
     }
 
-    /// Ask for what may be asked of some hosts only; whether it was done.
+    /// Ask for what may be asked of some hosts only.
     pub(super) fn ask_if_supported(
         &self,
         what: &str,
         request: impl FnOnce(&dyn ViommuHost) -> io::Result<()>,
-    ) -> bool {
+    ) -> Answer {
         match request(&*self.host) {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => false,
-            answer => self.ask(what, |_| answer).is_ok(),
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Answer::Unsupported,
+            answer => match self.ask(what, |_| answer) {
+                Ok(()) => Answer::Done,
+                Err(Refused) => Answer::Refused,
+            },
         }
     }
 

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::asking::{Asking, Leftovers, Refused};
+use super::asking::{Answer, Asking, Leftovers, Refused};
 use super::counters::Count;
 use super::host::{HostDevice, ObjectId};
 use super::intent::{Intent, Refusal};
@@ -199,10 +199,10 @@ impl Followed {
                 reserved: refusal == Refusal::Reserved,
             },
         };
-        let inserted = asking.ask_if_supported("put an event into a guest's log", |host| {
+        let answer = asking.ask_if_supported("put an event into a guest's log", |host| {
             host.insert_event(asking.viommu, dwords(event.record()))
         });
-        if inserted {
+        if answer == Answer::Done {
             asking.counters.add(Count::Events);
         }
     }

@@ -117,13 +117,14 @@ pub trait ViommuHost: Send + Sync {
     fn nested_alloc(&self, viommu: ObjectId, dte: &Dte) -> io::Result<ObjectId>;
 
     /// Requests of `device` pass `table` from here on: the nest parent, the blocked one or a nested one. Replaces what it
-    /// was attached to.
+    /// was attached to. For nested ones the device has its vDevice, and keeps it as long as it is attached there.
     fn attach(&self, device: HostDevice, table: ObjectId) -> io::Result<()>;
 
     /// Have the unit work on a ring of the guest's, from the head and tail in page 3 on. One of each kind at a time.
     fn queue_alloc(&self, viommu: ObjectId, queue: &Queue) -> io::Result<ObjectId>;
 
-    /// Send an interrupt of the unit to `target`; nowhere, which is also so at first, for `None`.
+    /// Send an interrupt of the unit to `target`; nowhere, which is also so at first, for `None`. `Unsupported` where the
+    /// host has no such request.
     fn route(
         &self,
         viommu: ObjectId,

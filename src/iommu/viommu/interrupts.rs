@@ -1,6 +1,6 @@
 //! Where the unit's own interrupts go: by x2APIC registers, or by the MSI capability of its function.
 
-use super::asking::Asking;
+use super::asking::{Answer, Asking};
 use super::counters::Count;
 use super::host::{InterruptTarget, UnitInterrupt};
 use crate::iommu::amd::registers::{MsiMirror, Registers};
@@ -71,22 +71,36 @@ fn by_message(msi: &MsiState) -> Option<InterruptTarget> {
 
 /// Where the host sends interrupts.
 #[derive(Default)]
-pub(super) struct Routes(Wanted);
+pub(super) struct Routes {
+    set: Wanted,
+    /// The operator knows that this host sends none.
+    told: bool,
+}
 
 impl Routes {
     /// Have the host send interrupts where it is `wanted`. What it refuses stays as it was until this is called again.
     pub(super) fn bring(&mut self, wanted: &Wanted, asking: &Asking) {
-        for ((kind, wanted), set) in KINDS.into_iter().zip(wanted).zip(&mut self.0) {
+        for ((kind, wanted), set) in KINDS.into_iter().zip(wanted).zip(&mut self.set) {
             if set == wanted {
                 continue;
             }
-            let answer = asking.ask("send the unit's interrupts elsewhere", |host| {
+            let answer = asking.ask_if_supported("send the unit's interrupts elsewhere", |host| {
                 host.route(asking.viommu, kind, *wanted)
             });
-            if answer.is_ok() {
-                asking.counters.add(Count::Routes);
-                *set = *wanted;
+            match answer {
+                Answer::Done => asking.counters.add(Count::Routes),
+                Answer::Refused => continue,
+                Answer::Unsupported => {
+                    // Once is enough.
+                    if !std::mem::replace(&mut self.told, true) {
+                        tracing::warn!(
+                            iommu = asking.name,
+                            "the host sends no interrupts of its units to guests: this one hears of events only when it looks"
+                        );
+                    }
+                }
             }
+            *set = *wanted;
         }
     }
 }

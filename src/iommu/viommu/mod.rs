@@ -256,7 +256,8 @@ impl ServedUnit {
     pub fn reset(&self) {
         self.registers().reset();
         self.serve();
-        let _without_it_the_driver_clears_heads_and_tails = self
+        // Where that is not supported, the driver clears them itself.
+        let _ = self
             .asking
             .ask_if_supported("put heads and tails of a guest's rings back", |host| {
                 host.reset_page(self.asking.viommu)

@@ -281,6 +281,12 @@ impl Rig {
             let place = self.host.place(index);
             let right = place == self.expected(index) || place == Reached::Nothing || told;
             assert!(right, "function {index} is at {place:?}: {}", self.unit.state());
+            // Events and commands are about functions by name.
+            let named = self.host.name(index) == Some(self.requesters[index].sbdf().bdf);
+            assert!(
+                named || !matches!(place, Reached::Tables(_)) || told,
+                "function {index}"
+            );
         }
         self.check_rings(false);
     }

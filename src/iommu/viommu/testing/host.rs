@@ -327,6 +327,9 @@ impl ViommuHost for FakeHost {
         target: Option<InterruptTarget>,
     ) -> io::Result<()> {
         let mut state = self.enter("route")?;
+        if state.unsupported {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         state.is_viommu(viommu)?;
         let before = match target {
             Some(target) if target.vector == 0 => return Err(state.wrong("vector 0".to_owned(), 22)),

@@ -134,6 +134,74 @@ fn linux_7_3_attaches_by_two_exchanges() {
 }
 
 #[test]
+fn every_transition_of_linux_7_3_passes_no_wrong_place() {
+    let blocked = [1, 0, 0, 0];
+    let identity = [3 << 61 | 3, 9, 0, 0];
+    let [four, other] = [dte(0x5000, 7), dte(0x6000, 8)];
+    let five = [four[0], four[1], 1 << 54, 0];
+    let clear = [0; 4];
+    // Before, what is stored half by half, after; and what it may reach on the way.
+    let steps = |before: [u64; 4], halves: &[(usize, [u64; 4])], between: &[Reached]| {
+        let rig = Rig::running();
+        rig.entry(0, before);
+        let (&(half, last), way) = halves.split_last().expect("one at least");
+        for ((half, entry), reached) in way.iter().zip(between) {
+            rig.half(0, *half, *entry);
+            assert_eq!(rig.host.place(0), *reached, "{halves:x?}");
+        }
+        rig.half(0, half, last);
+        rig.check();
+        rig.host.place(0)
+    };
+    let nothing = Reached::Nothing;
+    // Invalid before: upper, lower.
+    assert_eq!(
+        steps(clear, &[(1, five), (0, five)], &[Reached::Memory]),
+        tables(five)
+    );
+    // To invalid: lower, upper.
+    assert_eq!(
+        steps(four, &[(0, clear), (1, clear)], &[Reached::Memory]),
+        Reached::Memory
+    );
+    // No guest tables before: upper, lower.
+    assert_eq!(steps(blocked, &[(1, five), (0, five)], &[nothing]), tables(five));
+    assert_eq!(
+        steps(identity, &[(1, four), (0, four)], &[Reached::Memory]),
+        tables(four)
+    );
+    // Guest tables no longer: lower, upper.
+    assert_eq!(steps(five, &[(0, blocked), (1, blocked)], &[nothing]), nothing);
+    // Another format: out of use, upper, lower.
+    assert_eq!(
+        steps(
+            four,
+            &[(0, clear), (1, five), (0, five)],
+            &[Reached::Memory, Reached::Memory]
+        ),
+        tables(five)
+    );
+    // The same format: lower.
+    assert_eq!(steps(four, &[(0, other)], &[]), tables(other));
+}
+
+#[test]
+fn a_driver_that_is_unloaded_leaves_the_unit_off() {
+    let rig = Rig::running();
+    rig.entry(0, dte(0x5000, 7));
+    for bit in [12, 3, 2, 28, 29, 13, 14, 0, 59] {
+        rig.control(bit, false);
+        rig.check();
+    }
+    assert_eq!(rig.host.place(0), Reached::Memory);
+    assert_eq!(rig.host.tables(), 0);
+    assert!(rig.protection.watched().is_empty());
+    // Its memory is somebody else's now.
+    rig.entry(0, dte(0x6000, 7));
+    assert_eq!(rig.host.place(0), Reached::Memory);
+}
+
+#[test]
 fn older_kernels_attach_by_words_in_any_order() {
     for order in [[1, 0, 2, 3], [0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]] {
         let rig = Rig::running();
@@ -386,6 +454,11 @@ fn a_host_without_the_rarer_requests_serves_as_well() {
     rig.start();
     rig.entry(0, [3 << 61 | 3 | 1 << 9, 0, 0, 0]);
     assert_eq!(rig.host.place(0), Reached::Nothing);
+    // What it cannot do it is asked once.
+    let asked = rig.host.asked();
+    rig.control(8, true);
+    assert_eq!(rig.host.asked(), asked);
+    assert_eq!(rig.host.target(UnitInterrupt::Event), None);
     rig.unit.reset();
     rig.check();
     assert_eq!((rig.host.events().len(), rig.unit.counts().refusals), (0, 0));

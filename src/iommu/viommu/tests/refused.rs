@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::super::host::QueueKind;
 use super::super::testing::{DEVICE_TABLE, FakeHost, LOG, RING, Reached, Rig, dte};
 use crate::iommu::amd::features::Wanted;
-use crate::platform::addr::Gpa;
+use crate::platform::addr::{Bdf, Gpa, Sbdf};
 
 /// What a guest does in its life, step by step.
 const LIFE: [fn(&Rig); 16] = [
@@ -152,6 +152,38 @@ fn a_ring_that_is_refused_stays_off_and_the_rest_goes_on() {
         Gpa(LOG + 0x8000)
     );
     assert_eq!(rig.host.queue(QueueKind::Command).expect("on").base, Gpa(RING));
+    rig.check();
+}
+
+#[test]
+fn a_function_has_no_tables_under_a_name_that_is_no_longer_its_own() {
+    let rig = Rig::running();
+    let bdf = Bdf::new(2, 1, 0).expect("valid");
+    rig.word(bdf.requester_id(), 0, 0);
+    rig.requesters[1].renumber(Sbdf { segment: 0, bdf });
+    rig.host.refuse(Some("destroy"));
+    rig.unit.renumbered();
+    rig.entry(1, dte(0x5000, 7));
+    assert_eq!(rig.host.place(1), Reached::Nothing);
+    assert_eq!(rig.host.name(1), Bdf::new(1, 1, 0));
+    rig.check_refused();
+    rig.host.refuse(None);
+    touch(&rig);
+    assert_eq!(rig.host.name(1), Some(bdf));
+    rig.check();
+}
+
+#[test]
+fn tables_that_the_host_keeps_go_later() {
+    let rig = Rig::running();
+    rig.entry(0, dte(0x5000, 7));
+    rig.host.refuse(Some("destroy"));
+    rig.entry(0, dte(0x6000, 7));
+    rig.check();
+    assert_eq!(rig.host.tables(), 2);
+    rig.host.refuse(None);
+    touch(&rig);
+    assert_eq!(rig.host.tables(), 1);
     rig.check();
 }
 
