@@ -69,7 +69,8 @@ pub fn offer(hosts: &[HostFeatures], wanted: &Wanted) -> Features {
 
 /// Control bits that change something where the host's unit serves: the others read as 0.
 ///
-/// How entries of tables are updated is set in the host's unit for all of its guests, and so not here.
+/// How entries of tables are updated, and whether GCR3 roots and rings of guests are translated, is set in the host's
+/// unit for all of its guests, and so not here.
 #[must_use]
 pub fn control_writable(features: &Features) -> Control {
     features
@@ -79,6 +80,9 @@ pub fn control_writable(features: &Features) -> Control {
         .with_ga_update_dis(false)
         .with_num_int_remap_mode(0)
         .with_gcr3_trp_mode(false)
+        .with_vcmd_en(false)
+        .with_viommu_en(false)
+        .with_gst_buffer_trp_mode(false)
 }
 
 /// What a unit of the host's lacks to serve a guest's.

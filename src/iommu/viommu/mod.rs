@@ -35,6 +35,8 @@
 
 pub mod features;
 pub mod host;
+#[cfg(any(test, fuzzing))]
+pub mod testing;
 
 mod asking;
 mod counters;
@@ -43,8 +45,6 @@ mod intent;
 mod interrupts;
 mod rings;
 mod service;
-#[cfg(test)]
-mod testing;
 #[cfg(test)]
 mod tests;
 

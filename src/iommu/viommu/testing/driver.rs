@@ -16,35 +16,46 @@ use crate::platform::dma::Requester;
 use crate::platform::host::HostError;
 use crate::platform::memory::GuestRam;
 
-/// Where the driver puts what.
-pub(in crate::iommu::viommu) const RING: u64 = 0x1_0000;
-pub(in crate::iommu::viommu) const LOG: u64 = 0x2_0000;
-pub(in crate::iommu::viommu) const PAGE_REQUESTS: u64 = 0x3_0000;
-pub(in crate::iommu::viommu) const DEVICE_TABLE: u64 = 0x20_0000;
+/// Where the driver has its command buffer.
+pub const RING: u64 = 0x1_0000;
+/// Where its event log is.
+pub const LOG: u64 = 0x2_0000;
+/// Where its PPR log is.
+const PAGE_REQUESTS: u64 = 0x3_0000;
+/// Where its device table is.
+pub const DEVICE_TABLE: u64 = 0x20_0000;
 /// Bytes of RAM.
 const RAM: usize = 0x60_0000;
 
 /// An entry with guest tables at `root` in `domain`, as Linux makes it.
-pub(in crate::iommu::viommu) fn dte(root: u64, domain: u16) -> [u64; 4] {
+pub fn dte(root: u64, domain: u16) -> [u64; 4] {
     let bits = [3 << 61 | 3 << 54 | 3, domain.into(), 0, 0];
     Dte::from_quadwords(bits).with_gcr3_root(root).into_quadwords()
 }
 
 /// What a function reaches.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(in crate::iommu::viommu) enum Reached {
+pub enum Reached {
+    /// Guest physical memory.
     Memory,
+    /// Nothing.
     Nothing,
+    /// What the guest tables of an entry say.
     Tables(Dte),
 }
 
 /// A unit with two functions in one page of the device table and one in another.
-pub(in crate::iommu::viommu) struct Rig {
-    pub(in crate::iommu::viommu) ram: GuestRam,
-    pub(in crate::iommu::viommu) host: Arc<FakeHost>,
-    pub(in crate::iommu::viommu) protection: Arc<FakeProtection>,
-    pub(in crate::iommu::viommu) unit: Arc<ServedUnit>,
-    pub(in crate::iommu::viommu) requesters: Vec<Arc<Requester>>,
+pub struct Rig {
+    /// The machine's.
+    pub ram: GuestRam,
+    /// What serves the unit.
+    pub host: Arc<FakeHost>,
+    /// What notices stores.
+    pub protection: Arc<FakeProtection>,
+    /// The unit.
+    pub unit: Arc<ServedUnit>,
+    /// The functions behind it.
+    pub requesters: Vec<Arc<Requester>>,
 }
 
 fn sbdf(bus: u8, device: u8) -> Sbdf {
@@ -55,7 +66,7 @@ fn sbdf(bus: u8, device: u8) -> Sbdf {
 }
 
 /// What a host with everything offers.
-pub(in crate::iommu::viommu) fn features(wanted: &Wanted) -> Features {
+fn features(wanted: &Wanted) -> Features {
     let all = HostFeatures {
         efr: u64::MAX,
         efr2: u64::MAX,
@@ -65,19 +76,17 @@ pub(in crate::iommu::viommu) fn features(wanted: &Wanted) -> Features {
 
 impl Rig {
     /// A unit as after power-on.
-    pub(in crate::iommu::viommu) fn new() -> Self {
+    pub fn new() -> Self {
         Self::over(FakeHost::new(), &Wanted::EVERYTHING)
     }
 
     /// A unit that `host` serves.
-    pub(in crate::iommu::viommu) fn over(host: Arc<FakeHost>, wanted: &Wanted) -> Self {
+    pub fn over(host: Arc<FakeHost>, wanted: &Wanted) -> Self {
         Self::try_over(host, wanted).expect("a host that refuses nothing")
     }
 
-    pub(in crate::iommu::viommu) fn try_over(
-        host: Arc<FakeHost>,
-        wanted: &Wanted,
-    ) -> Result<Self, HostError> {
+    /// The same, with a host that may refuse that.
+    pub fn try_over(host: Arc<FakeHost>, wanted: &Wanted) -> Result<Self, HostError> {
         let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)]).expect("a mapping");
         let ram = GuestRam::new(ram);
         let protection = FakeProtection::new(ram.clone());
@@ -91,7 +100,7 @@ impl Rig {
     }
 
     /// A unit in the machine of `other`, for further functions of the same buses.
-    pub(in crate::iommu::viommu) fn sharing(other: &Self, host: Arc<FakeHost>) -> Self {
+    pub fn sharing(other: &Self, host: Arc<FakeHost>) -> Self {
         let (ram, protection) = (other.ram.clone(), other.protection.clone());
         let functions = [sbdf(1, 2), sbdf(1, 3), sbdf(3, 0)];
         Self::made(host, &Wanted::EVERYTHING, ram, protection, functions)
@@ -132,14 +141,14 @@ impl Rig {
     }
 
     /// The driver is through with its start: everything is on, every entry blocked.
-    pub(in crate::iommu::viommu) fn running() -> Self {
+    pub fn running() -> Self {
         let rig = Self::new();
         rig.start();
         rig
     }
 
     /// What Linux does, in its order.
-    pub(in crate::iommu::viommu) fn start(&self) {
+    pub fn start(&self) {
         for bit in [12, 3, 2, 28, 29, 13, 14, 0, 59] {
             self.control(bit, false);
         }
@@ -177,35 +186,36 @@ impl Rig {
     }
 
     /// Write the lowest `len` bytes of `value`.
-    pub(in crate::iommu::viommu) fn write(&self, at: u64, len: usize, value: u64) {
+    pub fn write(&self, at: u64, len: usize, value: u64) {
         self.unit.write(at, &value.to_le_bytes()[..len]);
     }
 
-    pub(in crate::iommu::viommu) fn read(&self, at: u64) -> u64 {
+    /// Read a quadword.
+    pub fn read(&self, at: u64) -> u64 {
         let mut data = [0; 8];
         self.unit.read(at, &mut data);
         u64::from_le_bytes(data)
     }
 
     /// Set or clear a bit of Control.
-    pub(in crate::iommu::viommu) fn control(&self, bit: u32, on: bool) {
+    pub fn control(&self, bit: u32, on: bool) {
         let control = self.read(0x18) & !(1 << bit) | u64::from(on) << bit;
         self.write(0x18, 8, control);
     }
 
     /// The number of function `index`.
-    pub(in crate::iommu::viommu) fn id(&self, index: usize) -> u16 {
+    pub fn id(&self, index: usize) -> u16 {
         self.requesters[index].sbdf().bdf.requester_id()
     }
 
     /// Store word `word` of the entry of `id` where the driver has its table.
-    pub(in crate::iommu::viommu) fn word(&self, id: u16, word: u64, value: u64) {
+    pub fn word(&self, id: u16, word: u64, value: u64) {
         let at = DEVICE_TABLE + 32 * u64::from(id) + 8 * word;
         self.protection.store(Gpa(at), &value.to_le_bytes());
     }
 
     /// Store the half `half` of the entry of function `index` as one.
-    pub(in crate::iommu::viommu) fn half(&self, index: usize, half: usize, entry: [u64; 4]) {
+    pub fn half(&self, index: usize, half: usize, entry: [u64; 4]) {
         let at = DEVICE_TABLE + 32 * u64::from(self.id(index)) + 16 * half as u64;
         let words = [entry[2 * half], entry[2 * half + 1]];
         let bytes: Vec<_> = words.into_iter().flat_map(u64::to_le_bytes).collect();
@@ -213,14 +223,14 @@ impl Rig {
     }
 
     /// Write the whole entry of function `index`, upper half first, and lower half then.
-    pub(in crate::iommu::viommu) fn entry(&self, index: usize, entry: [u64; 4]) {
+    pub fn entry(&self, index: usize, entry: [u64; 4]) {
         self.half(index, 1, entry);
         self.half(index, 0, entry);
     }
 
     /// What function `index` is to reach by registers and memory: the manual's rules and what hosts cannot do, written
     /// down once more.
-    pub(in crate::iommu::viommu) fn expected(&self, index: usize) -> Reached {
+    pub fn expected(&self, index: usize) -> Reached {
         let control = self.read(0x18);
         if control & 1 == 0 {
             return Reached::Memory;
@@ -264,7 +274,7 @@ impl Rig {
     }
 
     /// Everything is as the guest says.
-    pub(in crate::iommu::viommu) fn check(&self) {
+    pub fn check(&self) {
         self.host.check();
         for index in 0..self.requesters.len() {
             assert_eq!(self.host.place(index), self.expected(index), "function {index}");
@@ -274,7 +284,7 @@ impl Rig {
 
     /// Everything is as the guest says, or less, after the host refused something. What is not blocked as it should be is
     /// told.
-    pub(in crate::iommu::viommu) fn check_refused(&self) {
+    pub fn check_refused(&self) {
         self.host.check();
         let told = self.unit.state().contains("NOT as its guest wants");
         for index in 0..self.requesters.len() {

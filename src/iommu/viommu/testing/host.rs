@@ -47,15 +47,15 @@ struct State {
 }
 
 /// The host.
-pub(in crate::iommu::viommu) struct FakeHost {
+pub struct FakeHost {
     state: Mutex<State>,
     /// What was written to page 3.
-    pub(in crate::iommu::viommu) page: Arc<Running>,
+    pub page: Arc<Running>,
 }
 
 /// Page 3, which records.
 #[derive(Default)]
-pub(in crate::iommu::viommu) struct Running(pub(in crate::iommu::viommu) Mutex<Vec<(u64, Vec<u8>)>>);
+pub struct Running(pub Mutex<Vec<(u64, Vec<u8>)>>);
 
 impl BusDevice for Running {
     fn read(&self, offset: u64, data: &mut [u8]) {
@@ -68,7 +68,8 @@ impl BusDevice for Running {
 }
 
 impl FakeHost {
-    pub(in crate::iommu::viommu) fn new() -> Arc<Self> {
+    /// A host that made nothing yet.
+    pub fn new() -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
                 next: 10,
@@ -83,65 +84,66 @@ impl FakeHost {
     }
 
     /// Refuse request number `at`, counted from 1 and from the first, and no other.
-    pub(in crate::iommu::viommu) fn refuse_at(&self, at: Option<usize>) {
+    pub fn refuse_at(&self, at: Option<usize>) {
         self.state().refused_at = at;
     }
 
     /// Refuse the next request but `after`.
-    pub(in crate::iommu::viommu) fn refuse_soon(&self, after: usize) {
+    pub fn refuse_soon(&self, after: usize) {
         let mut state = self.state();
         state.refused_at = Some(state.asked + 1 + after);
     }
 
     /// Refuse every request of this name from now on, or none.
-    pub(in crate::iommu::viommu) fn refuse(&self, name: Option<&'static str>) {
+    pub fn refuse(&self, name: Option<&'static str>) {
         self.state().refused_name = name;
     }
 
     /// Have no requests that some hosts have not.
-    pub(in crate::iommu::viommu) fn support_little(&self) {
+    pub fn support_little(&self) {
         self.state().unsupported = true;
     }
 
     /// Have page 3 mapped rather than answer accesses.
-    pub(in crate::iommu::viommu) fn map_page(&self, page: Arc<DeviceMemory>) {
+    pub fn map_page(&self, page: Arc<DeviceMemory>) {
         self.state().mapped = Some(page);
     }
 
     /// How many requests were made.
-    pub(in crate::iommu::viommu) fn asked(&self) -> usize {
+    pub fn asked(&self) -> usize {
         self.state().asked
     }
 
     /// What was asked and granted since the last call.
-    pub(in crate::iommu::viommu) fn granted(&self) -> Vec<String> {
+    pub fn granted(&self) -> Vec<String> {
         std::mem::take(&mut self.state().granted)
     }
 
     /// Events inserted.
-    pub(in crate::iommu::viommu) fn events(&self) -> Vec<[u32; 4]> {
+    pub fn events(&self) -> Vec<[u32; 4]> {
         self.state().events.clone()
     }
 
     /// How often page 3 was put back.
-    pub(in crate::iommu::viommu) fn resets(&self) -> usize {
+    pub fn resets(&self) -> usize {
         self.state().resets
     }
 
     /// Rings it works on.
-    pub(in crate::iommu::viommu) fn queue(&self, kind: QueueKind) -> Option<Queue> {
+    pub fn queue(&self, kind: QueueKind) -> Option<Queue> {
         self.state().objects.values().find_map(|object| match object {
             Object::Queue(queue) if queue.kind == kind => Some(*queue),
             _ => None,
         })
     }
 
-    pub(in crate::iommu::viommu) fn target(&self, interrupt: UnitInterrupt) -> Option<InterruptTarget> {
+    /// Where it sends an interrupt.
+    pub fn target(&self, interrupt: UnitInterrupt) -> Option<InterruptTarget> {
         self.state().routes.get(&interrupt).copied()
     }
 
     /// What `device` reaches: `None` for guest memory, no table for nothing.
-    pub(in crate::iommu::viommu) fn place(&self, device: usize) -> super::Reached {
+    pub fn place(&self, device: usize) -> super::Reached {
         let state = self.state();
         match state.attached.get(&HostDevice(device)) {
             Some(&PARENT) => super::Reached::Memory,
@@ -155,7 +157,7 @@ impl FakeHost {
     }
 
     /// The name of `device`.
-    pub(in crate::iommu::viommu) fn name(&self, device: usize) -> Option<Bdf> {
+    pub fn name(&self, device: usize) -> Option<Bdf> {
         self.state().objects.values().find_map(|object| match object {
             Object::Vdevice(of, name) if of.0 == device => Some(*name),
             _ => None,
@@ -163,7 +165,7 @@ impl FakeHost {
     }
 
     /// How many tables of guests there are.
-    pub(in crate::iommu::viommu) fn tables(&self) -> usize {
+    pub fn tables(&self) -> usize {
         let state = self.state();
         let tables = state.objects.values();
         tables
@@ -172,12 +174,12 @@ impl FakeHost {
     }
 
     /// Objects that are left.
-    pub(in crate::iommu::viommu) fn left(&self) -> usize {
+    pub fn left(&self) -> usize {
         self.state().objects.len()
     }
 
     /// No rule of the host's was broken.
-    pub(in crate::iommu::viommu) fn check(&self) {
+    pub fn check(&self) {
         assert_eq!(self.state().wrongs, Vec::<String>::new());
     }
 

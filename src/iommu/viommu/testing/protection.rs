@@ -17,7 +17,7 @@ type Exit = Box<dyn FnOnce() + Send>;
 type Watched = (Weak<dyn Watcher>, BTreeSet<Gpa>);
 
 /// The pages.
-pub(in crate::iommu::viommu) struct FakeProtection {
+pub struct FakeProtection {
     ram: GuestRam,
     watchers: Mutex<Vec<Watched>>,
     refuse: AtomicBool,
@@ -25,7 +25,8 @@ pub(in crate::iommu::viommu) struct FakeProtection {
 }
 
 impl FakeProtection {
-    pub(in crate::iommu::viommu) fn new(ram: GuestRam) -> Arc<Self> {
+    /// Nothing of `ram` is watched.
+    pub fn new(ram: GuestRam) -> Arc<Self> {
         Arc::new(Self {
             ram,
             watchers: Mutex::default(),
@@ -35,17 +36,17 @@ impl FakeProtection {
     }
 
     /// Refuse to watch anything new from now on, or not.
-    pub(in crate::iommu::viommu) fn refuse(&self, refuse: bool) {
+    pub fn refuse(&self, refuse: bool) {
         self.refuse.store(refuse, Ordering::Relaxed);
     }
 
     /// The next change of what is watched finds another processor in the middle of `exit`, and waits for its end.
-    pub(in crate::iommu::viommu) fn meanwhile(&self, exit: Exit) {
+    pub fn meanwhile(&self, exit: Exit) {
         *self.exit.lock().expect("not poisoned") = Some(exit);
     }
 
     /// Pages that anybody watches.
-    pub(in crate::iommu::viommu) fn watched(&self) -> BTreeSet<Gpa> {
+    pub fn watched(&self) -> BTreeSet<Gpa> {
         let watchers = self.watchers.lock().expect("not poisoned");
         watchers
             .iter()
@@ -54,7 +55,7 @@ impl FakeProtection {
     }
 
     /// A processor stores `data`.
-    pub(in crate::iommu::viommu) fn store(&self, at: Gpa, data: &[u8]) {
+    pub fn store(&self, at: Gpa, data: &[u8]) {
         self.ram.write(at, data).expect("RAM");
         let range = GpaRange::new(at, data.len() as u64).expect("something is stored");
         let page = Gpa(at.0 & !(PAGE_SIZE - 1));

@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use proptest::prelude::*;
 
 use super::super::host::QueueKind;
-use super::super::testing::{DEVICE_TABLE, Reached, Rig, dte};
+use super::super::testing::{DEVICE_TABLE, Deed, Reached, Rig, dte};
 use crate::pci::Function;
 use crate::pci::access::DwordWrite;
-use crate::platform::addr::{Bdf, Gpa, Sbdf};
+use crate::platform::addr::Gpa;
 use crate::platform::bus::BusDevice;
 
 #[test]
@@ -190,20 +190,6 @@ fn processors_that_do_everything_at_once_leave_what_the_last_one_said() {
     assert_eq!(host.left(), 0);
 }
 
-/// Something a guest, or what is around it, does.
-#[derive(Clone, Debug)]
-enum Deed {
-    Register { at: u64, len: usize, value: u64 },
-    Control { bit: u32, on: bool },
-    Table { base: u64, size: u64 },
-    Word { index: usize, word: u64, value: u64 },
-    Entry { index: usize, entry: [u64; 4] },
-    Renumber { index: usize, id: u16 },
-    Configuration { dword: u16, value: u32 },
-    Reset,
-    Refuse { after: usize },
-}
-
 fn entry() -> impl Strategy<Value = [u64; 4]> {
     let root = prop_oneof![Just(0_u64), 0..0x10_0000_0000_u64].prop_map(|page| page << 12);
     let flags = prop_oneof![
@@ -251,32 +237,8 @@ fn deed() -> impl Strategy<Value = Deed> {
         1 => (0x14..0x1d_u16, any::<u32>()).prop_map(|(dword, value)| Deed::Configuration { dword, value }),
         1 => Just(Deed::Reset),
         1 => (0..4_usize).prop_map(|after| Deed::Refuse { after }),
+        1 => any::<bool>().prop_map(Deed::Watchable),
     ]
-}
-
-impl Deed {
-    fn perform(&self, rig: &Rig) {
-        match *self {
-            Self::Register { at, len, value } => rig.write(at, len, value),
-            Self::Control { bit, on } => rig.control(bit, on),
-            Self::Table { base, size } => rig.write(0x00, 8, base | size),
-            Self::Word { index, word, value } => rig.word(rig.id(index), word, value),
-            Self::Entry { index, entry } => rig.entry(index, entry),
-            Self::Renumber { index, id } => {
-                let bdf = Bdf::from_requester_id(id);
-                // Two with one number: see above.
-                if rig.requesters.iter().all(|other| other.sbdf().bdf != bdf) {
-                    rig.requesters[index].renumber(Sbdf { segment: 0, bdf });
-                    rig.unit.renumbered();
-                }
-            }
-            Self::Configuration { dword, value } => {
-                let _ = rig.unit.config_write(dword, DwordWrite::whole(value));
-            }
-            Self::Reset => rig.unit.reset(),
-            Self::Refuse { after } => rig.host.refuse_soon(after),
-        }
-    }
 }
 
 proptest! {
@@ -291,21 +253,7 @@ proptest! {
         if starts {
             rig.start();
         }
-        let mut refused = false;
-        for deed in &deeds {
-            let refusals = rig.unit.counts().refusals;
-            deed.perform(&rig);
-            refused |= rig.unit.counts().refusals > refusals;
-            if refused {
-                rig.check_refused();
-                // The next change of a register sets right what was refused once.
-                rig.write(0x18, 8, rig.read(0x18));
-                refused = rig.unit.counts().refusals > refusals + 1;
-            }
-            if !refused {
-                rig.check();
-            }
-        }
+        deeds.iter().fold(true, |settled, deed| deed.perform_and_check(&rig, settled));
         rig.host.refuse_at(None);
         let host = rig.host.clone();
         drop(rig.unit);
