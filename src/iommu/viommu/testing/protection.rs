@@ -21,6 +21,8 @@ pub struct FakeProtection {
     ram: GuestRam,
     watchers: Mutex<Vec<Watched>>,
     refuse: AtomicBool,
+    /// All processors but one are being stopped.
+    stopping: AtomicBool,
     exit: Mutex<Option<Exit>>,
 }
 
@@ -31,6 +33,7 @@ impl FakeProtection {
             ram,
             watchers: Mutex::default(),
             refuse: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
             exit: Mutex::default(),
         })
     }
@@ -72,12 +75,16 @@ impl FakeProtection {
 
 impl WriteProtection for FakeProtection {
     fn watch(&self, watcher: &Weak<dyn Watcher>, pages: &BTreeSet<Gpa>) -> Result<(), HostError> {
+        // Another one would wait for this one's exit, and this one for the other's.
+        let stopping = self.stopping.swap(true, Ordering::Relaxed);
+        assert!(!stopping, "two processors stop each other");
         let exit = self.exit.lock().expect("not poisoned").take();
         if let Some(exit) = exit {
             std::thread::spawn(exit).join().expect("the exit ends well");
         }
         let absent = |page: &&Gpa| self.ram.read_obj::<[u8; 4096]>(**page).is_err();
         assert_eq!(pages.iter().find(absent), None, "watched, and no RAM");
+        self.stopping.store(false, Ordering::Relaxed);
         if self.refuse.load(Ordering::Relaxed) && !pages.is_empty() {
             let none = io::Error::from_raw_os_error(28);
             return Err(HostError::new("make a memory slot read-only", none));
