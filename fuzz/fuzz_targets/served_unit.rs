@@ -127,7 +127,7 @@ impl From<Step> for Deed {
 }
 
 fuzz_target!(|input: &[u8]| {
-    let rig = Rig::new();
+    let rig = Rig::at_reset();
     rig.start();
     let deeds = steps::<Step>(input).map(Deed::from);
     deeds.fold(true, |settled, deed| deed.perform_and_check(&rig, settled));

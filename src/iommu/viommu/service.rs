@@ -177,8 +177,10 @@ impl Service {
         }
         let functions: Vec<_> = self.functions.iter().map(Followed::state).collect();
         let watched = match &self.unwatchable {
-            None => format!("{} pages of the device table watched", self.watched.len()),
-            Some(pages) => format!("{} pages of the device table CANNOT be watched", pages.len()),
+            Some(pages) if !pages.is_empty() => {
+                format!("{} pages of the device table CANNOT be watched", pages.len())
+            }
+            _ => format!("{} pages of the device table watched", self.watched.len()),
         };
         format!(
             "rings on: {}; {}; {watched}",

@@ -76,7 +76,7 @@ fn features(wanted: &Wanted) -> Features {
 
 impl Rig {
     /// A unit as after power-on.
-    pub fn new() -> Self {
+    pub fn at_reset() -> Self {
         Self::over(FakeHost::new(), &Wanted::EVERYTHING)
     }
 
@@ -142,7 +142,7 @@ impl Rig {
 
     /// The driver is through with its start: everything is on, every entry blocked.
     pub fn running() -> Self {
-        let rig = Self::new();
+        let rig = Self::at_reset();
         rig.start();
         rig
     }

@@ -249,7 +249,7 @@ proptest! {
         starts in any::<bool>(),
         deeds in prop::collection::vec(deed(), 1..40),
     ) {
-        let rig = Rig::new();
+        let rig = Rig::at_reset();
         if starts {
             rig.start();
         }

@@ -19,7 +19,7 @@ fn tables(entry: [u64; 4]) -> Reached {
 
 #[test]
 fn a_unit_that_is_off_lets_everything_pass() {
-    let rig = Rig::new();
+    let rig = Rig::at_reset();
     rig.check();
     assert_eq!(
         rig.host.granted(),
@@ -64,7 +64,7 @@ fn linux_starts_and_every_function_is_blocked() {
 #[test]
 fn the_command_ring_is_live_when_both_bits_are_set() {
     for order in [[12, 0], [0, 12]] {
-        let rig = Rig::new();
+        let rig = Rig::at_reset();
         rig.write(0x08, 8, RING | 8 << 56);
         rig.control(order[0], true);
         assert_eq!(rig.host.queue(QueueKind::Command), None);
@@ -78,7 +78,7 @@ fn the_command_ring_is_live_when_both_bits_are_set() {
 
 #[test]
 fn a_ring_with_a_reserved_length_stays_off() {
-    let rig = Rig::new();
+    let rig = Rig::at_reset();
     rig.write(0x08, 8, RING | 7 << 56);
     rig.control(12, true);
     rig.control(0, true);
@@ -245,7 +245,7 @@ fn an_identity_domain_with_pasids_keeps_its_tables() {
 
 #[test]
 fn what_stood_in_the_table_before_is_taken_over() {
-    let rig = Rig::new();
+    let rig = Rig::at_reset();
     let entry = dte(0x5000, 7);
     rig.write(0x00, 8, DEVICE_TABLE | 0x3f);
     for index in 0..2 {
@@ -390,7 +390,7 @@ fn functions_that_are_renumbered_are_named_anew() {
 
 #[test]
 fn the_msi_capability_routes_while_registers_do_not() {
-    let rig = Rig::new();
+    let rig = Rig::at_reset();
     let msi_at = 0x58 / 4;
     let program = |values: [(u16, u32); 4]| {
         for (dword, value) in values {
@@ -494,7 +494,7 @@ fn a_unit_that_goes_gives_everything_back_in_order() {
 
 #[test]
 fn registers_have_their_bits_and_no_others() {
-    let rig = Rig::new();
+    let rig = Rig::at_reset();
     rig.write(0x18, 8, !(1 | 4 << 34));
     assert_eq!(rig.read(0x18), 0x000c_200c_0003_fffe);
     // More segments than there are: the write is as good as none.
@@ -512,7 +512,7 @@ fn registers_have_their_bits_and_no_others() {
 
 #[test]
 fn page_3_is_the_hosts_and_pages_2_and_4_are_nobodys() {
-    let rig = Rig::new();
+    let rig = Rig::at_reset();
     rig.write(0x2008, 4, 0x10);
     rig.write(0x2020, 8, 0x67);
     rig.write(0x2ffc, 4, 1);
@@ -550,7 +550,7 @@ fn a_page_3_that_is_mapped_is_handed_out_and_let_go_first() {
     drop(rig.unit);
     host.check();
     assert_eq!(host.left(), 0);
-    assert!(Rig::new().unit.page().is_none());
+    assert!(Rig::at_reset().unit.page().is_none());
 }
 
 #[test]

@@ -137,7 +137,7 @@ fn a_function_that_cannot_even_be_blocked_is_told_of() {
 
 #[test]
 fn a_ring_that_is_refused_stays_off_and_the_rest_goes_on() {
-    let rig = Rig::new();
+    let rig = Rig::at_reset();
     rig.host.refuse(Some("queue"));
     rig.start();
     assert_eq!(rig.host.queue(QueueKind::Command), None);
@@ -201,7 +201,7 @@ fn a_queue_that_the_host_keeps_is_asked_for_again() {
 
 #[test]
 fn a_table_that_cannot_be_watched_blocks_its_functions() {
-    let rig = Rig::new();
+    let rig = Rig::at_reset();
     for index in 0..3 {
         rig.entry(index, dte(0x5000, 7));
     }
