@@ -102,9 +102,14 @@ impl Driver {
 
     /// A unit that offers `wanted`, as after power-on.
     pub(crate) fn with(wanted: Wanted) -> Self {
+        Self::of(|ram| Unit::new(Features::offer(wanted), ram))
+    }
+
+    /// The unit that `make` makes for the memory it is given.
+    pub(crate) fn of(make: impl FnOnce(GuestRam) -> Unit<GuestRam>) -> Self {
         let ranges = [(GuestAddress(0), usize::try_from(RAM).expect("small"))];
         let ram = GuestRam::new(GuestMemoryMmap::from_ranges(&ranges).expect("a mapping"));
-        let (unit, page) = (Unit::new(Features::offer(wanted), ram.clone()), Page::default());
+        let (unit, page) = (make(ram.clone()), Page::default());
         unit.show_registers(Box::new(page.clone()));
         Self {
             unit: Arc::new(unit),

@@ -7,6 +7,8 @@ mod commands;
 mod device_table;
 mod driver;
 mod events;
+mod guest;
+mod guests;
 mod hostile;
 mod interrupts;
 mod invalidation;

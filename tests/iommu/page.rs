@@ -23,6 +23,11 @@ impl Page {
         &self.0[usize::try_from(offset / 8).expect("an offset of the page")]
     }
 
+    /// What it shows at `offset`.
+    pub(crate) fn shown(&self, offset: u64) -> u64 {
+        self.at(offset).load(Ordering::Acquire)
+    }
+
     /// What it shows is what `unit` answers. Whoever else uses the unit may change a register between two looks,
     /// not between each of a hundred.
     pub(crate) fn agrees_with<M: SystemMemory>(&self, unit: &Unit<M>) {

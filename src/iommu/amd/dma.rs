@@ -303,7 +303,7 @@ impl<M: SystemMemory> Unit<M> {
     fn abort(&self, event: Event) -> Abort {
         Abort {
             event: Some(event),
-            effects: Effects::of(self.report(&event)),
+            effects: self.report_request(&event),
         }
     }
 
@@ -383,7 +383,7 @@ impl<M: SystemMemory> Unit<M> {
     #[cold]
     fn refuse(&self, request: &Request, dte: &Dte, decision: &Decision) -> Abort {
         let source = Source::of(request, Kind::Memory, dte.guest.domain());
-        let fault = |fault| self.suppressible(dte, Event::PageFault { source, fault });
+        let fault = |fault| self.suppressible(dte, Event::PageFault { source, fault }, Self::report_request);
         match decision {
             Decision::Denied => fault(PageFault::Denied),
             Decision::Reserved | Decision::Illegal => self.abort(Event::IllegalDeviceTableEntry {
@@ -405,25 +405,30 @@ impl<M: SystemMemory> Unit<M> {
             source.tag = Tag::Domain(dte.guest.domain());
             source.address = at;
         }
+        let tell = if stopped.host.is_some() {
+            // Host tables are the host's, whosever device it is.
+            Self::report
+        } else {
+            Self::report_request
+        };
         match fault_of(stopped.why) {
-            Ok(fault) => self.suppressible(dte, Event::PageFault { source, fault }),
+            Ok(fault) => self.suppressible(dte, Event::PageFault { source, fault }, tell),
             Err(at) => self.abort(Event::PageTableHardwareError { source, at }),
         }
     }
 
     /// Abort for a page fault of a memory request, which the device's entry may keep from the log.
-    fn suppressible(&self, dte: &Dte, event: Event) -> Abort {
-        let Event::PageFault { source, .. } = event else {
-            return self.abort(event);
-        };
+    fn suppressible(&self, dte: &Dte, event: Event, tell: impl FnOnce(&Self, &Event) -> Effects) -> Abort {
         let (all, repeated) = (dte.guest.sa(), dte.guest.se());
-        if all || repeated && !self.is_first_fault(source.device) {
-            return Abort {
-                event: Some(event),
-                effects: Effects::default(),
-            };
+        let silent = |device| all || repeated && !self.is_first_fault(device);
+        let effects = match event {
+            Event::PageFault { source, .. } if silent(source.device) => Effects::default(),
+            _ => tell(self, &event),
+        };
+        Abort {
+            event: Some(event),
+            effects,
         }
-        self.abort(event)
     }
 
     /// Answer a translation request.

@@ -52,6 +52,15 @@ impl Source {
         }
     }
 
+    /// The same by other names.
+    const fn renamed(self, device: Bdf, domain: u16) -> Self {
+        let tag = match self.tag {
+            Tag::Domain(_) => Tag::Domain(domain),
+            space @ Tag::Space(_) => space,
+        };
+        Self { device, tag, ..self }
+    }
+
     /// What every record about a request holds.
     fn record(&self, code: Code) -> Record {
         let record = Record::new()
@@ -148,6 +157,20 @@ pub enum Event {
         /// The `type` of the manual's table, 0 to 7.
         kind: u8,
     },
+    /// A record was lost because a guest's log could not be written.
+    GuestEventFault {
+        /// The guest.
+        guest: u16,
+        /// Where in its memory.
+        at: Gpa,
+    },
+    /// What serves a guest could not be read or written.
+    ViommuHardwareError {
+        /// The guest.
+        guest: u16,
+        /// Where in the private address space, or by which device number the guest's buffers could not be reached.
+        at: u64,
+    },
     /// A page request from a device that may send none.
     InvalidPageRequest {
         /// The device.
@@ -175,6 +198,61 @@ impl Event {
             Self::IotlbInvalidationTimeout { .. } => Code::IOTLB_INV_TIMEOUT,
             Self::InvalidDeviceRequest { .. } => Code::INVALID_DEVICE_REQUEST,
             Self::InvalidPageRequest { .. } => Code::INVALID_PPR_REQUEST,
+            Self::GuestEventFault { .. } => Code::GUEST_EVENT_FAULT,
+            Self::ViommuHardwareError { .. } => Code::VIOMMU_HARDWARE_ERROR,
+        }
+    }
+
+    /// The device whose request went wrong by what its software did, rather than by what the host's did.
+    #[must_use]
+    pub const fn requester(&self) -> Option<Bdf> {
+        match self {
+            Self::PageFault { source, .. } | Self::InvalidDeviceRequest { source, .. } => match source.kind {
+                Kind::Memory | Kind::Translation => Some(source.device),
+                Kind::Interrupt => None,
+            },
+            Self::InvalidPageRequest { device, .. } => Some(*device),
+            _ => None,
+        }
+    }
+
+    /// The domain it names, if it names one.
+    #[must_use]
+    pub const fn domain(&self) -> Option<u16> {
+        match self {
+            Self::PageFault { source, .. } => match source.tag {
+                Tag::Domain(domain) => Some(domain),
+                Tag::Space(_) => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// The same as its software knows it, which calls device and domain so.
+    #[must_use]
+    pub const fn renamed(self, to: Bdf, domain: u16) -> Self {
+        match self {
+            Self::PageFault { source, fault } => Self::PageFault {
+                source: source.renamed(to, domain),
+                fault,
+            },
+            Self::InvalidDeviceRequest { source, kind } => Self::InvalidDeviceRequest {
+                source: source.renamed(to, domain),
+                kind,
+            },
+            Self::InvalidPageRequest {
+                pasid,
+                group,
+                address,
+                ..
+            } => Self::InvalidPageRequest {
+                device: to,
+                pasid,
+                group,
+                address,
+            },
+            Self::IotlbInvalidationTimeout { at, .. } => Self::IotlbInvalidationTimeout { device: to, at },
+            other => other,
         }
     }
 
@@ -219,6 +297,15 @@ impl Event {
                 .with_device(device.requester_id())
                 .with_code(code.0)
                 .with_address(at.0),
+            Self::GuestEventFault { guest, at } => Record::new()
+                .with_code(code.0)
+                .with_domain(guest)
+                .with_address(at.0),
+            Self::ViommuHardwareError { guest, at } => Record::new()
+                .with_code(code.0)
+                .with_domain(guest)
+                .with_kind(Record::TARGET_ABORT)
+                .with_address(at),
             Self::InvalidDeviceRequest { source, kind } => {
                 let record = source.record(code).with_rw(false).with_i(false).with_kind(kind);
                 if record.gn() {

@@ -19,11 +19,12 @@
 //! | EFR 46, MSI capability in MMIO | `xt` | `registers::msi_mirror` |
 //! | EFR 49 and 52, host access and dirty bits | `host_tracking` | `tables::p11` |
 //! | EFR 50, enhanced PPR | `pasid_bits` | `registers::r6` |
+//! | EFR 55, vIOMMU | `virtualizable` | `guests` |
 //! | EFR2 3, GCR3 roots translated | `nested` | `tables::p17` |
 //! | EFR2 9:8, 2,048 remapping entries | `large_interrupt_tables` | `interrupts::x12` |
 //!
 //! Everything else is 0, and its control bits read as 0: no virtual APIC (GAM), no performance counters,
-//! no hardware error registers, no execute permission, no SNP, no hardware vIOMMU.
+//! no hardware error registers, no execute permission, no SNP.
 
 use super::spec::capability::{Header, Misc0};
 use super::spec::registers::{Control, Efr, Efr2};
@@ -57,6 +58,8 @@ pub struct Wanted {
     pub large_interrupt_tables: bool,
     /// Logarithm of the largest number of device table segments, 0 to 3.
     pub segments: u8,
+    /// The unit serves units of guests itself: the vIOMMU extension.
+    pub virtualizable: bool,
 }
 
 impl Wanted {
@@ -73,9 +76,10 @@ impl Wanted {
         host_tracking: true,
         large_interrupt_tables: false,
         segments: 0,
+        virtualizable: false,
     };
 
-    /// Everything that is implemented.
+    /// Everything that is implemented, for a unit that serves no other.
     pub const EVERYTHING: Self = Self {
         xt: true,
         guest_tables: true,
@@ -88,6 +92,7 @@ impl Wanted {
         host_tracking: true,
         large_interrupt_tables: true,
         segments: 3,
+        virtualizable: false,
     };
 }
 
@@ -103,13 +108,14 @@ pub struct Features {
 }
 
 impl Features {
-    /// What is asked for and implemented. PASIDs and nesting bring v2 tables with them, and more PASID bits
-    /// than 16 are 16.
+    /// What is asked for and implemented. PASIDs and nesting bring v2 tables with them, serving guests brings nesting,
+    /// and more PASID bits than 16 are 16.
     #[must_use]
     pub fn offer(wanted: Wanted) -> Self {
         let pasid_bits = wanted.pasid_bits.min(16);
         let pasid = pasid_bits > 0;
-        let guest = wanted.guest_tables || pasid || wanted.nested;
+        let nested = wanted.nested || wanted.virtualizable;
+        let guest = wanted.guest_tables || pasid || nested;
         let efr = Efr::new()
             .with_prefetch(true)
             .with_ppr(pasid)
@@ -126,9 +132,10 @@ impl Features {
             .with_gio(guest)
             .with_ha(wanted.host_tracking)
             .with_eph(pasid)
-            .with_hd(wanted.host_tracking);
+            .with_hd(wanted.host_tracking)
+            .with_viommu(wanted.virtualizable);
         let efr2 = Efr2::new()
-            .with_gcr3_trp_mode(wanted.nested)
+            .with_gcr3_trp_mode(nested)
             .with_num_int_remap(u8::from(wanted.large_interrupt_tables));
         let header = Header::new()
             .with_kind(3)
@@ -163,6 +170,15 @@ impl Features {
                 .with_gcr3_trp_mode(self.efr2.gcr3_trp_mode() && other.efr2.gcr3_trp_mode())
                 .with_num_int_remap(self.efr2.num_int_remap().min(other.efr2.num_int_remap())),
             header: Header::from_bits(header).with_np_cache(np_cache),
+        }
+    }
+
+    /// The same, but for the vIOMMU extension.
+    #[must_use]
+    pub(super) const fn without_guests(self) -> Self {
+        Self {
+            efr: self.efr.with_viommu(false),
+            ..self
         }
     }
 
@@ -208,6 +224,9 @@ impl Features {
             .with_int_cap_xt_en(efr.xt())
             .with_ga_update_dis(efr.gt())
             .with_gcr3_trp_mode(self.efr2.gcr3_trp_mode())
+            .with_vcmd_en(efr.viommu())
+            .with_viommu_en(efr.viommu())
+            .with_gst_buffer_trp_mode(efr.viommu())
     }
 }
 
@@ -245,6 +264,20 @@ mod tests {
         assert_eq!(Features::offer(bare).control_writable().into_bits(), 0x2_1fff);
         let all = Features::offer(Wanted::EVERYTHING).control_writable();
         assert_eq!(all.into_bits(), 0x044d_f81c_0003_ffff);
+    }
+
+    #[test]
+    fn a_unit_that_serves_guests_says_so_and_can_be_switched_to_it() {
+        let wanted = Wanted {
+            virtualizable: true,
+            ..Wanted::DEFAULT
+        };
+        let features = Features::offer(wanted);
+        assert!(features.efr.viommu() && features.efr2.gcr3_trp_mode());
+        let all = 1 << 52 | 1 << 53 | 1 << 58 | 1 << 60;
+        let of = |features: Features| features.control_writable().into_bits() & all;
+        assert_eq!(of(features), all);
+        assert_eq!(of(features.without_guests()), 1 << 58);
     }
 
     #[test]

@@ -51,6 +51,7 @@ pub mod slot;
 pub mod spec;
 pub mod sync;
 pub mod view;
+pub mod viommu;
 pub mod walk;
 pub mod window;
 
@@ -58,7 +59,6 @@ use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
-use commands::Command;
 use counters::{Counters, Counts};
 use device_table::{fetch, locate};
 use dma::InFlight;
@@ -75,6 +75,7 @@ use registers::{Configuration, Effect, Exclusion, Interrupts, MsiMirror, Registe
 use slot::Slot;
 use spec::dte::Dte;
 use spec::registers::{Control, DeviceTableBase, ExclusionBase, ExclusionLimit, Reg, Status};
+use viommu::Guests;
 use window::{Change, RegisterWindow};
 
 use crate::platform::addr::{Bdf, Gpa};
@@ -89,6 +90,8 @@ pub struct Effects {
     pub more_commands: bool,
     /// The MSI capability of the unit's function takes this.
     pub program_msi: Option<MsiMirror>,
+    /// Guests are owed something: ask [`Unit::take_owed`] what.
+    pub guests: bool,
 }
 
 impl Effects {
@@ -105,6 +108,7 @@ impl Effects {
         self.interrupts.join(later.interrupts);
         self.more_commands |= later.more_commands;
         self.program_msi = later.program_msi.or(self.program_msi);
+        self.guests |= later.guests;
     }
 }
 
@@ -134,16 +138,32 @@ pub struct Unit<M> {
     entries: DteCache,
     iotlb: Iotlb,
     grace: Grace,
+    /// Held by who waits for accesses in flight, one at a time.
+    waiting: Mutex<()>,
     /// Devices whose entry asks for one page fault at most (SE), and that have had it: one bit each.
     reported: Box<[AtomicU64]>,
     followers: RwLock<Vec<Arc<dyn Follower>>>,
     counters: Counters,
+    /// Where the unit has the vIOMMU extension.
+    guests: Option<Box<Guests>>,
 }
 
 impl<M: SystemMemory> Unit<M> {
-    /// A unit as after power-on that offers `features` and works on `memory`.
+    /// A unit as after power-on that offers `features` and works on `memory`. It serves no guests: that takes a place of
+    /// its own, by which it finds their maps.
     #[must_use]
     pub fn new(features: Features, memory: M) -> Self {
+        Self::with(features.without_guests(), memory, None)
+    }
+
+    /// The same at `own`, by whose device table entry it finds what it needs to serve guests if `features` say so.
+    #[must_use]
+    pub fn at(own: Bdf, features: Features, memory: M) -> Self {
+        let guests = features.efr.viommu().then(|| Box::new(Guests::new(own)));
+        Self::with(features, memory, guests)
+    }
+
+    fn with(features: Features, memory: M, guests: Option<Box<Guests>>) -> Self {
         let registers = Registers::new(features);
         let unit = Self {
             memory,
@@ -155,9 +175,11 @@ impl<M: SystemMemory> Unit<M> {
             entries: DteCache::default(),
             iotlb: Iotlb::new(iotlb::SETS),
             grace: Grace::default(),
+            waiting: Mutex::default(),
             reported: (0..1024).map(|_| AtomicU64::new(0)).collect(),
             followers: RwLock::default(),
             counters: Counters::default(),
+            guests,
             registers: Mutex::new(registers),
             window: OnceLock::new(),
         };
@@ -266,6 +288,7 @@ impl<M: SystemMemory> Unit<M> {
             registers.reset();
             self.publish(&registers);
         }
+        self.reset_guests();
         // With the log off there is nothing to report.
         let _ = self.forget();
     }
@@ -330,7 +353,8 @@ impl<M: SystemMemory> Unit<M> {
             // The command in hand is finished once the processor's lock is free, and no other begins.
             drop(self.processor());
         }
-        let mut effects = self.forget();
+        let mut effects = self.reconfigure_guests();
+        effects.join(self.forget());
         effects.join(self.run_commands());
         effects
     }
@@ -338,7 +362,7 @@ impl<M: SystemMemory> Unit<M> {
     /// Drop everything cached, and have followers do so.
     fn forget(&self) -> Effects {
         self.invalidate_all();
-        let effects = self.tell(&[Command::InvalidateAll], &[]);
+        let effects = self.tell_all();
         // No command asks for this, so that none can wait for it. What followers do about everything is bounded.
         while !self.settle() {}
         effects
@@ -364,8 +388,13 @@ impl<M: SystemMemory> Unit<M> {
         self.reported[word].fetch_or(bit, Ordering::Relaxed) & bit == 0
     }
 
+    /// Tell the software of the device that `event` is about: a guest, or whoever drives the unit.
+    fn report_request(&self, event: &Event) -> Effects {
+        self.report_to_guest(event).unwrap_or_else(|| self.report(event))
+    }
+
     /// Tell software by the event log.
-    fn report(&self, event: &Event) -> Interrupts {
+    fn report(&self, event: &Event) -> Effects {
         self.counters.event(event.code());
         let mut registers = self.change();
         if registers.event_log_runs() {
@@ -375,7 +404,7 @@ impl<M: SystemMemory> Unit<M> {
                 Appended::Unreachable => {}
             }
         }
-        registers.take_interrupts()
+        Effects::of(registers.take_interrupts())
     }
 
     /// The entry of `device`, from the cache or from memory.

@@ -52,18 +52,21 @@ impl<M: SystemMemory> Unit<M> {
         if !control.iommu_en() || !control.ppr_en() {
             return (Answer::Failure, Effects::default());
         }
-        let accepted = self.entry(request.device).is_ok_and(|dte| {
+        let accepted = self.entry(request.device).ok().filter(|dte| {
             let space = request.pasid.is_none() || dte.host.gv() && control.gt_en();
             dte.host.v() && dte.host.tv() && dte.host.ppr() && space
         });
-        if !accepted {
+        let Some(dte) = accepted else {
             let event = Event::InvalidPageRequest {
                 device: request.device,
                 pasid: request.pasid,
                 group: request.group,
                 address: request.at.0,
             };
-            return (Answer::Invalid, Effects::of(self.report(&event)));
+            return (Answer::Invalid, self.report_request(&event));
+        };
+        if let Some(answer) = self.page_request_of_guest(&dte, request) {
+            return answer;
         }
         let mut registers = self.change();
         if !registers.ppr_log_runs() {
@@ -85,7 +88,7 @@ impl<M: SystemMemory> Unit<M> {
 }
 
 /// The record of a page service request.
-fn record(request: &PageRequest) -> u128 {
+pub(super) fn record(request: &PageRequest) -> u128 {
     let [b0, b1, b2, _] = request.pasid.unwrap_or_default().value().to_le_bytes();
     Record::new()
         .with_device(request.device.requester_id())

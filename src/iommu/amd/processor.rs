@@ -4,17 +4,22 @@
 //! COMPLETION_WAIT, everything before it has taken effect everywhere: in the caches, with followers, and for
 //! accesses that began earlier.
 
-use super::commands::Command;
+use super::commands::{Command, Illegal};
+use super::counters::Counters;
 use super::device_table::{Decision, decide};
 use super::events::Event;
 use super::memory::{SystemMemory, Unreachable};
 use super::pages::PageRange;
+use super::registers::{Interrupts, Registers};
 use super::request::{Access, Pasid, Request};
 use super::ring::{ENTRY, Ring};
 use super::spec::registers::{Control, Status};
+use super::viommu::OfHost;
+use super::window::Change;
 use super::{Effects, Unit};
 use crate::platform::addr::{Bdf, Gpa, Iova};
-use std::sync::{PoisonError, TryLockError};
+use std::ops::Deref;
+use std::sync::{Mutex, PoisonError, TryLockError};
 
 /// Commands carried out per call, a prefetched page counting as one.
 pub const COMMANDS_PER_CALL: usize = 1024;
@@ -65,141 +70,180 @@ enum Carried {
 }
 
 /// Why the processor stops.
-enum Stop {
-    Illegal { at: Gpa },
-    Hardware { at: Gpa },
+pub(super) enum Stop {
+    /// A command means nothing.
+    Illegal {
+        /// Where it stands.
+        at: Gpa,
+    },
+    /// Memory did not answer.
+    Hardware {
+        /// Where.
+        at: Gpa,
+    },
+}
+
+/// What an entry asks for.
+pub(super) enum Asked {
+    /// A command that anybody may give.
+    Command(Command),
+    /// One about guests.
+    OfHost(OfHost),
+}
+
+/// Whose ring it is: that says how addresses, devices and domains in it are meant, and who is told.
+pub(super) trait Issuer {
+    /// What the unit works on.
+    type Memory: SystemMemory;
+
+    /// The unit.
+    fn unit(&self) -> &Unit<Self::Memory>;
+
+    /// What the processor remembers of this ring.
+    fn processor(&self) -> &Mutex<Processor>;
+
+    /// The ring's registers, to be looked at.
+    fn registers(&self) -> impl Deref<Target = Registers> + '_;
+
+    /// The ring's registers, to be changed.
+    fn change(&self) -> Change<'_>;
+
+    /// Read from the ring.
+    fn read(&self, at: Gpa, data: &mut [u8]) -> Result<(), Unreachable>;
+
+    /// Store for a COMPLETION_WAIT.
+    fn store(&self, at: Gpa, data: u64) -> Result<(), Unreachable>;
+
+    /// Read an entry.
+    fn parse(&self, raw: u128) -> Result<Asked, Illegal>;
+
+    /// Call `each` with what `command` means to the unit, nothing where it is about what is not the issuer's. The result
+    /// is for how many further commands this counts.
+    fn mean(&self, command: Command, each: impl FnMut(Command)) -> Result<usize, Unreachable>;
+
+    /// Tell the issuer's software.
+    fn report(&self, event: &Event) -> Effects;
+
+    /// What is owed when interrupts of the issuer's are due.
+    fn interrupted(&self, raised: Interrupts) -> Effects;
+
+    /// What is owed when commands are left.
+    fn left(&self) -> Effects;
+
+    /// Where this is counted.
+    fn counters(&self) -> &Counters;
+}
+
+/// The unit's own ring.
+struct Own<'a, M>(&'a Unit<M>);
+
+impl<M: SystemMemory> Issuer for Own<'_, M> {
+    type Memory = M;
+
+    fn unit(&self) -> &Unit<M> {
+        self.0
+    }
+
+    fn processor(&self) -> &Mutex<Processor> {
+        &self.0.processor
+    }
+
+    fn registers(&self) -> impl Deref<Target = Registers> + '_ {
+        self.0.registers()
+    }
+
+    fn change(&self) -> Change<'_> {
+        self.0.change()
+    }
+
+    fn read(&self, at: Gpa, data: &mut [u8]) -> Result<(), Unreachable> {
+        self.0.memory.read(at, data)
+    }
+
+    fn store(&self, at: Gpa, data: u64) -> Result<(), Unreachable> {
+        self.0.memory.store(at, data)
+    }
+
+    fn parse(&self, raw: u128) -> Result<Asked, Illegal> {
+        let features = &self.0.features;
+        OfHost::parse(raw, features).map_or_else(
+            || Command::parse(raw, features).map(Asked::Command),
+            |command| Ok(Asked::OfHost(command)),
+        )
+    }
+
+    fn mean(&self, command: Command, mut each: impl FnMut(Command)) -> Result<usize, Unreachable> {
+        each(command);
+        Ok(0)
+    }
+
+    fn report(&self, event: &Event) -> Effects {
+        self.0.report(event)
+    }
+
+    fn interrupted(&self, raised: Interrupts) -> Effects {
+        Effects::of(raised)
+    }
+
+    fn left(&self) -> Effects {
+        Effects {
+            more_commands: true,
+            ..Effects::default()
+        }
+    }
+
+    fn counters(&self) -> &Counters {
+        &self.0.counters
+    }
 }
 
 impl<M: SystemMemory> Unit<M> {
     /// Carry out commands that wait in the ring, at most [`COMMANDS_PER_CALL`]. A call while another thread
     /// is at it leaves the work to that thread.
     pub fn run_commands(&self) -> Effects {
-        let mut effects = Effects::default();
-        loop {
-            let mut processor = match self.processor.try_lock() {
-                Ok(processor) => processor,
-                Err(TryLockError::Poisoned(poisoned)) => PoisonError::into_inner(poisoned),
-                Err(TryLockError::WouldBlock) => return effects,
-            };
-            effects.join(self.run(&mut processor));
-            drop(processor);
-            // Who rang meanwhile found the lock taken and went away.
-            let registers = self.registers();
-            let waiting = registers.command_runs() && registers.command.waiting() > 0;
-            if !waiting || effects.more_commands {
-                return effects;
-            }
+        run_ring(&Own(self))
+    }
+
+    /// Have followers do a part of what is left to them; whether nothing is left to any.
+    pub(super) fn settle(&self) -> bool {
+        let followers = self.followers.read().unwrap_or_else(PoisonError::into_inner);
+        let mut settled = true;
+        for follower in followers.iter() {
+            settled &= follower.settle();
+        }
+        settled
+    }
+
+    /// Have followers obey `batch`; `silent` hears of devices that did not answer.
+    fn tell(&self, batch: &[Command], mut silent: impl FnMut(NoAnswer)) {
+        if batch.is_empty() {
+            return;
+        }
+        let followers = self.followers.read().unwrap_or_else(PoisonError::into_inner);
+        for follower in followers.iter() {
+            follower.follow(batch).unwrap_or_else(&mut silent);
         }
     }
 
-    fn run(&self, processor: &mut Processor) -> Effects {
+    /// Have followers drop everything.
+    pub(super) fn tell_all(&self) -> Effects {
         let mut effects = Effects::default();
-        let mut budget = COMMANDS_PER_CALL;
-        while let Some(ring) = self.waiting_commands() {
-            if budget == 0 {
-                effects.more_commands = true;
-                break;
-            }
-            let stopped = self.run_batch(processor, ring, &mut budget, &mut effects);
-            if let Err(stop) = stopped {
-                effects.join(self.pass_on(processor));
-                effects.join(self.stop(&stop));
-                break;
-            }
-        }
-        effects.join(self.pass_on(processor));
-        effects.more_commands |= !self.settle();
-        self.counters
-            .commands(&std::mem::take(&mut processor.carried_out));
+        self.tell(&[Command::InvalidateAll], |NoAnswer { device, .. }| {
+            let at = Gpa::default();
+            effects.join(self.report(&Event::IotlbInvalidationTimeout { device, at }));
+        });
         effects
     }
 
-    /// The ring, while it runs and holds commands.
-    fn waiting_commands(&self) -> Option<Ring> {
-        let registers = self.registers();
-        let waits = registers.command_runs() && registers.command.waiting() > 0;
-        waits.then_some(registers.command)
+    /// Return once whoever was in flight when this was called has left.
+    fn wait_for_flights(&self) {
+        let _alone = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        self.grace.wait();
     }
 
-    /// Fetch and carry out some commands from the head on; the head ends up behind the last that succeeded.
-    fn run_batch(
-        &self,
-        processor: &mut Processor,
-        ring: Ring,
-        budget: &mut usize,
-        effects: &mut Effects,
-    ) -> Result<(), Stop> {
-        let mut bytes = [0; BATCH * ENTRY];
-        let wanted = usize::from(ring.waiting_in_a_row()).min(BATCH).min(*budget);
-        let (fetched, unreadable) = self.fetch_commands(ring, wanted, &mut bytes);
-        let mut entry = ring.head();
-        let mut outcome = Ok(());
-        for raw in bytes.as_chunks().0.iter().take(fetched) {
-            let slot = ring.slot(entry);
-            match self.execute(processor, u128::from_le_bytes(*raw), slot, budget, effects) {
-                Ok(Carried::Out) => entry = ring.after(entry),
-                Ok(Carried::Not) => {
-                    // The call ends here, and the next begins with this command.
-                    *budget = 0;
-                    self.change().command.set_head(entry);
-                    return Ok(());
-                }
-                Err(stop) => {
-                    outcome = Err(stop);
-                    break;
-                }
-            }
-        }
-        self.change().command.set_head(entry);
-        outcome?;
-        unreadable.map_or(Ok(()), |at| Err(Stop::Hardware { at }))
-    }
-
-    /// Read up to `wanted` commands; the second value is where memory did not answer.
-    fn fetch_commands(&self, ring: Ring, wanted: usize, bytes: &mut [u8]) -> (usize, Option<Gpa>) {
-        if self
-            .memory
-            .read(ring.slot(ring.head()), &mut bytes[..wanted * ENTRY])
-            .is_ok()
-        {
-            return (wanted, None);
-        }
-        let mut from = ring.head();
-        for (count, raw) in bytes[..wanted * ENTRY].chunks_mut(ENTRY).enumerate() {
-            if self.memory.read(ring.slot(from), raw).is_err() {
-                return (count, Some(ring.slot(from)));
-            }
-            from = ring.after(from);
-        }
-        (wanted, None)
-    }
-
-    /// Carry out one command.
-    fn execute(
-        &self,
-        processor: &mut Processor,
-        raw: u128,
-        at: Gpa,
-        budget: &mut usize,
-        effects: &mut Effects,
-    ) -> Result<Carried, Stop> {
-        let command = Command::parse(raw, &self.features).map_err(|_| Stop::Illegal { at })?;
-        if matches!(command, Command::CompletionWait { .. }) {
-            effects.join(self.pass_on(processor));
-            if !self.settle() {
-                return Ok(Carried::Not);
-            }
-        }
-        *budget = budget.saturating_sub(1);
-        processor.carried_out[command.kind()] += 1;
+    /// Do to the unit's own caches what `command` asks for. For how many further commands that counts.
+    fn apply(&self, command: Command) -> usize {
         match command {
-            Command::CompletionWait { store, interrupt } => {
-                if std::mem::take(&mut processor.unsettled) {
-                    self.grace.wait();
-                }
-                self.complete(store, interrupt, effects)?;
-                return Ok(Carried::Out);
-            }
             Command::InvalidateDevice { device } => {
                 self.entries.invalidate(device);
                 self.rearm(device);
@@ -215,87 +259,16 @@ impl<M: SystemMemory> Unit<M> {
                 count,
                 invalidate,
             } => {
-                *budget = budget.saturating_sub(usize::from(count));
                 self.prefetch(device, space, first, count, invalidate);
+                return count.into();
             }
             // The unit itself keeps neither remapping entries nor devices' translations nor page requests.
-            Command::InvalidateInterrupts { .. }
+            Command::CompletionWait { .. }
+            | Command::InvalidateInterrupts { .. }
             | Command::InvalidateIotlb { .. }
             | Command::CompletePageRequest { .. } => {}
         }
-        processor.unsettled = true;
-        processor.untold.push(command);
-        processor.untold_at.push(at);
-        if processor.untold.len() >= BATCH {
-            effects.join(self.pass_on(processor));
-        }
-        Ok(Carried::Out)
-    }
-
-    /// Have followers do a part of what is left to them; whether nothing is left to any.
-    pub(super) fn settle(&self) -> bool {
-        let followers = self.followers.read().unwrap_or_else(PoisonError::into_inner);
-        let mut settled = true;
-        for follower in followers.iter() {
-            settled &= follower.settle();
-        }
-        settled
-    }
-
-    /// Tell followers of what they have not heard.
-    fn pass_on(&self, processor: &mut Processor) -> Effects {
-        let effects = self.tell(&processor.untold, &processor.untold_at);
-        processor.untold.clear();
-        processor.untold_at.clear();
-        effects
-    }
-
-    /// Have followers obey `batch`, whose commands stand at `places`.
-    pub(super) fn tell(&self, batch: &[Command], places: &[Gpa]) -> Effects {
-        let mut effects = Effects::default();
-        if batch.is_empty() {
-            return effects;
-        }
-        let followers = self.followers.read().unwrap_or_else(PoisonError::into_inner);
-        for follower in followers.iter() {
-            if let Err(NoAnswer { device, index }) = follower.follow(batch) {
-                let at = places.get(index).copied().unwrap_or_default();
-                let event = Event::IotlbInvalidationTimeout { device, at };
-                effects.join(Effects::of(self.report(&event)));
-            }
-        }
-        effects
-    }
-
-    /// Answer a COMPLETION_WAIT: store, status, interrupt, in this order (section 2.4.1).
-    fn complete(
-        &self,
-        store: Option<(Gpa, u64)>,
-        interrupt: bool,
-        effects: &mut Effects,
-    ) -> Result<(), Stop> {
-        if let Some((at, data)) = store {
-            self.memory
-                .store(at, data)
-                .map_err(|Unreachable| Stop::Hardware { at })?;
-        }
-        if interrupt {
-            let mut registers = self.change();
-            registers.latch(Status::new().with_com_wait_int(true));
-            effects.join(Effects::of(registers.take_interrupts()));
-        }
-        Ok(())
-    }
-
-    /// Stop with the head where it is, and say why.
-    fn stop(&self, stop: &Stop) -> Effects {
-        self.change().stop_commands();
-        self.counters.stop();
-        let event = match *stop {
-            Stop::Illegal { at } => Event::IllegalCommand { at },
-            Stop::Hardware { at } => Event::CommandHardwareError { at },
-        };
-        Effects::of(self.report(&event))
+        0
     }
 
     /// Walk for pages that will be wanted. What cannot be found is not reported (section 2.4.6).
@@ -327,4 +300,224 @@ impl<M: SystemMemory> Unit<M> {
             }
         }
     }
+}
+
+/// Carry out commands that wait in the ring of `issuer`, at most [`COMMANDS_PER_CALL`]. A call while another thread is at
+/// it leaves the work to that thread.
+pub(super) fn run_ring<I: Issuer>(issuer: &I) -> Effects {
+    let mut effects = Effects::default();
+    loop {
+        let mut processor = match issuer.processor().try_lock() {
+            Ok(processor) => processor,
+            Err(TryLockError::Poisoned(poisoned)) => PoisonError::into_inner(poisoned),
+            Err(TryLockError::WouldBlock) => return effects,
+        };
+        let more = run(issuer, &mut processor, &mut effects);
+        drop(processor);
+        if more {
+            effects.join(issuer.left());
+            return effects;
+        }
+        // Who rang meanwhile found the lock taken and went away.
+        let registers = issuer.registers();
+        if !registers.command_runs() || registers.command.waiting() == 0 {
+            return effects;
+        }
+    }
+}
+
+/// Whether anything is left that nobody has to ring for.
+fn run<I: Issuer>(issuer: &I, processor: &mut Processor, effects: &mut Effects) -> bool {
+    let mut more = false;
+    let mut budget = COMMANDS_PER_CALL;
+    while let Some(ring) = waiting_commands(issuer) {
+        if budget == 0 {
+            more = true;
+            break;
+        }
+        let stopped = run_batch(issuer, processor, ring, &mut budget, effects);
+        if let Err(stop) = stopped {
+            effects.join(pass_on(issuer, processor));
+            effects.join(halt(issuer, &stop));
+            break;
+        }
+    }
+    effects.join(pass_on(issuer, processor));
+    more |= !issuer.unit().settle();
+    issuer
+        .counters()
+        .commands(&std::mem::take(&mut processor.carried_out));
+    more
+}
+
+/// The ring, while it runs and holds commands.
+fn waiting_commands<I: Issuer>(issuer: &I) -> Option<Ring> {
+    let registers = issuer.registers();
+    let waits = registers.command_runs() && registers.command.waiting() > 0;
+    waits.then_some(registers.command)
+}
+
+/// Fetch and carry out some commands from the head on; the head ends up behind the last that succeeded.
+fn run_batch<I: Issuer>(
+    issuer: &I,
+    processor: &mut Processor,
+    ring: Ring,
+    budget: &mut usize,
+    effects: &mut Effects,
+) -> Result<(), Stop> {
+    let mut bytes = [0; BATCH * ENTRY];
+    let wanted = usize::from(ring.waiting_in_a_row()).min(BATCH).min(*budget);
+    let (fetched, unreadable) = fetch_commands(issuer, ring, wanted, &mut bytes);
+    let mut entry = ring.head();
+    let mut outcome = Ok(());
+    for (done, raw) in bytes.as_chunks().0.iter().take(fetched).enumerate() {
+        if *budget == 0 && done > 0 {
+            // One of those before counted for many.
+            issuer.change().command.set_head(entry);
+            return Ok(());
+        }
+        let slot = ring.slot(entry);
+        match execute(
+            issuer,
+            processor,
+            u128::from_le_bytes(*raw),
+            slot,
+            budget,
+            effects,
+        ) {
+            Ok(Carried::Out) => entry = ring.after(entry),
+            Ok(Carried::Not) => {
+                // The call ends here, and the next begins with this command.
+                *budget = 0;
+                issuer.change().command.set_head(entry);
+                return Ok(());
+            }
+            Err(stop) => {
+                outcome = Err(stop);
+                break;
+            }
+        }
+    }
+    issuer.change().command.set_head(entry);
+    outcome?;
+    unreadable.map_or(Ok(()), |at| Err(Stop::Hardware { at }))
+}
+
+/// Read up to `wanted` commands; the second value is where memory did not answer.
+fn fetch_commands<I: Issuer>(
+    issuer: &I,
+    ring: Ring,
+    wanted: usize,
+    bytes: &mut [u8],
+) -> (usize, Option<Gpa>) {
+    if issuer
+        .read(ring.slot(ring.head()), &mut bytes[..wanted * ENTRY])
+        .is_ok()
+    {
+        return (wanted, None);
+    }
+    let mut from = ring.head();
+    for (count, raw) in bytes[..wanted * ENTRY].chunks_mut(ENTRY).enumerate() {
+        if issuer.read(ring.slot(from), raw).is_err() {
+            return (count, Some(ring.slot(from)));
+        }
+        from = ring.after(from);
+    }
+    (wanted, None)
+}
+
+/// Carry out one command.
+fn execute<I: Issuer>(
+    issuer: &I,
+    processor: &mut Processor,
+    raw: u128,
+    at: Gpa,
+    budget: &mut usize,
+    effects: &mut Effects,
+) -> Result<Carried, Stop> {
+    let unit = issuer.unit();
+    let command = match issuer.parse(raw).map_err(|_| Stop::Illegal { at })? {
+        Asked::Command(command) => command,
+        Asked::OfHost(command) => {
+            *budget = budget.saturating_sub(1);
+            effects.join(unit.carry_out_of_host(command));
+            return Ok(Carried::Out);
+        }
+    };
+    if matches!(command, Command::CompletionWait { .. }) {
+        effects.join(pass_on(issuer, processor));
+        if !unit.settle() {
+            return Ok(Carried::Not);
+        }
+    }
+    *budget = budget.saturating_sub(1);
+    processor.carried_out[command.kind()] += 1;
+    if let Command::CompletionWait { store, interrupt } = command {
+        if std::mem::take(&mut processor.unsettled) {
+            unit.wait_for_flights();
+        }
+        complete(issuer, store, interrupt, effects)?;
+        return Ok(Carried::Out);
+    }
+    let mut counted = 0;
+    let meant = issuer.mean(command, |command| {
+        counted += unit.apply(command);
+        processor.unsettled = true;
+        processor.untold.push(command);
+        processor.untold_at.push(at);
+    });
+    counted += meant.map_err(|Unreachable| Stop::Hardware { at })?;
+    *budget = budget.saturating_sub(counted);
+    if processor.untold.len() >= BATCH {
+        effects.join(pass_on(issuer, processor));
+    }
+    Ok(Carried::Out)
+}
+
+/// Tell followers of what they have not heard.
+fn pass_on<I: Issuer>(issuer: &I, processor: &mut Processor) -> Effects {
+    let mut effects = Effects::default();
+    let places = processor.untold_at.chunks(BATCH);
+    for (batch, places) in processor.untold.chunks(BATCH).zip(places) {
+        issuer.unit().tell(batch, |NoAnswer { device, index }| {
+            let at = places.get(index).copied().unwrap_or_default();
+            effects.join(issuer.report(&Event::IotlbInvalidationTimeout { device, at }));
+        });
+    }
+    processor.untold.clear();
+    processor.untold_at.clear();
+    effects
+}
+
+/// Answer a COMPLETION_WAIT: store, status, interrupt, in this order (section 2.4.1).
+fn complete<I: Issuer>(
+    issuer: &I,
+    store: Option<(Gpa, u64)>,
+    interrupt: bool,
+    effects: &mut Effects,
+) -> Result<(), Stop> {
+    if let Some((at, data)) = store {
+        issuer
+            .store(at, data)
+            .map_err(|Unreachable| Stop::Hardware { at })?;
+    }
+    if interrupt {
+        let mut registers = issuer.change();
+        registers.latch(Status::new().with_com_wait_int(true));
+        let raised = registers.take_interrupts();
+        drop(registers);
+        effects.join(issuer.interrupted(raised));
+    }
+    Ok(())
+}
+
+/// Stop with the head where it is, and say why.
+fn halt<I: Issuer>(issuer: &I, stop: &Stop) -> Effects {
+    issuer.change().stop_commands();
+    issuer.counters().stop();
+    let event = match *stop {
+        Stop::Illegal { at } => Event::IllegalCommand { at },
+        Stop::Hardware { at } => Event::CommandHardwareError { at },
+    };
+    issuer.report(&event)
 }

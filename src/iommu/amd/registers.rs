@@ -441,6 +441,13 @@ impl Registers {
         if after.dev_tbl_seg_en() > self.features.efr.dev_tbl_seg() {
             return Effect::None;
         }
+        self.switch(after);
+        Effect::Reconfigure { before }
+    }
+
+    /// Put `after` into Control; a log that is switched on has lost nothing yet, and a command buffer no error.
+    fn switch(&mut self, after: Control) {
+        let before = self.control;
         let rises = |bit: fn(&Control) -> bool| !bit(&before) && bit(&after);
         if rises(Control::cmd_buf_en) {
             self.command_stopped = false;
@@ -454,7 +461,6 @@ impl Registers {
             self.latched.set_ppr_overflow(false);
         }
         self.control = after;
-        Effect::Reconfigure { before }
     }
 
     fn write_msi(&mut self, reg: Reg, lanes: LaneWrite) -> Effect {
@@ -502,6 +508,8 @@ fn write_xt(register: &mut XtInterrupt, exists: bool, lanes: LaneWrite) -> Effec
     *register = XtInterrupt::from_bits(lanes.store(register.into_bits(), writable));
     Effect::None
 }
+
+pub mod guest;
 
 #[cfg(test)]
 mod tests;

@@ -39,6 +39,14 @@ impl Ring {
         };
     }
 
+    /// The ring lies elsewhere from now on, and head and tail stay what they are as far as it has such entries.
+    pub const fn move_to(&mut self, base: RingBase) {
+        let (head, tail) = (self.head, self.tail);
+        self.base = base;
+        self.set_head(head);
+        self.set_tail(tail);
+    }
+
     /// Whether the length is one the manual allows.
     #[must_use]
     pub const fn is_valid(&self) -> bool {
@@ -168,6 +176,15 @@ mod tests {
         ring.set_tail(8);
         ring.set_base(RingBase::new().with_frame(0x20).with_length(9));
         assert_eq!((ring.head(), ring.tail()), (0, 0));
+    }
+
+    #[test]
+    fn a_ring_that_moves_keeps_its_pointers_inside_the_new_one() {
+        let mut ring = ring(15);
+        ring.set_head(3);
+        ring.set_tail(0x207);
+        ring.move_to(RingBase::new().with_frame(0x20).with_length(9));
+        assert_eq!((ring.head(), ring.tail(), ring.slot(3).0), (3, 7, 0x2_0030));
     }
 
     #[test]

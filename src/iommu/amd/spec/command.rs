@@ -26,6 +26,10 @@ impl Opcode {
     pub const COMPLETE_PPR_REQUEST: Self = Self(7);
     /// Section 2.4.8.
     pub const INVALIDATE_IOMMU_ALL: Self = Self(8);
+    /// Of the vIOMMU extension: a record for a guest's event log.
+    pub const INSERT_GUEST_EVENT: Self = Self(9);
+    /// Of the vIOMMU extension: a guest's registers as after reset.
+    pub const RESET_VMMIO: Self = Self(10);
 }
 
 /// What every entry has.

@@ -30,6 +30,10 @@ impl Code {
     pub const INVALID_DEVICE_REQUEST: Self = Self(8);
     /// Section 2.5.10.
     pub const INVALID_PPR_REQUEST: Self = Self(9);
+    /// Of the vIOMMU extension: an event or a page request could not be written to a guest's log.
+    pub const GUEST_EVENT_FAULT: Self = Self(11);
+    /// Of the vIOMMU extension: what serves a guest could not be read or written.
+    pub const VIOMMU_HARDWARE_ERROR: Self = Self(12);
 }
 
 /// As the manual calls it, in lower case; `code N` where it calls it nothing we report.
@@ -45,6 +49,8 @@ impl fmt::Display for Code {
             Self::IOTLB_INV_TIMEOUT => "iotlb_inv_timeout",
             Self::INVALID_DEVICE_REQUEST => "invalid_device_request",
             Self::INVALID_PPR_REQUEST => "invalid_ppr_request",
+            Self::GUEST_EVENT_FAULT => "guest_event_fault",
+            Self::VIOMMU_HARDWARE_ERROR => "viommu_hardware_error",
             Self(other) => return write!(f, "code {other}"),
         };
         f.write_str(name)

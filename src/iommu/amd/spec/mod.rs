@@ -11,3 +11,4 @@ pub mod irte;
 pub mod ppr;
 pub mod pte;
 pub mod registers;
+pub mod viommu;
