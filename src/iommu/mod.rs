@@ -6,4 +6,5 @@ pub mod emulated;
 pub mod function;
 pub mod iommufd;
 pub mod shadow;
+pub mod sim;
 pub mod viommu;

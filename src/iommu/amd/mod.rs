@@ -40,6 +40,7 @@ pub mod lanes;
 pub mod log;
 pub mod memory;
 pub mod pages;
+pub mod passing;
 pub mod ppr;
 pub mod processor;
 pub mod registers;

@@ -22,21 +22,18 @@ pub use ioapic::RemappingIoApic;
 pub use messages::RemappingSink;
 pub use polling::{DoorbellThread, LateWrites};
 
-use std::cell::Cell;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use vm_memory::Permissions;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::amd::agent::UnitOwner;
 use super::amd::counters::Counts;
-use super::amd::dma::InFlight;
 use super::amd::features::Features;
+use super::amd::passing::Passing;
 use super::amd::processor::Follower;
 use super::amd::registers::Interrupt;
-use super::amd::request::{Access, Request};
 use super::amd::spec::registers::Reg;
 use super::amd::sync;
 use super::amd::view::View;
@@ -47,9 +44,9 @@ use super::shadow::Views;
 use crate::pci::access::DwordWrite;
 use crate::pci::bar::BarSpec;
 use crate::pci::{Command, ConfigEffect, Function};
-use crate::platform::addr::{Bdf, GpaRange, Iova, Sbdf};
+use crate::platform::addr::{Bdf, GpaRange, Sbdf};
 use crate::platform::bus::BusDevice;
-use crate::platform::dma::{Requester, Run, Translations, Translator};
+use crate::platform::dma::{Requester, Translations, Translator};
 use crate::platform::host::HostError;
 use crate::platform::memory::GuestRam;
 use crate::platform::msi::{MsiMessage, MsiPort, MsiSink};
@@ -352,46 +349,7 @@ impl Function for EmulatedUnit {
 
 impl Translator for EmulatedUnit {
     fn begin(&self) -> Box<dyn Translations + '_> {
-        Box::new(Passing {
-            unit: self,
-            bus: Some(self.unit.begin()),
-            owed: Cell::default(),
-        })
-    }
-}
-
-/// Requests on their way through the unit.
-struct Passing<'a> {
-    unit: &'a EmulatedUnit,
-    /// `None` only while this is dropped.
-    bus: Option<InFlight<'a, GuestRam>>,
-    /// What refusals set off.
-    owed: Cell<Effects>,
-}
-
-impl Translations for Passing<'_> {
-    fn translate(&self, requester: Bdf, at: Iova, access: Permissions) -> Option<Run> {
-        let bus = self.bus.as_ref().expect("a passage is open until it is dropped");
-        let access = Access::new(access.allow(Permissions::Read), access.allow(Permissions::Write));
-        match bus.translate(&Request::plain(requester, at, access)) {
-            Ok(found) => Some(Run {
-                target: found.target,
-                len: found.run,
-            }),
-            Err(abort) => {
-                let mut owed = self.owed.take();
-                owed.join(abort.effects);
-                self.owed.set(owed);
-                None
-            }
-        }
-    }
-}
-
-impl Drop for Passing<'_> {
-    fn drop(&mut self) {
-        self.bus = None;
-        self.unit.perform(self.owed.take());
+        Box::new(Passing::begin(self))
     }
 }
 

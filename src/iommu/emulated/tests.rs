@@ -6,6 +6,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::testing::{Rig, device, indexed, requester};
 use super::*;
+use crate::iommu::amd::request::Access;
 use crate::iommu::iommufd::testing::{Function as HostFunction, Host};
 use crate::iommu::iommufd::{Attach, Ioas, Memlock};
 use crate::iommu::shadow::{Shadow, ShadowParts};

@@ -42,6 +42,19 @@ pub enum ControlReg {
 }
 
 impl ControlReg {
+    /// Where it is.
+    #[must_use]
+    pub const fn offset(self) -> u64 {
+        match self {
+            Self::DeviceMap => 0x00,
+            Self::DomainMap => 0x08,
+            Self::Misc => 0x10,
+            Self::Command => 0x20,
+            Self::Event => 0x28,
+            Self::Ppr => 0x30,
+        }
+    }
+
     /// The quadword at `offset`, a multiple of 8; `None` where there is no register.
     #[must_use]
     pub const fn at(offset: u64) -> Option<Self> {
@@ -294,6 +307,8 @@ mod tests {
         for offset in [0x18, 0x38, 0x40, 0x01, !7] {
             assert_eq!(ControlReg::at(offset), None, "{offset:#x}");
         }
-        assert_eq!(ControlReg::at(0x28), Some(ControlReg::Event));
+        for offset in [0x00, 0x08, 0x10, 0x20, 0x28, 0x30] {
+            assert_eq!(ControlReg::at(offset).map(ControlReg::offset), Some(offset));
+        }
     }
 }

@@ -9,7 +9,10 @@ use crate::iommu::amd::spec::viommu::{
     MapEntry,
 };
 use crate::iommu::amd::{Effects, Unit};
-use crate::platform::addr::{Bdf, Gpa, PAGE_SIZE};
+use crate::platform::addr::{Bdf, Gpa};
+
+/// Bytes of a map that are read at once.
+const PIECE: usize = 0x1000;
 
 /// A part of the private address space does not answer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -185,7 +188,7 @@ impl<M: SystemMemory> Unit<M> {
         mut each: impl FnMut(u16),
     ) -> Result<(), Broken> {
         let private = self.reach(guests.own).ok_or(Broken { at: first })?;
-        let mut page = [0; PAGE_SIZE as usize];
+        let mut page = [0; PIECE];
         let stride = usize::try_from(stride).expect("an entry is small");
         for at in (first..first + len).step_by(page.len()) {
             private

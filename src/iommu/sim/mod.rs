@@ -1,0 +1,603 @@
+//! Mode `sim`: a host's IOMMU in software, and the part of a host's kernel that has it serve a guest.
+//!
+//! The unit is the one of mode `emulated`, with the vIOMMU extension on; nobody but the host in here drives it, by
+//! registers, tables and commands. What it offers outside is what the kernel offers for the real thing ([`ViommuHost`]),
+//! so that whoever asks sees no difference. Nothing of a guest's numbers is the host's: devices, domains and the guest
+//! itself have others here, so that what translates them is really used.
+//!
+//! | of the host's | number |
+//! |---|---|
+//! | the unit's own function | 00:00.2 |
+//! | devices | c0:00.0 and on, each a device of its own |
+//! | translate device | 48:00.0 |
+//! | the guest | 1 |
+//! | domains | 1 private address space, 2 nest parent, 3 blocked, from 256 on the guest's |
+//!
+//! Guest RAM is at its own addresses, and what the host needs for itself lies at 64 TiB.
+//!
+//! # Who waits for whom
+//!
+//! As in mode `emulated`: COMPLETION_WAIT waits for requests in flight, the guest's on the thread that rings its doorbell
+//! and the host's on the one that asks for something. Neither is in flight. Whatever an access sets off is carried out
+//! once no lock is held.
+
+mod kernel;
+mod memory;
+mod objects;
+mod page;
+mod tables;
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use vm_memory::Permissions;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::amd::agent::UnitOwner;
+use super::amd::counters::Counts;
+use super::amd::features::{Features, Wanted};
+use super::amd::passing::Passing;
+use super::amd::spec::command::Opcode;
+use super::amd::spec::dte::Dte;
+use super::amd::spec::event::Record;
+use super::amd::spec::viommu::{
+    CommandControl, ControlReg, EventControl, InsertGuestEvent, MapControl, MiscControl, PprControl,
+    ResetVmmio,
+};
+use super::amd::window::RegisterWindow;
+use super::amd::{Effects, Unit};
+use super::viommu::host::{
+    HostDevice, HostFeatures, InterruptTarget, ObjectId, Queue, QueueKind, UnitInterrupt, VfPage, Viommu,
+    ViommuHost,
+};
+use crate::platform::addr::{Bdf, Iova, Sbdf};
+use crate::platform::dma::{Requester, Run, Translations, Translator};
+use crate::platform::host::HostError;
+use crate::platform::memory::GuestRam;
+use crate::platform::msi::{MsiMessage, MsiSink};
+
+use kernel::{GUEST, Kernel, OWN_FUNCTION, TRANSLATE_DEVICE, control_guest, read_events};
+use objects::{BLOCKED, Object, Objects, PARENT, guest_part, nested_entry, refuse};
+use page::Page;
+
+pub use memory::SimMemory;
+
+/// The first device; further ones are one device number apart.
+const FIRST_DEVICE: u16 = 0xc000;
+/// Device numbers from there on.
+const MOST_DEVICES: usize = 0x4000 / 8;
+
+/// What a host is made of.
+pub struct SimParts {
+    /// What the operator calls the unit that it serves.
+    pub name: String,
+    /// Where the guest has that unit's function: as it, the unit's interrupts are sent.
+    pub at: Sbdf,
+    /// The guest's RAM.
+    pub ram: GuestRam,
+    /// How many functions the unit serves, at most 2,048.
+    pub devices: usize,
+    /// Where the unit's interrupts go, which nothing remaps.
+    pub messages: Arc<dyn MsiSink>,
+}
+
+/// A host with one unit that serves one guest.
+pub struct SimHost {
+    name: String,
+    me: Weak<Self>,
+    memory: SimMemory,
+    unit: Unit<SimMemory>,
+    state: Mutex<State>,
+    /// The guest's unit, or [`NOBODY`].
+    viommu: AtomicU32,
+    interrupts: Mutex<Interrupts>,
+    /// Held by who reads the event log.
+    log: Mutex<()>,
+    own: Arc<Requester>,
+    messages: Arc<dyn MsiSink>,
+    /// Readable while commands of the guest's wait that no processor is to be held up with.
+    more: EventFd,
+}
+
+/// No guest has a unit.
+const NOBODY: u32 = 0;
+
+/// What requests of the front end change.
+struct State {
+    kernel: Kernel,
+    objects: Objects,
+}
+
+/// Where the interrupts of the guest's unit go, and which are due that go nowhere yet.
+#[derive(Default)]
+struct Interrupts {
+    event: Line,
+    ppr: Line,
+}
+
+#[derive(Default)]
+struct Line {
+    target: Option<InterruptTarget>,
+    due: bool,
+}
+
+impl Line {
+    /// The message to be sent now, if one is due.
+    fn take(&mut self) -> Option<MsiMessage> {
+        let target = self.target.filter(|_| self.due)?;
+        self.due = false;
+        Some(MsiMessage::remapped(
+            target.destination,
+            target.logical,
+            target.vector.into(),
+        ))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What the host calls a device.
+fn function(device: HostDevice) -> Bdf {
+    let number = u16::try_from(device.0 * 8).expect("fewer devices than there are numbers");
+    Bdf::from_requester_id(FIRST_DEVICE + number)
+}
+
+impl SimHost {
+    /// A host made of `parts`, whose devices reach nothing yet.
+    ///
+    /// # Errors
+    /// When the host, the real one, has no memory or no eventfd for it, guest RAM reaches 64 TiB, or there are more
+    /// devices than numbers for them.
+    pub fn new(parts: SimParts) -> Result<Arc<Self>, HostError> {
+        let SimParts {
+            name,
+            at,
+            ram,
+            devices,
+            messages,
+        } = parts;
+        let refused = |source| HostError::new(format!("model the host's unit behind {name}"), source);
+        if devices > MOST_DEVICES {
+            return Err(refused(refuse::exhausted()));
+        }
+        let more = EventFd::new(EFD_NONBLOCK).map_err(refused)?;
+        let memory = SimMemory::new(&name, ram)?;
+        let wanted = Wanted {
+            pasid_bits: 16,
+            virtualizable: true,
+            ..Wanted::DEFAULT
+        };
+        let unit = Unit::at(OWN_FUNCTION, Features::offer(wanted), memory.clone());
+        let functions = (0..devices).map(|device| function(HostDevice(device)));
+        let kernel = Kernel::start(&unit, &memory, functions).map_err(refused)?;
+        let own = Arc::new(Requester::new(at));
+        own.set_bus_master(true);
+        Ok(Arc::new_cyclic(|me| Self {
+            name,
+            me: me.clone(),
+            memory,
+            unit,
+            state: Mutex::new(State {
+                kernel,
+                objects: Objects::new(devices),
+            }),
+            viommu: AtomicU32::new(NOBODY),
+            interrupts: Mutex::default(),
+            log: Mutex::default(),
+            own,
+            messages,
+            more,
+        }))
+    }
+
+    /// What the operator calls the unit that it serves.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What stands between memory and `device`, whose requests arrive here by whatever number the guest has for it.
+    #[must_use]
+    pub fn translator(self: &Arc<Self>, device: HostDevice) -> Arc<dyn Translator> {
+        Arc::new(Function {
+            host: self.clone(),
+            function: function(device),
+        })
+    }
+
+    /// From now on `window` shows heads, tails and Status of the guest's unit. There is one at most; another is ignored.
+    pub fn show_registers(&self, window: Box<dyn RegisterWindow>) {
+        self.unit.show_guest_registers(GUEST, window);
+    }
+
+    /// What the guest had the unit do so far; translations are all the unit's.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        let Counts { hits, walks, .. } = self.unit.counts();
+        Counts {
+            hits,
+            walks,
+            ..self.unit.guests_counts()
+        }
+    }
+
+    /// What the host's own log was told so far: all that went wrong by the host's tables or by what serves the guest.
+    #[must_use]
+    pub fn host_counts(&self) -> Counts {
+        self.unit.counts()
+    }
+
+    /// The guest's page, to what devices are attached, and what happened so far, in one line.
+    #[must_use]
+    pub fn state(&self) -> String {
+        const SHOWN: [(&str, u64); 7] = [
+            ("commands head", 0x00),
+            ("tail", 0x08),
+            ("events head", 0x10),
+            ("tail", 0x18),
+            ("status", 0x20),
+            ("page requests head", 0x30),
+            ("tail", 0x38),
+        ];
+        let page = SHOWN.map(|(name, at)| {
+            let mut data = [0; 8];
+            self.unit.vf_read(GUEST, at, &mut data);
+            format!("{name} {:#x}", u64::from_le_bytes(data))
+        });
+        let state = lock(&self.state);
+        let attached = state.objects.attached.iter().map(|table| match *table {
+            PARENT => "guest memory".to_owned(),
+            BLOCKED => "nothing".to_owned(),
+            ObjectId(id) => format!("tables {id}"),
+        });
+        let attached = attached.collect::<Vec<_>>().join(", ");
+        drop(state);
+        let Counts {
+            doorbells,
+            commands,
+            stops,
+            hits,
+            walks,
+            events,
+            ..
+        } = self.counts();
+        let sum = |counts: &[u64]| counts.iter().sum::<u64>();
+        format!(
+            "{}; devices reach {attached}; {doorbells} doorbells, {} commands, {stops} stops, {hits} translations from \
+             the cache, {walks} by a walk, {} events, {} of the host's",
+            page.join(", "),
+            sum(&commands),
+            sum(&events),
+            sum(&self.host_counts().events)
+        )
+    }
+
+    /// Carry out commands of the guest's that a processor was not held up with. Called when [`AsRawFd`] is readable.
+    pub fn run_commands(&self) {
+        // Somebody else may have been faster.
+        let _ = self.more.read();
+        let effects = self.unit.run_guest_commands(GUEST);
+        UnitOwner::perform(self, effects);
+    }
+
+    /// The machine is reset: nothing that was due is remembered. Objects stay, and whoever made them destroys or resets
+    /// them. No processor runs, and no device.
+    pub fn reset(&self) {
+        let _ = self.more.read();
+        let _forgotten = self.unit.take_owed();
+        let mut interrupts = lock(&self.interrupts);
+        interrupts.event.due = false;
+        interrupts.ppr.due = false;
+    }
+
+    /// Do `f` with everything the front end changes, and then what that set off.
+    fn request<T>(&self, f: impl FnOnce(&mut State, &mut Effects) -> io::Result<T>) -> io::Result<T> {
+        let mut effects = Effects::default();
+        let outcome = f(&mut lock(&self.state), &mut effects);
+        UnitOwner::perform(self, effects);
+        outcome
+    }
+
+    /// Write a register of the unit that controls the guest.
+    fn control(&self, reg: ControlReg, value: u64) -> Effects {
+        control_guest(&self.unit, reg, value)
+    }
+
+    /// Have interrupts of the guest's unit become due, and send those that go anywhere.
+    fn interrupt(&self, change: impl FnOnce(&mut Interrupts)) {
+        let mut interrupts = lock(&self.interrupts);
+        change(&mut interrupts);
+        let due = [interrupts.event.take(), interrupts.ppr.take()];
+        drop(interrupts);
+        for message in due.into_iter().flatten() {
+            self.messages.signal(&self.own, message);
+        }
+    }
+}
+
+impl UnitOwner for SimHost {
+    type Memory = SimMemory;
+
+    fn unit(&self) -> &Unit<SimMemory> {
+        &self.unit
+    }
+
+    fn perform(&self, mut effects: Effects) {
+        while effects.interrupts.event.take().is_some() {
+            let _one_reader = lock(&self.log);
+            effects.join(read_events(&self.unit, &self.memory, &self.name));
+        }
+        if !effects.guests {
+            return;
+        }
+        let Some(owed) = self.unit.take_owed().remove(&GUEST) else {
+            return;
+        };
+        self.interrupt(|interrupts| {
+            interrupts.event.due |= owed.event;
+            interrupts.ppr.due |= owed.ppr;
+        });
+        if owed.more_commands {
+            self.more
+                .write(1)
+                .expect("one more on an eventfd that is read long before it overflows");
+        }
+    }
+}
+
+impl ViommuHost for SimHost {
+    fn features(&self) -> io::Result<HostFeatures> {
+        let Features { efr, efr2, .. } = self.unit.features();
+        Ok(HostFeatures {
+            efr: efr.into_bits(),
+            efr2: efr2.into_bits(),
+        })
+    }
+
+    fn parent(&self) -> ObjectId {
+        PARENT
+    }
+
+    fn blocked(&self) -> ObjectId {
+        BLOCKED
+    }
+
+    fn viommu_alloc(&self) -> io::Result<Viommu> {
+        self.request(|State { kernel, objects }, effects| {
+            if objects.all().any(|object| object == Object::Viommu) {
+                return Err(refuse::busy());
+            }
+            Kernel::clear_maps(&self.memory);
+            let reset = ResetVmmio::new()
+                .with_guest(GUEST)
+                .with_commands(true)
+                .with_opcode(Opcode::RESET_VMMIO.0);
+            effects.join(kernel.submit(&self.unit, &self.memory, &[reset.into_bits()]));
+            let parent = kernel.parent();
+            effects.join(kernel.set_entry(&self.unit, &self.memory, TRANSLATE_DEVICE, &parent));
+            let misc = MiscControl::new().with_translate_device(TRANSLATE_DEVICE.requester_id());
+            effects.join(self.control(ControlReg::Misc, misc.into_bits()));
+            let id = objects.add(Object::Viommu);
+            self.viommu.store(id.0, Ordering::Release);
+            let page = VfPage::Trapped(Arc::new(Page::new(self.me.clone(), id)));
+            Ok(Viommu { id, page })
+        })
+    }
+
+    fn vdevice_alloc(&self, viommu: ObjectId, device: HostDevice, guest: Bdf) -> io::Result<ObjectId> {
+        self.request(|State { objects, .. }, effects| {
+            objects.viommu(viommu)?;
+            objects.check_name(device, guest)?;
+            let map = MapControl::new()
+                .with_valid(true)
+                .with_guest(guest.requester_id())
+                .with_host(function(device).requester_id());
+            effects.join(self.control(ControlReg::DeviceMap, map.with_write(true).into_bits()));
+            Ok(objects.add(Object::Vdevice { device, name: guest }))
+        })
+    }
+
+    fn nested_alloc(&self, viommu: ObjectId, dte: &Dte) -> io::Result<ObjectId> {
+        self.request(|State { objects, .. }, effects| {
+            objects.viommu(viommu)?;
+            let part = guest_part(dte)?;
+            let name = part.guest.domain();
+            let (domain, new) = objects.enter_domain(name)?;
+            if new {
+                let map = MapControl::new()
+                    .with_valid(true)
+                    .with_guest(name)
+                    .with_host(domain);
+                effects.join(self.control(ControlReg::DomainMap, map.with_write(true).into_bits()));
+            }
+            Ok(objects.add(Object::Nested { dte: part, domain }))
+        })
+    }
+
+    fn attach(&self, device: HostDevice, table: ObjectId) -> io::Result<()> {
+        self.request(|State { kernel, objects }, effects| {
+            objects.device(device)?;
+            let (entry, flushed) = match table {
+                PARENT => (kernel.parent(), None),
+                BLOCKED => (kernel.blocked(), None),
+                _ => {
+                    let Object::Nested { dte, domain } = objects.get(table)? else {
+                        return Err(refuse::invalid());
+                    };
+                    let name = objects.name(device).ok_or_else(refuse::invalid)?;
+                    (nested_entry(&kernel.parent(), &dte, domain, name), Some(domain))
+                }
+            };
+            effects.join(kernel.set_entry(&self.unit, &self.memory, function(device), &entry));
+            if let Some(domain) = flushed {
+                // Another table may have been in the domain before.
+                effects.join(kernel.forget(&self.unit, &self.memory, domain));
+            }
+            objects.attached[device.0] = table;
+            Ok(())
+        })
+    }
+
+    fn queue_alloc(&self, viommu: ObjectId, queue: &Queue) -> io::Result<ObjectId> {
+        self.request(|State { objects, .. }, effects| {
+            objects.viommu(viommu)?;
+            objects.check_queue(queue)?;
+            let frame = queue.base.0 >> 12;
+            let (length, interrupts) = (queue.length, queue.interrupts);
+            effects.join(match queue.kind {
+                QueueKind::Command => {
+                    let control = CommandControl::new()
+                        .with_frame(frame)
+                        .with_length(length)
+                        .with_interrupt(interrupts)
+                        .with_enable(true);
+                    self.control(ControlReg::Command, control.into_bits())
+                }
+                QueueKind::Event => {
+                    let control = EventControl::new()
+                        .with_frame(frame)
+                        .with_length(length)
+                        .with_interrupt(interrupts)
+                        .with_enable(true);
+                    self.control(ControlReg::Event, control.into_bits())
+                }
+                QueueKind::Ppr => {
+                    let control = PprControl::new()
+                        .with_frame(frame)
+                        .with_length(length)
+                        .with_interrupt(interrupts)
+                        .with_requests(true)
+                        .with_enable(true);
+                    self.control(ControlReg::Ppr, control.into_bits())
+                }
+            });
+            Ok(objects.add(Object::Queue(queue.kind)))
+        })
+    }
+
+    fn route(
+        &self,
+        viommu: ObjectId,
+        interrupt: UnitInterrupt,
+        target: Option<InterruptTarget>,
+    ) -> io::Result<()> {
+        lock(&self.state).objects.viommu(viommu)?;
+        if target.is_some_and(|target| target.vector == 0) {
+            return Err(refuse::invalid());
+        }
+        self.interrupt(|interrupts| match interrupt {
+            UnitInterrupt::Event => interrupts.event.target = target,
+            UnitInterrupt::Ppr => interrupts.ppr.target = target,
+        });
+        Ok(())
+    }
+
+    /// A record's second dword has no room in the command for a domain or the lower bits of a PASID: a record with any
+    /// is refused as invalid.
+    fn insert_event(&self, viommu: ObjectId, record: [u32; 4]) -> io::Result<()> {
+        self.request(|State { kernel, objects }, effects| {
+            objects.viommu(viommu)?;
+            let bits = record
+                .iter()
+                .rev()
+                .fold(0, |bits, dword| bits << 32 | u128::from(*dword));
+            let record = Record::from_bits(bits);
+            if record.domain() != 0 {
+                return Err(refuse::invalid());
+            }
+            let [_, _, _, _, _, _, b6, b7, ..] = bits.to_le_bytes();
+            let insert = InsertGuestEvent::new()
+                .with_guest(GUEST)
+                .with_device(record.device())
+                .with_pasid_19_16(record.pasid_19_16())
+                .with_flags(u16::from_le_bytes([b6, b7]) & 0xfff)
+                .with_code(record.code())
+                .with_address(record.address())
+                .with_opcode(Opcode::INSERT_GUEST_EVENT.0);
+            effects.join(kernel.submit(&self.unit, &self.memory, &[insert.into_bits()]));
+            Ok(())
+        })
+    }
+
+    fn reset_page(&self, viommu: ObjectId) -> io::Result<()> {
+        self.request(|State { kernel, objects }, effects| {
+            objects.viommu(viommu)?;
+            let reset = ResetVmmio::new()
+                .with_guest(GUEST)
+                .with_commands(true)
+                .with_opcode(Opcode::RESET_VMMIO.0);
+            effects.join(kernel.submit(&self.unit, &self.memory, &[reset.into_bits()]));
+            Ok(())
+        })
+    }
+
+    fn destroy(&self, id: ObjectId) -> io::Result<()> {
+        self.request(|State { kernel, objects }, effects| {
+            match objects.remove(id)? {
+                Object::Queue(QueueKind::Command) => effects.join(self.control(ControlReg::Command, 0)),
+                Object::Queue(QueueKind::Event) => effects.join(self.control(ControlReg::Event, 0)),
+                Object::Queue(QueueKind::Ppr) => effects.join(self.control(ControlReg::Ppr, 0)),
+                Object::Vdevice { name, .. } => {
+                    let map = MapControl::new().with_guest(name.requester_id());
+                    effects.join(self.control(ControlReg::DeviceMap, map.with_write(true).into_bits()));
+                }
+                Object::Nested { dte, domain } => {
+                    let name = dte.guest.domain();
+                    if objects.leave_domain(name) {
+                        let map = MapControl::new().with_guest(name);
+                        effects.join(self.control(ControlReg::DomainMap, map.with_write(true).into_bits()));
+                        effects.join(kernel.forget(&self.unit, &self.memory, domain));
+                    }
+                }
+                Object::Viommu => {
+                    self.viommu.store(NOBODY, Ordering::Release);
+                    *lock(&self.interrupts) = Interrupts::default();
+                    effects.join(self.control(ControlReg::Misc, 0));
+                    let nothing = kernel.blocked();
+                    effects.join(kernel.set_entry(&self.unit, &self.memory, TRANSLATE_DEVICE, &nothing));
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+impl AsRawFd for SimHost {
+    fn as_raw_fd(&self) -> RawFd {
+        self.more.as_raw_fd()
+    }
+}
+
+/// A device of the host's, as the guest's function that it stands for.
+struct Function {
+    host: Arc<SimHost>,
+    function: Bdf,
+}
+
+impl Translator for Function {
+    fn begin(&self) -> Box<dyn Translations + '_> {
+        Box::new(Renamed {
+            function: self.function,
+            passing: Passing::begin(&*self.host),
+        })
+    }
+}
+
+/// Requests on their way through the host's unit, by the host's number.
+struct Renamed<'a> {
+    function: Bdf,
+    passing: Passing<'a, SimHost>,
+}
+
+impl Translations for Renamed<'_> {
+    fn translate(&self, _requester: Bdf, at: Iova, access: Permissions) -> Option<Run> {
+        self.passing.translate(self.function, at, access)
+    }
+}
+
+#[cfg(test)]
+mod tests;
