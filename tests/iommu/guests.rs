@@ -659,7 +659,7 @@ fn a_guest_that_writes_anything_leaves_the_other_alone() {
         machine.submit(a, &[command]);
         machine.write(
             a,
-            at % 0x48 & !3,
+            (at % 0x48) & !3,
             u32::try_from(high & 0x0fff_ffff).expect("28 bits"),
         );
         while machine.owed(a).more_commands {

@@ -85,7 +85,8 @@ impl Followed {
     }
 
     /// Attach the function to what it is to reach. What the host refuses leaves it blocked until this is called again.
-    /// An entry that is refused is reported, once while it stays refused: to the guest if it has a log.
+    /// An entry that is refused is reported, once while it stays refused, to the guest if it has a log; but for what may
+    /// pass by itself.
     pub(super) fn follow(
         &mut self,
         intent: Intent,
@@ -99,6 +100,7 @@ impl Followed {
         };
         if refusal != self.refusal
             && let Some(refusal) = refusal
+            && !refusal.may_pass()
         {
             self.report(refusal, has_log, asking);
         }

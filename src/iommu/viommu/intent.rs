@@ -43,6 +43,15 @@ pub(super) enum Refusal {
     },
 }
 
+impl Refusal {
+    /// Whether an entry may be so for a moment, between two stores of a kernel that writes it 8 bytes at a time: the root's
+    /// pieces lie in two quadwords, and the first may hold none of its bits.
+    #[must_use]
+    pub(super) fn may_pass(self) -> bool {
+        self == Self::NoRoot
+    }
+}
+
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
