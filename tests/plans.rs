@@ -80,6 +80,7 @@ golden! {
     viommu_is_as_recorded: "viommu",
     big_is_as_recorded: "big",
     test_device_is_as_recorded: "test-device",
+    talk_is_as_recorded: "talk",
 }
 
 #[test]

@@ -154,11 +154,16 @@ fn viommu(viommu: &ViommuPlan) -> String {
         pasid_bits,
         ats,
         np_cache,
+        // What follows from it is told piece by piece.
+        served: _,
     } = viommu.offer;
-    let mode = match (viommu.mode, viommu.because) {
-        (ViommuMode::Emulated, None) => "emulated".to_owned(),
-        (ViommuMode::Emulated, Some(because)) => format!("emulated ({because})"),
+    let mode = match viommu.mode {
+        ViommuMode::Emulated => "emulated",
+        ViommuMode::Simulated => "sim",
     };
+    let because = viommu
+        .because
+        .map_or_else(String::new, |because| format!(" ({because})"));
     let tables = match page_table {
         PageTable::V1 => "v1 tables",
         PageTable::V2 => "v2 tables",
@@ -176,7 +181,7 @@ fn viommu(viommu: &ViommuPlan) -> String {
     parts.extend(np_cache.then(|| "NpCache".to_owned()));
     parts.extend((viommu.doorbell == Doorbell::Poll).then(|| "doorbell polled".to_owned()));
     format!(
-        "AMD IOMMU, {mode}, on {} at {:04x}:{}, registers {}: {}",
+        "AMD IOMMU, {mode}{because}, on {} at {:04x}:{}, registers {}: {}",
         viommu.root_complex,
         viommu.segment,
         viommu.bdf,

@@ -82,7 +82,7 @@ impl<'a> Machine<'a> {
         // everything in it is in its place.
         let delivery = Arc::new(vm.delivery().clone());
         let messages: Arc<dyn MsiSink> = delivery.clone();
-        let mut viommus = Viommus::new(plan, &ram, &messages, &mut events)?;
+        let mut viommus = Viommus::new(plan, &ram, &messages, &vm, &mut events)?;
         let mut board = Board::new(viommus.ioapic_host(delivery), requests.clone(), &mut events)?;
         board.populate(plan, &mut events)?;
         viommus.place(&mut board, &vm)?;

@@ -108,7 +108,7 @@ fn attach(
             let requester = Arc::new(Requester::new(at));
             builder.attach(at, BoardBridge::new(&node.name, &node.identity, requester))?;
         }
-        NodeKind::Iommu(index) => builder.attach(at, connections.viommus.unit(index))?,
+        NodeKind::Iommu(index) => builder.attach(at, connections.viommus.unit(index).function())?,
         NodeKind::Endpoint(index) => {
             let planned = plan
                 .devices
@@ -145,8 +145,7 @@ fn endpoint(
         ..
     } = place;
     let name = planned.name.clone();
-    let requester = Arc::new(Requester::new(place.of(node)));
-    let dma = upstream.dma(requester.clone(), connections.ram.clone());
+    let (requester, dma) = upstream.dma(place.of(node), connections.ram.clone());
     let msi = MsiPort::new(requester, upstream.messages.clone());
     let intx = node.intx.map(|intx| (intx.pin, connections.board.wire(intx.gsi)));
     let device: Arc<dyn VirtioDevice> = match &planned.kind {

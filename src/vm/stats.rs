@@ -14,6 +14,7 @@ use serde::Serialize;
 use crate::iommu::amd::commands::Command;
 use crate::iommu::amd::counters::Counts;
 use crate::iommu::amd::spec::event::Code;
+use crate::iommu::viommu::Counts as Asked;
 use crate::platform::bus::{Bus, Traffic};
 use crate::platform::host::HostError;
 use crate::platform::kvm::{Exit, WatchCounts};
@@ -171,6 +172,9 @@ struct ViommuReport {
     walks: u64,
     /// Events by code, logged or lost; codes without any left out.
     events: BTreeMap<String, u64>,
+    /// What was asked of the host, for a unit that one serves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    host: Option<Asked>,
 }
 
 #[derive(Debug, Serialize)]
@@ -237,7 +241,7 @@ impl Stats {
     #[must_use]
     pub fn take<'a>(
         milestones: &Milestones,
-        viommus: impl Iterator<Item = (&'a str, Counts)>,
+        viommus: impl Iterator<Item = (&'a str, (Counts, Option<Asked>))>,
         since_init: Option<Duration>,
         counts: impl Iterator<Item = &'a ExitCounts> + Clone,
         [ports, mmio]: [&Bus; 2],
@@ -292,7 +296,7 @@ impl Stats {
             },
             memory: Memory::now(guest_ram),
             viommus: viommus
-                .map(|(name, counts)| ViommuReport::new(name, &counts))
+                .map(|(name, (counts, asked))| ViommuReport::new(name, &counts, asked))
                 .collect(),
             watched_pages: WatchedReport::new(watched),
         }
@@ -307,7 +311,7 @@ impl Stats {
 }
 
 impl ViommuReport {
-    fn new(name: &str, counts: &Counts) -> Self {
+    fn new(name: &str, counts: &Counts, host: Option<Asked>) -> Self {
         let commands = Command::KINDS.into_iter().zip(counts.commands);
         let events = (0_u8..).zip(counts.events);
         Self {
@@ -322,6 +326,7 @@ impl ViommuReport {
                 .filter(|(_, count)| *count > 0)
                 .map(|(code, count)| (Code(code).to_string(), count))
                 .collect(),
+            host,
         }
     }
 }
@@ -484,7 +489,7 @@ Rss:                3000 kB
         counts.commands[0] = 3;
         counts.events[2] = 1;
         counts.events[15] = 1;
-        let report = ViommuReport::new("iommu0", &counts);
+        let report = ViommuReport::new("iommu0", &counts, None);
         let json = serde_json::to_value(&report).expect("JSON");
         let expected = serde_json::json!({
             "name": "iommu0",
@@ -497,6 +502,14 @@ Rss:                3000 kB
             "events": { "io_page_fault": 1, "code 15": 1 },
         });
         assert_eq!(json, expected);
+
+        let asked = Asked {
+            stores: 7,
+            ..Asked::default()
+        };
+        let served = ViommuReport::new("iommu0", &counts, Some(asked));
+        let json = serde_json::to_value(&served).expect("JSON");
+        assert_eq!(json["host"]["stores"], 7);
     }
 
     #[test]

@@ -1,42 +1,41 @@
 //! The guest's IOMMUs: made from the plan before anything that passes them.
 
-use std::os::fd::AsRawFd;
-use std::sync::{Arc, Weak};
+mod unit;
+mod upstream;
 
-use event_manager::{EventOps, EventSubscriber, Events};
-use vmm_sys_util::epoll::EventSet;
+pub(super) use unit::Unit;
+pub(super) use upstream::Upstream;
+
+use std::sync::{Arc, Weak};
 
 use super::RunError;
 use super::board::Board;
 use super::events::EventLoop;
 use super::passed::Passed;
 use super::plan::{Doorbell, Plan, ViommuPlan};
-use crate::iommu::agent::TranslationAgent;
-use crate::iommu::amd::processor::Follower;
 use crate::iommu::amd::spec::registers::Reg;
 use crate::iommu::amd::window::RegisterWindow;
-use crate::iommu::emulated::{
-    DoorbellThread, EmulatedUnit, LateWrites, RemappingIoApic, RemappingSink, UnitParts,
-};
+use crate::iommu::emulated::{DoorbellThread, LateWrites, RemappingIoApic};
 use crate::iommu::iommufd::Attach;
 use crate::iommu::shadow::{Shadow, ShadowParts, Views};
 use crate::pci::topology::Topology;
 use crate::pci::tree::{NodeKind, RootComplex};
-use crate::platform::addr::{Gpa, Sbdf};
-use crate::platform::dma::{Dma, Requester};
+use crate::platform::addr::Gpa;
+use crate::platform::dma::Requester;
 use crate::platform::doorbell::CoalescedWrites;
 use crate::platform::host::HostError;
 use crate::platform::irq::IoApicHost;
 use crate::platform::kvm::{KvmVm, ReadOnlyPage};
 use crate::platform::memory::GuestRam;
 use crate::platform::msi::MsiSink;
+use unit::Surroundings;
 
 /// Every unit, in the order of the plan.
 pub(super) struct Viommus<'a> {
     /// Of units whose doorbell is polled. They end before the units do.
     doorbells: Vec<DoorbellThread>,
     plan: &'a Plan,
-    units: Vec<Arc<EmulatedUnit>>,
+    units: Vec<Unit>,
 }
 
 /// The page in which a guest reads heads, tails and Status.
@@ -48,43 +47,26 @@ impl RegisterWindow for Window {
     }
 }
 
-/// What a processor is not held up with, the event loop does.
-struct Rest(Arc<EmulatedUnit>);
-
-impl EventSubscriber for Rest {
-    fn process(&self, _events: Events, _ops: &mut EventOps) {
-        self.0.run_commands();
-    }
-
-    fn init(&self, ops: &mut EventOps) {
-        ops.add(Events::new_raw(self.0.as_raw_fd(), EventSet::IN))
-            .expect("the descriptor is open and watched once");
-    }
-}
-
 impl<'a> Viommus<'a> {
     /// The units of `plan`, which work on `ram` and send what they remapped to `messages`.
     pub(super) fn new(
         plan: &'a Plan,
         ram: &GuestRam,
         messages: &Arc<dyn MsiSink>,
+        vm: &KvmVm,
         events: &mut EventLoop,
     ) -> Result<Self, HostError> {
+        let served = plan.viommus.iter().any(|planned| planned.mode.is_served());
+        let around = Surroundings {
+            ram,
+            messages,
+            protection: served.then(|| vm.write_protection()).transpose()?,
+        };
         let mut units = Vec::with_capacity(plan.viommus.len());
         for planned in &plan.viommus {
-            let unit = EmulatedUnit::new(UnitParts {
-                name: planned.name.clone(),
-                at: Sbdf {
-                    segment: planned.segment,
-                    bdf: planned.bdf,
-                },
-                mmio: planned.mmio,
-                features: planned.offer.features(),
-                ram: ram.clone(),
-                messages: messages.clone(),
-            })?;
-            events.add(Arc::new(Rest(unit.clone())));
-            units.push(unit);
+            let root = plan.pci.roots().find(|root| root.name == planned.root_complex);
+            let root = root.expect("a planned IOMMU covers a planned root complex");
+            units.push(Unit::new(planned, root, &around, events)?);
         }
         Ok(Self {
             doorbells: Vec::new(),
@@ -101,7 +83,7 @@ impl<'a> Viommus<'a> {
         ram: &GuestRam,
     ) -> Result<(), HostError> {
         for root in self.plan.pci.roots() {
-            let Some(unit) = self.covering(root) else {
+            let Some(Unit::Emulated(unit)) = self.covering(root) else {
                 continue;
             };
             let mut functions: Vec<(Arc<Requester>, Arc<dyn Attach>)> = Vec::new();
@@ -152,7 +134,9 @@ impl<'a> Viommus<'a> {
         }
         let writes = LateWrites::new(writes()?);
         for (unit, _) in units {
-            self.doorbells.push(DoorbellThread::start(unit.clone(), &writes)?);
+            if let Unit::Emulated(unit) = unit {
+                self.doorbells.push(DoorbellThread::start(unit.clone(), &writes)?);
+            }
         }
         Ok(())
     }
@@ -166,15 +150,17 @@ impl<'a> Viommus<'a> {
         let sender = nodes
             .find(|(_, node)| node.kind == NodeKind::IsaBridge)
             .expect("every machine has an ISA bridge");
-        let unit = self.units[index].clone();
-        Arc::new(RemappingIoApic::new(unit, sender.1.bdf, host))
+        match &self.units[index] {
+            Unit::Emulated(unit) => Arc::new(RemappingIoApic::new(unit.clone(), sender.1.bdf, host)),
+            Unit::Simulated(_) => unreachable!("a plan has served units remap nothing"),
+        }
     }
 
     /// Make every unit's registers reachable on `board`, and those that change while it runs readable in `vm`
     /// without an exit.
     pub(super) fn place(&self, board: &mut Board, vm: &KvmVm) -> Result<(), RunError> {
         for (unit, planned) in self.units.iter().zip(&self.plan.viommus) {
-            board.claim_mmio(unit.name(), planned.mmio, unit.clone())?;
+            board.claim_mmio(unit.name(), planned.mmio, unit.registers())?;
             let page = vm.read_only_page(unit.name(), Gpa(planned.mmio.start().0 + Reg::RUNNING_AT))?;
             unit.show_registers(Box::new(Window(page)));
         }
@@ -182,76 +168,28 @@ impl<'a> Viommus<'a> {
     }
 
     /// Unit number `index` of the plan.
-    pub(super) fn unit(&self, index: usize) -> Arc<EmulatedUnit> {
-        self.units[index].clone()
+    pub(super) fn unit(&self, index: usize) -> &Unit {
+        &self.units[index]
     }
 
     /// The unit that covers `root`, if one does.
-    pub(super) fn covering(&self, root: &RootComplex) -> Option<&Arc<EmulatedUnit>> {
+    pub(super) fn covering(&self, root: &RootComplex) -> Option<&Unit> {
         let covers = |index: &usize| self.plan.viommus[*index].root_complex == root.name;
         (0..self.units.len()).find(covers).map(|index| &self.units[index])
     }
 
     /// Every unit.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &EmulatedUnit> {
-        self.units.iter().map(|unit| &**unit)
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Unit> {
+        self.units.iter()
     }
 
     /// See to it that the units have heard all that the guest told them. No processor runs.
     pub(super) fn catch_up(&self) {
-        self.units.iter().for_each(|unit| unit.catch_up());
+        self.units.iter().for_each(Unit::catch_up);
     }
 
     /// All as after power-on. No processor and no device runs.
     pub(super) fn reset(&self) {
-        self.units.iter().for_each(|unit| unit.reset());
-    }
-}
-
-/// A function's ways out: through a unit, or straight.
-#[derive(Clone)]
-pub(super) struct Upstream {
-    unit: Option<Arc<EmulatedUnit>>,
-    /// Where its messages go.
-    pub(super) messages: Arc<dyn MsiSink>,
-}
-
-impl Upstream {
-    /// Behind `unit`, if there is one; `messages` lead to the processors.
-    pub(super) fn new(unit: Option<&Arc<EmulatedUnit>>, messages: &Arc<dyn MsiSink>) -> Self {
-        let messages: Arc<dyn MsiSink> = match unit {
-            Some(unit) => Arc::new(RemappingSink::new(unit.clone())),
-            None => messages.clone(),
-        };
-        Self {
-            unit: unit.cloned(),
-            messages,
-        }
-    }
-
-    /// The way of `requester` to `ram`.
-    pub(super) fn dma(&self, requester: Arc<Requester>, ram: GuestRam) -> Dma {
-        match &self.unit {
-            Some(unit) => Dma::translated(requester, ram, unit.clone()),
-            None => Dma::new(requester, ram),
-        }
-    }
-
-    /// The unit, where it speaks translation services with functions.
-    pub(super) fn agent(&self) -> Option<Arc<dyn TranslationAgent>> {
-        let unit = self.unit.clone().filter(|unit| unit.offers_ats())?;
-        Some(unit)
-    }
-
-    /// Have `follower` hear what the unit, if there is one, has invalidated.
-    pub(super) fn tell_of_invalidations(&self, follower: Arc<dyn Follower>) {
-        if let Some(unit) = &self.unit {
-            unit.add_follower(follower);
-        }
-    }
-
-    /// Whether a unit translates.
-    pub(super) const fn translates(&self) -> bool {
-        self.unit.is_some()
+        self.units.iter().for_each(Unit::reset);
     }
 }

@@ -184,6 +184,13 @@ fn v2_tables_alone_disable_host_tables_and_everything_optional_shows() {
     recorded("viommu-v2", &ivrs(toml));
 }
 
+/// What a unit that serves guests does not do, none of the machine says it does.
+#[test]
+fn ivrs_of_a_served_unit_and_one_beside_it() {
+    let toml = "[[root-complex]]\n[[root-complex]]\n[[viommu]]\nmode = \"sim\"\n[[viommu]]\non = \"rc1\"\n";
+    recorded("viommu-served", &ivrs(toml));
+}
+
 #[test]
 fn each_segment_has_its_own_bus_numbers_and_configuration_space() {
     let mut pci = Hierarchy::default();

@@ -146,6 +146,25 @@ fn function(device: HostDevice) -> Bdf {
     Bdf::from_requester_id(FIRST_DEVICE + number)
 }
 
+/// What the host's unit offers its kernel.
+fn offer() -> Features {
+    Features::offer(Wanted {
+        pasid_bits: 16,
+        virtualizable: true,
+        ..Wanted::DEFAULT
+    })
+}
+
+/// What every such unit has.
+#[must_use]
+pub fn features() -> HostFeatures {
+    let Features { efr, efr2, .. } = offer();
+    HostFeatures {
+        efr: efr.into_bits(),
+        efr2: efr2.into_bits(),
+    }
+}
+
 impl SimHost {
     /// A host made of `parts`, whose devices reach nothing yet.
     ///
@@ -166,12 +185,7 @@ impl SimHost {
         }
         let more = EventFd::new(EFD_NONBLOCK).map_err(refused)?;
         let memory = SimMemory::new(&name, ram)?;
-        let wanted = Wanted {
-            pasid_bits: 16,
-            virtualizable: true,
-            ..Wanted::DEFAULT
-        };
-        let unit = Unit::at(OWN_FUNCTION, Features::offer(wanted), memory.clone());
+        let unit = Unit::at(OWN_FUNCTION, offer(), memory.clone());
         let functions = (0..devices).map(|device| function(HostDevice(device)));
         let kernel = Kernel::start(&unit, &memory, functions).map_err(refused)?;
         let own = Arc::new(Requester::new(at));
@@ -351,11 +365,7 @@ impl UnitOwner for SimHost {
 
 impl ViommuHost for SimHost {
     fn features(&self) -> io::Result<HostFeatures> {
-        let Features { efr, efr2, .. } = self.unit.features();
-        Ok(HostFeatures {
-            efr: efr.into_bits(),
-            efr2: efr2.into_bits(),
-        })
+        Ok(features())
     }
 
     fn parent(&self) -> ObjectId {

@@ -236,7 +236,8 @@ section! {
     /// An AMD IOMMU for the guest, which covers a root complex and all behind it. What one of several does not
     /// offer, none does.
     pub struct Viommu is several "viommu", main "mode" {
-        /// auto or emulated (default auto, which is emulated); hw and sim are not built in this version.
+        /// auto, emulated, or sim for a model of a host's unit that serves guests (default auto, which is emulated); hw is
+        /// not built in this version.
         mode = "mode": Option<ViommuMode>,
         /// What it is called (default iommu0, iommu1, ...).
         id = "id": Option<Name>,

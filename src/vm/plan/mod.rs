@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use serde::{Serialize, Serializer};
 
 use crate::iommu::amd::features::{Features, Wanted};
+use crate::iommu::{sim, viommu};
 use crate::pci::tree::{PciTree, RootComplex};
 use crate::platform::addr::{Bdf, GpaRange, Sbdf};
 
@@ -235,13 +236,27 @@ pub struct ViommuOffer {
     /// The guest announces new mappings as well, because its tables are copied. They then have four levels, which is
     /// as far as hosts let devices reach, and leave no marks of what was used, which copies could not.
     pub np_cache: bool,
+    /// One of the units is served by a host's, so none offers what those leave to the hypervisor: only tables of the
+    /// processors' format, and no remapped interrupts.
+    pub served: bool,
+}
+
+impl ViommuPlan {
+    /// Where its own function is.
+    #[must_use]
+    pub const fn sbdf(&self) -> Sbdf {
+        Sbdf {
+            segment: self.segment,
+            bdf: self.bdf,
+        }
+    }
 }
 
 impl ViommuOffer {
     /// The registers' view of it: what each unit shows, and the ACPI tables repeat.
     #[must_use]
     pub fn features(&self) -> Features {
-        Features::offer(Wanted {
+        let wanted = Wanted {
             xt: self.xt,
             guest_tables: self.page_table != PageTable::V1,
             pasid_bits: self.pasid_bits,
@@ -250,7 +265,26 @@ impl ViommuOffer {
             host_levels: if self.np_cache { 4 } else { 6 },
             host_tracking: !self.np_cache,
             ..Wanted::DEFAULT
-        })
+        };
+        if !self.served {
+            return Features::offer(wanted);
+        }
+        let served = viommu::features::offer(&[sim::features()], &wanted);
+        Features {
+            header: served.header.with_np_cache(self.np_cache),
+            ..served
+        }
+    }
+}
+
+impl ViommuMode {
+    /// Whether a unit of a host's, or a model of one, works it.
+    #[must_use]
+    pub const fn is_served(self) -> bool {
+        match self {
+            Self::Emulated => false,
+            Self::Simulated => true,
+        }
     }
 }
 
@@ -260,6 +294,9 @@ impl ViommuOffer {
 pub enum ViommuMode {
     /// By Ravelin.
     Emulated,
+    /// By a model of a host's unit that serves guests.
+    #[serde(rename = "sim")]
+    Simulated,
 }
 
 /// The page tables of an IOMMU that a guest uses.

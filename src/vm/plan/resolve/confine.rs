@@ -9,7 +9,7 @@ use crate::vm::config::said::ConfigError;
 use crate::vm::config::section::Section;
 use crate::vm::config::sections::Viommu;
 use crate::vm::host_functions::HostFunctions;
-use crate::vm::plan::{DeviceKind, DevicePlan, ViommuPlan};
+use crate::vm::plan::{DeviceKind, DevicePlan, ViommuMode, ViommuPlan};
 
 /// The functions of the host among `devices`, in their order: index, name and address.
 fn passed(devices: &[DevicePlan]) -> impl Iterator<Item = (usize, &str, Sbdf)> {
@@ -48,6 +48,14 @@ pub(super) fn have_maps_announced(
             let problem =
                 format!("{name} is {place} where it is; an IOMMU covers the root complex that it is on");
             return Err(device.source().wrong("viommu", problem));
+        }
+        if let Some(model) = covering.filter(|viommu| viommu.mode == ViommuMode::Simulated) {
+            let problem = format!(
+                "it would be behind {}, a model, which no IOMMU of the host follows; put it on another root complex, or \
+                 say mode=emulated for that one",
+                model.name
+            );
+            return Err(device.source().wrong("host", problem));
         }
         confined = confined.or(is.map(|viommu| (name, viommu.to_owned())));
     }

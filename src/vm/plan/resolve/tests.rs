@@ -424,8 +424,8 @@ fn kernels_get_only_what_their_protocol_takes() {
 #[test]
 fn what_is_not_built_is_refused_and_not_ignored() {
     assert_eq!(
-        refused("[[viommu]]\nmode = \"sim\"\n"),
-        "m.toml:2: viommu.mode = sim: not built in this version; say emulated or auto"
+        refused("[[viommu]]\nmode = \"hw\"\n"),
+        "m.toml:2: viommu.mode = hw: not built in this version; say emulated, sim or auto"
     );
 }
 

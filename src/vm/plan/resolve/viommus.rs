@@ -59,12 +59,13 @@ fn on(switch: Option<Switch>, default: bool) -> bool {
 fn mode(viommu: &Viommu) -> Result<(ViommuMode, Option<&'static str>), ConfigError> {
     match viommu.mode {
         Some(Said::Emulated) => Ok((ViommuMode::Emulated, None)),
+        Some(Said::Simulated) => Ok((ViommuMode::Simulated, None)),
         None | Some(Said::Auto) => Ok((
             ViommuMode::Emulated,
             Some("auto: this version does not look for hardware"),
         )),
-        Some(Said::Hardware | Said::Simulated) => {
-            let problem = "not built in this version; say emulated or auto";
+        Some(Said::Hardware) => {
+            let problem = "not built in this version; say emulated, sim or auto";
             Err(viommu.source().wrong("mode", problem))
         }
     }
@@ -73,9 +74,14 @@ fn mode(viommu: &Viommu) -> Result<(ViommuMode, Option<&'static str>), ConfigErr
 /// What all of `viommus` offer: Linux uses only what each of them has, and expects that to be told alike.
 /// `None` when there are none.
 fn offer(viommus: &[Viommu]) -> Result<Option<ViommuOffer>, ConfigError> {
+    let served = viommus.iter().any(is_served);
     let mut all: Option<ViommuOffer> = None;
     for viommu in viommus {
-        let one = asked(viommu)?;
+        let one = if served {
+            asked_beside_served(viommu)?
+        } else {
+            asked(viommu)?
+        };
         all = Some(match all {
             None => one,
             Some(all) => ViommuOffer {
@@ -88,6 +94,7 @@ fn offer(viommus: &[Viommu]) -> Result<Option<ViommuOffer>, ConfigError> {
                 pasid_bits: all.pasid_bits.min(one.pasid_bits),
                 ats: all.ats && one.ats,
                 np_cache: all.np_cache || one.np_cache,
+                served,
             },
         });
     }
@@ -116,6 +123,44 @@ fn asked(viommu: &Viommu) -> Result<ViommuOffer, ConfigError> {
         pasid_bits,
         ats: on(viommu.ats, false),
         np_cache: on(viommu.np_cache, false),
+        served: false,
+    })
+}
+
+/// Whether a unit of a host's, or a model of one, works it.
+fn is_served(viommu: &Viommu) -> bool {
+    matches!(viommu.mode, Some(Said::Simulated))
+}
+
+/// What one of them was asked to offer in a machine in which a host's unit serves one. Such a unit has its tables of the
+/// IOMMU's own format for guest physical memory, and no remapping of a guest's interrupts.
+fn asked_beside_served(viommu: &Viommu) -> Result<ViommuOffer, ConfigError> {
+    let refuse = |key: &str, problem: &str| {
+        let problem =
+            format!("{problem} with an IOMMU of mode sim in the machine: no unit offers what one does not");
+        Err(viommu.source().wrong(key, problem))
+    };
+    if viommu.page_table == Some(PageTable::V1) {
+        return refuse("page-table", "must be v2");
+    }
+    if on(viommu.intremap, false) {
+        return refuse("intremap", "must be off");
+    }
+    if on(viommu.ats, false) {
+        return refuse("ats", "must be off");
+    }
+    if viommu.pasid_bits.is_some_and(|bits| bits > 0) {
+        return refuse("pasid-bits", "must be 0");
+    }
+    if is_served(viommu) && viommu.doorbell == Some(Doorbell::Poll) {
+        let problem = "the doorbell of an IOMMU of mode sim is the model's own; say exit, or leave this out";
+        return Err(viommu.source().wrong("doorbell", problem));
+    }
+    Ok(ViommuOffer {
+        page_table: PageTable::V2,
+        intremap: false,
+        served: true,
+        ..asked(viommu)?
     })
 }
 
@@ -238,6 +283,7 @@ mod tests {
             pasid_bits: 0,
             ats: false,
             np_cache: false,
+            served: false,
         };
         assert_eq!(unit.offer, offer);
     }
@@ -286,6 +332,7 @@ mod tests {
             pasid_bits: 8,
             ats: false,
             np_cache: true,
+            served: false,
         };
         assert!(units.iter().all(|unit| unit.offer == offer));
         let efr = offer.features().efr;
@@ -320,6 +367,33 @@ mod tests {
     }
 
     #[test]
+    fn beside_a_served_unit_none_offers_what_it_cannot() {
+        let roots = "[[root-complex]]\n".repeat(2);
+        let both = format!("{roots}[[viommu]]\nmode = \"sim\"\n[[viommu]]\non = \"rc1\"\n");
+        let units = plans(&both);
+        let modes: Vec<_> = units.iter().map(|unit| unit.mode).collect();
+        assert_eq!(modes, [ViommuMode::Simulated, ViommuMode::Emulated]);
+        let offer = units[0].offer;
+        assert_eq!((offer.page_table, offer.intremap), (PageTable::V2, false));
+        assert!(offer.served && units[1].offer == offer && !units.iter().any(|unit| unit.remaps_ioapic));
+        for (line, problem) in [
+            (
+                "page-table = \"v1\"",
+                "viommu.page-table = v1: must be v2 with an IOMMU of mode sim",
+            ),
+            ("intremap = true", "viommu.intremap = on: must be off with"),
+            ("ats = true", "viommu.ats = on: must be off with"),
+            ("pasid-bits = 8", "viommu.pasid-bits = 8: must be 0 with"),
+        ] {
+            let text = refused(&format!("{both}{line}\n"));
+            assert!(text.contains(problem), "{line}: {text}");
+        }
+        assert!(resolved(&format!("{both}doorbell = \"poll\"\n")).is_ok());
+        let text = refused("[[viommu]]\nmode = \"sim\"\ndoorbell = \"poll\"\n");
+        assert!(text.contains("the model's own"), "{text}");
+    }
+
+    #[test]
     fn each_units_doorbell_is_its_own() {
         let roots = "[[root-complex]]\n".repeat(2);
         let units = plans(&format!(
@@ -339,7 +413,7 @@ mod tests {
         assert!(
             with("pasid-bits = 1\npage-table = \"v1\"").contains("process address spaces have v2 tables")
         );
-        assert!(with("mode = \"hw\"").ends_with("not built in this version; say emulated or auto"));
+        assert!(with("mode = \"hw\"").ends_with("not built in this version; say emulated, sim or auto"));
         let text = refused("cpus = 256\n[[viommu]]\nxt = false\n");
         assert!(
             text.starts_with("m.toml:3: viommu.xt = off: remapped interrupts"),

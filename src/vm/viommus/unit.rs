@@ -1,0 +1,226 @@
+//! One unit of the guest's, whoever works it.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use event_manager::{EventOps, EventSubscriber, Events};
+use vmm_sys_util::epoll::EventSet;
+
+use crate::iommu::amd::counters::Counts;
+use crate::iommu::amd::window::RegisterWindow;
+use crate::iommu::emulated::{EmulatedUnit, UnitParts};
+use crate::iommu::sim::{SimHost, SimParts};
+use crate::iommu::viommu::host::HostDevice;
+use crate::iommu::viommu::{Counts as Asked, ServedParts, ServedUnit};
+use crate::pci::Function;
+use crate::pci::tree::{NodeKind, RootComplex};
+use crate::platform::addr::Sbdf;
+use crate::platform::bus::BusDevice;
+use crate::platform::dma::{Requester, Translator};
+use crate::platform::host::HostError;
+use crate::platform::memory::GuestRam;
+use crate::platform::msi::MsiSink;
+use crate::platform::protection::WriteProtection;
+use crate::vm::events::EventLoop;
+use crate::vm::plan::{ViommuMode, ViommuPlan};
+
+/// A unit, by who works it.
+#[derive(Clone)]
+pub(in crate::vm) enum Unit {
+    /// Ravelin.
+    Emulated(Arc<EmulatedUnit>),
+    /// A model of a host's unit.
+    Simulated(Arc<Simulated>),
+}
+
+/// A unit that a model serves.
+pub(in crate::vm) struct Simulated {
+    unit: Arc<ServedUnit>,
+    host: Arc<SimHost>,
+    /// The functions behind it: as whom each issues requests. The model knows them by their place here.
+    functions: Vec<Arc<Requester>>,
+}
+
+/// What units are connected to.
+pub(super) struct Surroundings<'a> {
+    pub(super) ram: &'a GuestRam,
+    pub(super) messages: &'a Arc<dyn MsiSink>,
+    /// Where a unit is served.
+    pub(super) protection: Option<Arc<dyn WriteProtection>>,
+}
+
+/// What a processor is not held up with, the event loop does.
+struct Rest<U> {
+    unit: Arc<U>,
+    run_commands: fn(&U),
+}
+
+impl<U: AsRawFd> EventSubscriber for Rest<U> {
+    fn process(&self, _events: Events, _ops: &mut EventOps) {
+        (self.run_commands)(&self.unit);
+    }
+
+    fn init(&self, ops: &mut EventOps) {
+        ops.add(Events::new_raw(self.unit.as_raw_fd(), EventSet::IN))
+            .expect("the descriptor is open and watched once");
+    }
+}
+
+impl Unit {
+    /// The unit `planned`, which covers `root`.
+    pub(super) fn new(
+        planned: &ViommuPlan,
+        root: &RootComplex,
+        around: &Surroundings<'_>,
+        events: &mut EventLoop,
+    ) -> Result<Self, HostError> {
+        match planned.mode {
+            ViommuMode::Emulated => Self::emulated(planned, around, events),
+            ViommuMode::Simulated => Self::simulated(planned, root, around, events),
+        }
+    }
+
+    fn emulated(
+        planned: &ViommuPlan,
+        around: &Surroundings<'_>,
+        events: &mut EventLoop,
+    ) -> Result<Self, HostError> {
+        let unit = EmulatedUnit::new(UnitParts {
+            name: planned.name.clone(),
+            at: planned.sbdf(),
+            mmio: planned.mmio,
+            features: planned.offer.features(),
+            ram: around.ram.clone(),
+            messages: around.messages.clone(),
+        })?;
+        events.add(Arc::new(Rest {
+            unit: unit.clone(),
+            run_commands: EmulatedUnit::run_commands,
+        }));
+        Ok(Self::Emulated(unit))
+    }
+
+    fn simulated(
+        planned: &ViommuPlan,
+        root: &RootComplex,
+        around: &Surroundings<'_>,
+        events: &mut EventLoop,
+    ) -> Result<Self, HostError> {
+        let endpoints = root
+            .nodes()
+            .filter(|node| matches!(node.kind, NodeKind::Endpoint(_)));
+        let functions: Vec<_> = endpoints
+            .map(|node| {
+                Arc::new(Requester::new(Sbdf {
+                    segment: root.segment,
+                    bdf: node.bdf,
+                }))
+            })
+            .collect();
+        let host = SimHost::new(SimParts {
+            name: planned.name.clone(),
+            at: planned.sbdf(),
+            ram: around.ram.clone(),
+            devices: functions.len(),
+            messages: around.messages.clone(),
+        })?;
+        let protection = around.protection.clone();
+        let unit = ServedUnit::new(ServedParts {
+            name: planned.name.clone(),
+            at: planned.sbdf(),
+            mmio: planned.mmio,
+            features: planned.offer.features(),
+            ram: around.ram.clone(),
+            host: host.clone(),
+            protection: protection.expect("it is asked for where a unit is served"),
+            functions: functions.iter().cloned().zip((0..).map(HostDevice)).collect(),
+        })?;
+        events.add(Arc::new(Rest {
+            unit: host.clone(),
+            run_commands: SimHost::run_commands,
+        }));
+        Ok(Self::Simulated(Arc::new(Simulated {
+            unit,
+            host,
+            functions,
+        })))
+    }
+
+    /// What the operator calls it.
+    pub(in crate::vm) fn name(&self) -> &str {
+        match self {
+            Self::Emulated(unit) => unit.name(),
+            Self::Simulated(simulated) => simulated.unit.name(),
+        }
+    }
+
+    /// Its PCI function.
+    pub(in crate::vm) fn function(&self) -> Arc<dyn Function> {
+        match self {
+            Self::Emulated(unit) => unit.clone(),
+            Self::Simulated(simulated) => simulated.unit.clone(),
+        }
+    }
+
+    /// Its registers.
+    pub(super) fn registers(&self) -> Arc<dyn BusDevice> {
+        match self {
+            Self::Emulated(unit) => unit.clone(),
+            Self::Simulated(simulated) => simulated.unit.clone(),
+        }
+    }
+
+    /// From now on `window` shows heads, tails and Status.
+    pub(super) fn show_registers(&self, window: Box<dyn RegisterWindow>) {
+        match self {
+            Self::Emulated(unit) => unit.show_registers(window),
+            Self::Simulated(simulated) => simulated.host.show_registers(window),
+        }
+    }
+
+    /// What it did so far, and what it asked of the host that serves it.
+    pub(in crate::vm) fn counts(&self) -> (Counts, Option<Asked>) {
+        match self {
+            Self::Emulated(unit) => (unit.counts(), None),
+            Self::Simulated(simulated) => (simulated.host.counts(), Some(simulated.unit.counts())),
+        }
+    }
+
+    /// Its registers as the guest would read them, and what it did so far, in one line.
+    pub(in crate::vm) fn state(&self) -> String {
+        match self {
+            Self::Emulated(unit) => unit.state(),
+            Self::Simulated(simulated) => format!("{}; {}", simulated.unit.state(), simulated.host.state()),
+        }
+    }
+
+    /// See to it that it has heard all that the guest told it. No processor runs.
+    pub(super) fn catch_up(&self) {
+        if let Self::Emulated(unit) = self {
+            unit.catch_up();
+        }
+    }
+
+    /// As after power-on. No processor and no device runs.
+    pub(super) fn reset(&self) {
+        match self {
+            Self::Emulated(unit) => unit.reset(),
+            Self::Simulated(simulated) => {
+                simulated.unit.reset();
+                simulated.host.reset();
+            }
+        }
+    }
+}
+
+impl Simulated {
+    /// As whom the function at `at` issues requests, and where those go, if it is behind the unit.
+    pub(super) fn function_at(&self, at: Sbdf) -> Option<(Arc<Requester>, Arc<dyn Translator>)> {
+        let planned = |requester: &Arc<Requester>| requester.sbdf() == at;
+        let index = self.functions.iter().position(planned)?;
+        Some((
+            self.functions[index].clone(),
+            self.host.translator(HostDevice(index)),
+        ))
+    }
+}

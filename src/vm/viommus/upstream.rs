@@ -1,0 +1,75 @@
+//! A function's ways out.
+
+use std::sync::Arc;
+
+use super::unit::Unit;
+use crate::iommu::agent::TranslationAgent;
+use crate::iommu::amd::processor::Follower;
+use crate::iommu::emulated::RemappingSink;
+use crate::platform::addr::Sbdf;
+use crate::platform::dma::{Dma, Requester};
+use crate::platform::memory::GuestRam;
+use crate::platform::msi::MsiSink;
+
+/// The ways out of the functions behind a root complex: through a unit, or straight.
+#[derive(Clone)]
+pub(in crate::vm) struct Upstream {
+    unit: Option<Unit>,
+    /// Where their messages go.
+    pub(in crate::vm) messages: Arc<dyn MsiSink>,
+}
+
+impl Upstream {
+    /// Behind `unit`, if there is one; `messages` lead to the processors.
+    pub(in crate::vm) fn new(unit: Option<&Unit>, messages: &Arc<dyn MsiSink>) -> Self {
+        let messages: Arc<dyn MsiSink> = match unit {
+            Some(Unit::Emulated(unit)) => Arc::new(RemappingSink::new(unit.clone())),
+            // A unit that serves guests remaps no messages of theirs.
+            Some(Unit::Simulated(_)) | None => messages.clone(),
+        };
+        Self {
+            unit: unit.cloned(),
+            messages,
+        }
+    }
+
+    /// As whom the function at `at` issues requests, and its way to `ram`.
+    pub(in crate::vm) fn dma(&self, at: Sbdf, ram: GuestRam) -> (Arc<Requester>, Dma) {
+        let own = || Arc::new(Requester::new(at));
+        match &self.unit {
+            Some(Unit::Emulated(unit)) => {
+                let requester = own();
+                (requester.clone(), Dma::translated(requester, ram, unit.clone()))
+            }
+            Some(Unit::Simulated(simulated)) => {
+                let behind = simulated.function_at(at);
+                let (requester, way) = behind.expect("the unit was made for every function behind it");
+                (requester.clone(), Dma::translated(requester, ram, way))
+            }
+            None => {
+                let requester = own();
+                (requester.clone(), Dma::new(requester, ram))
+            }
+        }
+    }
+
+    /// The unit, where it speaks translation services with functions.
+    pub(in crate::vm) fn agent(&self) -> Option<Arc<dyn TranslationAgent>> {
+        match &self.unit {
+            Some(Unit::Emulated(unit)) if unit.offers_ats() => Some(unit.clone()),
+            _ => None,
+        }
+    }
+
+    /// Have `follower` hear what the unit has invalidated, where it tells.
+    pub(in crate::vm) fn tell_of_invalidations(&self, follower: Arc<dyn Follower>) {
+        if let Some(Unit::Emulated(unit)) = &self.unit {
+            unit.add_follower(follower);
+        }
+    }
+
+    /// Whether a unit translates.
+    pub(in crate::vm) const fn translates(&self) -> bool {
+        self.unit.is_some()
+    }
+}
