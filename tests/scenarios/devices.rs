@@ -40,7 +40,7 @@ say read "$(dd if=/dev/vda bs=1M skip=1 2>/dev/null | sha256sum | cut -c 1-64)"
 
 #[test]
 fn two_guests_exchange_100_mib_over_a_bridge() {
-    exchange("rvtest0", 100, &[]);
+    exchange("rvtest0", 100, &[], "");
 }
 
 #[test]

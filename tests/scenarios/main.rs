@@ -28,6 +28,7 @@ mod life;
 mod multiboot;
 mod nested_vfio;
 mod refused;
+mod sim;
 mod terminal;
 mod test_device;
 mod topologies;

@@ -63,13 +63,14 @@ impl Drop for Bridge {
     }
 }
 
-/// Two guests, each with these arguments, send `mebibytes` there and back over the bridge `name`; what arrives is
-/// what was sent, by its hash.
-pub(crate) fn exchange(name: &str, mebibytes: usize, arguments: &[&str]) {
+/// Two guests, each with these arguments and `words` for its kernel, send `mebibytes` there and back over the bridge `name`;
+/// what arrives is what was sent, by its hash.
+pub(crate) fn exchange(name: &str, mebibytes: usize, arguments: &[&str], words: &str) {
     let bridge = Bridge::new(name, 2);
     let side = |at: usize, script: &str| {
         Machine::new("lab")
             .deadline(Duration::from_secs(900))
+            .cmdline(words)
             .arguments(["--memory", "512M", "--net", &format!("tap={}", bridge.tap(at))])
             .arguments(arguments)
             .script(&format!(

@@ -1,7 +1,6 @@
 //! Guests behind an emulated IOMMU: Linux finds it, uses all of it, and has nothing to complain about.
 
 use std::ffi::OsStr;
-use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -20,7 +19,7 @@ check x2apic sh -c 'dmesg | grep -Eiq "x2apic( mode)? enabled"'
 "#;
 
 /// What every kernel must make of its IOMMUs, however many there are.
-const LOOK_AROUND: &str = r#"
+pub(crate) const LOOK_AROUND: &str = r#"
 say units "$(ls /sys/class/iommu | grep -c ivhd)"
 say groups "$(ls /sys/kernel/iommu_groups | wc -l)"
 section amd_vi <<EOF
@@ -35,7 +34,7 @@ done
 "#;
 
 /// Work for each kind of device, checked by hash.
-const WORK: &str = r#"
+pub(crate) const WORK: &str = r#"
 check disk_works round_trip "behind the unit"
 dd if=/dev/urandom of=/tmp/random bs=1M count=4 2>/dev/null
 dd if=/tmp/random of=/dev/vda bs=64k seek=32 conv=fsync 2>/dev/null
@@ -46,8 +45,15 @@ if [ -e /dev/hwrng ]; then
 fi
 "#;
 
+/// What the kernel says where no unit remaps the IOAPIC's interrupts, and calls a bug of the firmware.
+pub(crate) const NOT_NAMED: [&str; 3] = [
+    "IOAPIC[0] not in IVRS table",
+    "No southbridge IOAPIC found",
+    "Disabling interrupt remapping",
+];
+
 /// A machine with a disk, a NIC without a link and an entropy source behind one unit.
-fn one_unit(guest: &'static str, viommu: &str) -> Machine {
+pub(crate) fn one_unit(guest: &'static str, viommu: &str) -> Machine {
     let machine = Machine::new(guest).deadline(Duration::from_secs(300));
     let disk = format!("path={}", machine.disk("disk.img", 16).display());
     machine
@@ -66,7 +72,7 @@ fn works(machine: Machine, interrupts: &str) -> Console {
     run(machine, interrupts).well().console
 }
 
-fn run(machine: Machine, interrupts: &str) -> Ended {
+pub(crate) fn run(machine: Machine, interrupts: &str) -> Ended {
     machine
         .script(&format!("{DISK_TOOLS}{LOOK_AROUND}{interrupts}{WORK}"))
         .run()
@@ -104,20 +110,20 @@ fn the_lab_kernel_finds_the_iommu_and_uses_it() {
 
 /// A machine with a disk on the last of `count` root complexes, each behind a unit.
 fn units(guest: &'static str, count: usize) -> Machine {
+    let unit =
+        |at| format!("[[root-complex]]\nid = \"rc{at}\"\n[[viommu]]\nmode = \"emulated\"\non = \"rc{at}\"\n");
+    with_a_disk_on_the_last(guest, &(0..count).map(unit).collect::<Vec<_>>())
+}
+
+/// A machine of root complexes named rc0, rc1 and so on, of which the first has an entropy source and the last a disk.
+pub(crate) fn with_a_disk_on_the_last(guest: &'static str, roots: &[String]) -> Machine {
     let machine = Machine::new(guest).deadline(Duration::from_secs(600));
     let disk = machine.disk("disk.img", 16);
-    let mut toml = String::new();
-    for at in 0..count {
-        let _ = write!(
-            toml,
-            "[[root-complex]]\nid = \"rc{at}\"\n[[viommu]]\nmode = \"emulated\"\non = \"rc{at}\"\n"
-        );
-    }
-    let _ = write!(
-        toml,
-        "[[rng]]\non = \"rc0\"\n[[disk]]\npath = \"{}\"\non = \"rc{}\"\n",
+    let toml = format!(
+        "{}[[rng]]\non = \"rc0\"\n[[disk]]\npath = \"{}\"\non = \"rc{}\"\n",
+        roots.concat(),
         disk.display(),
-        count - 1
+        roots.len() - 1
     );
     machine.file(&toml).arguments(["--cpus", "2", "--memory", "384M"])
 }
@@ -175,12 +181,12 @@ fn strict_and_lazy_invalidation_work_alike() {
 
 #[test]
 fn a_guest_reboots_with_its_iommu_left_on() {
-    reboots("emulated");
+    reboots("emulated", "");
 }
 
-/// Without a word to the unit, which is on, and work before and after it.
-fn reboots(viommu: &str) {
-    let machine = one_unit("lab", viommu);
+/// Without a word to the unit, which is on, and work before and after it. The kernel is given `words`.
+pub(crate) fn reboots(viommu: &str, words: &str) {
+    let machine = one_unit("lab", viommu).cmdline(words);
     let script = format!(
         r#"
 if [ -z "$(dd if=/dev/vda bs=8 count=1 2>/dev/null | tr -d '\0')" ]; then
@@ -214,12 +220,6 @@ check no_x2apic_by_the_unit sh -c '! dmesg | grep -q "AMD-Vi: X2APIC enabled"'
 
 #[test]
 fn where_the_ioapic_is_not_named_no_interrupt_is_remapped() {
-    /// What the kernel says then, and calls a bug of the firmware.
-    const SAID: [&str; 3] = [
-        "IOAPIC[0] not in IVRS table",
-        "No southbridge IOAPIC found",
-        "Disabling interrupt remapping",
-    ];
     let ended = run(
         one_unit("debian-7.3", "emulated,intremap=off"),
         r#"
@@ -227,7 +227,7 @@ check remaps_no_interrupt sh -c '! dmesg | grep -q "AMD-Vi: Interrupt remapping 
 check says_why sh -c 'dmesg | grep -q "IOAPIC\[0\] not in IVRS table"'
 "#,
     );
-    let foreseen = |line: &str| SAID.iter().any(|said| line.contains(said));
+    let foreseen = |line: &str| NOT_NAMED.iter().any(|said| line.contains(said));
     let console = ended.well_but(foreseen).console;
     let interrupts = console.section("interrupts");
     assert!(
@@ -238,7 +238,7 @@ check says_why sh -c 'dmesg | grep -q "IOAPIC\[0\] not in IVRS table"'
 
 #[test]
 fn network_traffic_behind_a_unit_arrives_whole() {
-    exchange("rvtest1", 25, &["--viommu", "emulated"]);
+    exchange("rvtest1", 25, &["--viommu", "emulated"], "");
 }
 
 /// Of 300 processors the guest starts eight, the last by their IDs, and each takes a device's interrupts.
@@ -288,7 +288,7 @@ print "map $map, unmap $unmap\n";
 
 /// What a unit did.
 #[derive(Debug)]
-struct AtWork {
+pub(crate) struct AtWork {
     /// Invalidations of pages.
     unmapped: u64,
     /// Doorbells, and those of them that were polled.
@@ -326,11 +326,13 @@ impl AtWork {
     }
 }
 
-/// Run the kernel's own benchmark of mapping and unmapping behind `viommu`, in strict mode, on one thread and on two.
-fn maps_and_unmaps(viommu: &str) -> AtWork {
+/// Run the kernel's own benchmark of mapping and unmapping behind `viommu`, in strict mode, on one thread and on two. The
+/// kernel is given `words`.
+fn maps_and_unmaps(viommu: &str, words: &str) -> AtWork {
     let machine = Machine::new("lab")
         .deadline(Duration::from_secs(300))
-        .cmdline("iommu.passthrough=0 iommu.strict=1");
+        .cmdline("iommu.passthrough=0 iommu.strict=1")
+        .cmdline(words);
     let stats = machine.path("stats.json");
     let ended = machine
         .arguments([
@@ -369,22 +371,26 @@ check two_threads map_benchmark 3 2
 /// registers are read while it is set up and never again.
 #[test]
 fn mapping_costs_no_exit_and_unmapping_two() {
-    let AtWork {
-        unmapped,
-        doorbells,
-        polled,
-        writes,
-        ..
-    } = maps_and_unmaps("emulated");
-    assert_eq!(polled, 0);
+    let work = maps_and_unmaps_by_doorbells_alone("emulated", "");
     assert!(
-        doorbells <= 2 * unmapped + SET_UP,
-        "{doorbells} doorbells for {unmapped}"
+        work.doorbells <= 2 * work.unmapped + SET_UP,
+        "{} doorbells for {}",
+        work.doorbells,
+        work.unmapped
     );
+}
+
+/// Behind `viommu`, with `words` for the kernel, what costs exits once it is set up are doorbells.
+pub(crate) fn maps_and_unmaps_by_doorbells_alone(viommu: &str, words: &str) -> AtWork {
+    let work = maps_and_unmaps(viommu, words);
+    assert_eq!(work.polled, 0);
     assert!(
-        writes <= doorbells + SET_UP,
-        "{writes} registers written, {doorbells} of them doorbells"
+        work.writes <= work.doorbells + SET_UP,
+        "{} registers written, {} of them doorbells",
+        work.writes,
+        work.doorbells
     );
+    work
 }
 
 /// A doorbell that is polled costs no exit. How many are is the machine's speed: the thread sleeps when none comes for
@@ -397,7 +403,7 @@ fn a_doorbell_that_is_polled_costs_no_exit() {
         polled,
         writes,
         ..
-    } = maps_and_unmaps("emulated,doorbell=poll");
+    } = maps_and_unmaps("emulated,doorbell=poll", "");
     assert!(
         writes <= doorbells - polled + SET_UP,
         "{writes} registers written, {polled} of {doorbells} doorbells polled"
@@ -416,13 +422,19 @@ fn a_unit_whose_doorbell_is_polled_serves_its_guest_like_any_other() {
 
 #[test]
 fn a_guest_reboots_with_a_polled_doorbell() {
-    reboots("emulated,doorbell=poll");
+    reboots("emulated,doorbell=poll", "");
 }
 
 /// Drivers come and go while their devices are busy, and the unit forgets and learns with them.
 #[test]
 fn devices_are_unbound_and_bound_while_they_work() {
-    one_unit("lab", "emulated")
+    unbinds_and_binds("emulated", "");
+}
+
+/// Behind `viommu`, with `words` for the kernel.
+pub(crate) fn unbinds_and_binds(viommu: &str, words: &str) {
+    one_unit("lab", viommu)
+        .cmdline(words)
         .script(&format!(
             r#"{DISK_TOOLS}
 virtio=$(basename "$(ls -d /sys/bus/virtio/drivers/virtio_rng/virtio*)")
@@ -445,7 +457,15 @@ check entropy_comes test "$(dd if=/dev/hwrng bs=512 count=1 2>/dev/null | wc -c)
 /// A driver that aims its device at what is not mapped: the access is stopped and named, and all goes on.
 #[test]
 fn what_a_hostile_driver_aims_at_is_out_of_reach_and_logged() {
-    let machine = one_unit("lab", "emulated").arguments(["--root-port", "rp0", "--test-device", "port=rp0"]);
+    stops_a_hostile_driver("emulated", "", "0x0020");
+}
+
+/// Behind `viommu`, with `words` for the kernel; its log has `flags` for a write.
+pub(crate) fn stops_a_hostile_driver(viommu: &str, words: &str, flags: &str) {
+    let machine =
+        one_unit("lab", viommu)
+            .cmdline(words)
+            .arguments(["--root-port", "rp0", "--test-device", "port=rp0"]);
     let ended = machine
         .guest_program("/usr/bin/setpci")
         .script(&format!(
@@ -481,7 +501,7 @@ section events </tmp/events
         .well_but(|line| line.contains("Event logged") && line.contains(&device))
         .console;
     let events = console.section("events");
-    for (address, flags) in [("0x1000000", "0x0020"), ("0xdead0000", "0x0020")] {
+    for address in ["0x1000000", "0xdead0000"] {
         let wanted = |line: &str| {
             line.contains(&device)
                 && line.contains("IO_PAGE_FAULT")

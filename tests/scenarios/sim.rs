@@ -1,0 +1,202 @@
+//! Guests behind a unit that a model of the hardware serves: Linux finds what it finds in front of real hardware.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::machine::Machine;
+use crate::network::exchange;
+use crate::viommu::{self, LOOK_AROUND, NOT_NAMED, WORK, one_unit, with_a_disk_on_the_last};
+use crate::{console::Console, devices::DISK_TOOLS};
+
+/// A unit that serves guests remaps no interrupts of theirs. Told so, Linux does not look for what is missing then.
+const WORDS: &str = "intremap=off";
+
+/// What a machine told at its end.
+struct Told(Value);
+
+impl Told {
+    fn read(path: &Path) -> Self {
+        let text = fs::read_to_string(path).expect("statistics were written");
+        Self(serde_json::from_str(&text).expect("they are JSON"))
+    }
+
+    /// A count, by its place.
+    fn count(&self, at: &str) -> u64 {
+        let value = self.0.pointer(at).and_then(Value::as_u64);
+        value.unwrap_or_else(|| panic!("no count at {at} in {}", self.0))
+    }
+
+    /// What the first unit asked of its host.
+    fn asked(&self, what: &str) -> u64 {
+        self.count(&format!("/viommus/0/host/{what}"))
+    }
+}
+
+/// Boot `machine`, work behind its units, and return what the console and the statistics said.
+fn works(machine: Machine) -> (Console, Told) {
+    let stats = machine.path("stats.json");
+    let ended = machine
+        .arguments([OsStr::new("--stats"), stats.as_os_str()])
+        .script(&format!("{DISK_TOOLS}{LOOK_AROUND}{WORK}"))
+        .run();
+    let foreseen = |line: &str| NOT_NAMED.iter().any(|said| line.contains(said));
+    // The folder goes with what is returned.
+    let told = Told::read(&stats);
+    (ended.well_but(foreseen).console, told)
+}
+
+/// An unmodified guest uses v2 tables, which the model walks, and its rings, which the model works on.
+fn is_found_and_used(guest: &'static str, words: &str) -> Told {
+    let (console, told) = works(one_unit(guest, "sim").cmdline(words));
+    let log = console.section("amd_vi");
+    assert_eq!(console.said("units"), "1", "{log}");
+    assert!(log.contains("V2 page table enabled"), "{log}");
+    assert!(
+        console.section("interrupts").contains("PCI-MSIX"),
+        "interrupts as they come"
+    );
+    // Two functions that work, at least.
+    assert!(told.asked("nested") >= 2, "{}", told.0);
+    assert_eq!(told.asked("refusals"), 0, "{}", told.0);
+    assert!(
+        told.count("/viommus/0/commands/completion_wait") > 10,
+        "{}",
+        told.0
+    );
+    assert!(told.count("/viommus/0/hits") > 0, "{}", told.0);
+    assert!(
+        told.count("/viommus/0/commands/invalidate_iommu_pages") > 0,
+        "{}",
+        told.0
+    );
+    told
+}
+
+/// Entries of the device table are written 16 bytes at a time, an instruction that KVM leaves to Ravelin.
+#[test]
+fn debian_7_3_uses_a_unit_that_a_model_serves() {
+    let told = is_found_and_used("debian-7.3", "");
+    assert!(told.count("/watched_pages/compare_exchanges") > 0, "{}", told.0);
+    // Reads and writes of the device table are not to cost more than a boot's share.
+    assert!(told.count("/watched_pages/stores") < 1000, "{}", told.0);
+}
+
+/// A kernel that does not know that there are no v1 tables (HATDis) has to be told, and writes entries 8 bytes at a time.
+#[test]
+fn debian_6_12_uses_a_unit_that_a_model_serves_when_told_which_tables() {
+    let told = is_found_and_used("debian-6.12", "amd_iommu=pgtbl_v2");
+    assert!(told.asked("stores") > 0, "{}", told.0);
+}
+
+#[test]
+fn the_lab_kernel_uses_a_unit_that_a_model_serves() {
+    let told = is_found_and_used("lab", "");
+    assert!(told.count("/watched_pages/compare_exchanges") > 0, "{}", told.0);
+}
+
+#[test]
+fn strict_and_lazy_invalidation_work_alike_before_a_model() {
+    for (strict, said) in [("1", "strict mode"), ("0", "lazy mode")] {
+        let words = format!("{WORDS} iommu.passthrough=0 iommu.strict={strict}");
+        let (console, _) = works(one_unit("lab", "sim").cmdline(&words));
+        assert!(
+            console.section("amd_vi").contains(said),
+            "{}",
+            console.section("amd_vi")
+        );
+    }
+}
+
+/// A root complex of one bus behind a unit of `mode`. Linux flushes what each unit may have kept of every function up to
+/// the last of the segment, one command at a time, where no unit offers more.
+fn root(at: usize, segment: usize, bus: usize, mode: &str) -> String {
+    format!(
+        "[[root-complex]]\nid = \"rc{at}\"\nsegment = {segment}\nbus = \"{bus:#04x}-{bus:#04x}\"\n[[viommu]]\nmode = \
+         \"{mode}\"\non = \"rc{at}\"\n"
+    )
+}
+
+/// Each in a segment of its own, so that each has a device table of its own.
+#[test]
+fn eight_units_that_models_serve() {
+    let roots: Vec<_> = (0..8).map(|at| root(at, at, 0, "sim")).collect();
+    let (console, told) = works(with_a_disk_on_the_last("lab", &roots).cmdline(WORDS));
+    assert_eq!(console.said("units"), "8");
+    for unit in 0..8 {
+        assert_eq!(told.count(&format!("/viommus/{unit}/host/refusals")), 0);
+    }
+    assert!(told.asked("nested") >= 1, "{}", told.0);
+    assert!(told.count("/viommus/7/host/nested") >= 1, "{}", told.0);
+}
+
+/// Both in one segment: one device table, a page of it each.
+#[test]
+fn two_units_that_models_serve_share_a_device_table() {
+    let roots = [root(0, 0, 0, "sim"), root(1, 0, 1, "sim")];
+    let (console, told) = works(with_a_disk_on_the_last("debian-7.3", &roots));
+    assert_eq!(console.said("units"), "2");
+    assert!(told.asked("nested") >= 1, "{}", told.0);
+    assert!(told.count("/viommus/1/host/nested") >= 1, "{}", told.0);
+}
+
+/// Some functions behind a unit that is emulated, others behind one that a model serves: the guest sees two units alike.
+#[test]
+fn emulated_and_served_units_share_a_guest() {
+    let roots = [root(0, 0, 0, "sim"), root(1, 0, 1, "emulated")];
+    let (console, told) = works(with_a_disk_on_the_last("debian-7.3", &roots));
+    assert_eq!(console.said("units"), "2");
+    assert!(told.asked("nested") >= 1, "{}", told.0);
+    assert!(told.0.pointer("/viommus/1/host").is_none(), "{}", told.0);
+    assert!(told.count("/viommus/1/hits") > 0, "{}", told.0);
+}
+
+/// The hybrid machine, whose file says what it stands for: three NICs before two models, and a disk before neither.
+#[test]
+fn the_hybrid_guest_of_the_machine_file_works() {
+    let machine = Machine::new("debian-7.3").deadline(Duration::from_secs(300));
+    machine.disk("disk.img", 16);
+    let machine = machine
+        .file(include_str!("../../configs/talk.toml"))
+        .cmdline(WORDS);
+    let (console, told) = works(machine);
+    assert_eq!(console.said("units"), "3");
+    for function in ["01:00.0", "02:00.0", "04:00.0", "05:01.0"] {
+        let domain = console.said(&format!("domain_0000:{function}"));
+        assert!(domain.starts_with("DMA"), "{function}: {domain}");
+    }
+    assert!(told.asked("nested") >= 2, "{}", told.0);
+    assert!(told.count("/viommus/1/host/nested") >= 1, "{}", told.0);
+    assert!(told.count("/viommus/2/hits") > 0, "{}", told.0);
+}
+
+#[test]
+fn network_traffic_before_a_model_arrives_whole() {
+    exchange("rvtest2", 25, &["--viommu", "sim"], WORDS);
+}
+
+#[test]
+fn a_guest_reboots_with_a_served_unit_left_on() {
+    viommu::reboots("sim", WORDS);
+}
+
+#[test]
+fn devices_before_a_model_are_unbound_and_bound_while_they_work() {
+    viommu::unbinds_and_binds("sim", WORDS);
+}
+
+/// The model writes the fault into the guest's own event log, by the guest's own device number; of guest tables, as flag 0
+/// says.
+#[test]
+fn what_a_hostile_driver_aims_at_is_out_of_reach_of_the_model() {
+    viommu::stops_a_hostile_driver("sim", WORDS, "0x0021");
+}
+
+/// Beside the model's own doorbell, which hardware has no exit for, mapping and unmapping cost none.
+#[test]
+fn mapping_costs_no_exit_before_a_model() {
+    viommu::maps_and_unmaps_by_doorbells_alone("sim", WORDS);
+}
