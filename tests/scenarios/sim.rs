@@ -161,6 +161,7 @@ fn the_hybrid_guest_of_the_machine_file_works() {
     machine.disk("disk.img", 16);
     let machine = machine
         .file(include_str!("../../configs/talk.toml"))
+        .arguments(["--rng", "rng0"])
         .cmdline(WORDS);
     let (console, told) = works(machine);
     assert_eq!(console.said("units"), "3");
