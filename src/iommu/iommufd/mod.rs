@@ -3,7 +3,9 @@
 //! Documentation/userspace-api/iommufd.rst. An object of the kernel's lives exactly as long as its handle here.
 //! What the kernel is asked passes one seam, [`Requests`], so that tests refuse any of it.
 
+mod abi;
 mod ioas;
+mod kernel;
 #[cfg(any(test, fuzzing))]
 pub mod testing;
 mod uapi;
@@ -19,7 +21,9 @@ use crate::iommu::amd::request::Access;
 use crate::platform::host::HostError;
 use crate::platform::memory::GuestRam;
 
+pub use abi::{Abi, AbiError};
 pub use ioas::{Ioas, Memlock};
+pub use kernel::Kernel;
 
 /// Where it is.
 pub const NODE: &str = "/dev/iommu";

@@ -173,10 +173,141 @@ pub(super) fn windows(iommufd: &File, ioas: u32) -> io::Result<Vec<RangeInclusiv
         .collect())
 }
 
+/// Where a structure has the length of further data, and where its address.
+struct DataPlace {
+    len: usize,
+    address: usize,
+}
+
+/// What is known of request `number`: that it has no address in its structure, or where it is. Requests that have others
+/// are not made here.
+fn data_place(number: u32) -> io::Result<Option<DataPlace>> {
+    match number {
+        abi::IOMMUFD_CMD_HWPT_ALLOC => Ok(Some(DataPlace { len: 28, address: 32 })),
+        abi::IOMMUFD_CMD_GET_HW_INFO => Ok(Some(DataPlace { len: 12, address: 16 })),
+        abi::IOMMUFD_CMD_VIOMMU_ALLOC => Ok(Some(DataPlace { len: 24, address: 32 })),
+        abi::IOMMUFD_CMD_DESTROY
+        | abi::IOMMUFD_CMD_IOAS_ALLOC
+        | abi::IOMMUFD_CMD_OPTION
+        | abi::IOMMUFD_CMD_VDEVICE_ALLOC
+        | abi::IOMMUFD_CMD_HW_QUEUE_ALLOC => Ok(None),
+        number if is_amds(number) => Ok(None),
+        _ => Err(io::ErrorKind::InvalidInput.into()),
+    }
+}
+
+/// Whether request `number` may be one of AMD's for its units: none of upstream's, and none of the two for confidential
+/// devices (96h and 97h), which have addresses in them.
+pub(super) const fn is_amds(number: u32) -> bool {
+    matches!(number, 0x60..=0x7f | 0x95 | 0x98..=0xff)
+}
+
+/// Issue request `number` with a structure of its own size in bytes, and data that the structure is to point at.
+///
+/// # Errors
+/// The kernel's, and `InvalidInput` for what is not known to be harmless: see [`super::Kernel::request`].
+pub(super) fn request(iommufd: &File, number: u32, argument: &mut [u8], data: &mut [u8]) -> io::Result<()> {
+    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+    let size = argument.get(..4).and_then(|size| size.try_into().ok());
+    let size = size.map(u32::from_le_bytes).ok_or_else(invalid)?;
+    if usize::try_from(size).ok() != Some(argument.len()) {
+        return Err(invalid());
+    }
+    match data_place(number)? {
+        Some(place) => {
+            let len = u32::try_from(data.len()).map_err(|_| invalid())?.to_le_bytes();
+            // The kernel takes no data to be at no address.
+            let address = if data.is_empty() {
+                0
+            } else {
+                data.as_mut_ptr() as u64
+            };
+            let field = argument.get_mut(place.len..place.len + 4).ok_or_else(invalid)?;
+            field.copy_from_slice(&len);
+            let field = argument
+                .get_mut(place.address..place.address + 8)
+                .ok_or_else(invalid)?;
+            field.copy_from_slice(&address.to_le_bytes());
+        }
+        None if !data.is_empty() => return Err(invalid()),
+        None => {}
+    }
+    let request = libc::c_ulong::from(u32::from(abi::IOMMUFD_TYPE) << 8 | number);
+    // SAFETY: the descriptor is open for as long as `iommufd` lives. `argument` is live and exclusive, and its first
+    // field is its length, past which the kernel does not go. The only address in a structure of this request is the one
+    // of `data`, written above with its length; it is live and exclusive too, and the effect ends with the call. The
+    // kernel copies in and out, so that alignment does not matter.
+    let result = unsafe { libc::ioctl(iommufd.as_raw_fd(), request, argument.as_mut_ptr()) };
+    // An address says nothing to anybody once the call is over.
+    if let Some(place) = data_place(number)?
+        && let Some(field) = argument.get_mut(place.address..place.address + 8)
+    {
+        field.fill(0);
+    }
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::iommu::amd::request::Access;
+
+    #[test]
+    fn data_is_pointed_at_where_the_structures_of_the_kernels_interface_have_room() {
+        use std::mem::offset_of;
+        let place = |number| {
+            let place = data_place(number).expect("known").expect("has data");
+            (place.len, place.address)
+        };
+        assert_eq!(
+            place(0x89),
+            (
+                offset_of!(abi::iommu_hwpt_alloc, data_len),
+                offset_of!(abi::iommu_hwpt_alloc, data_uptr)
+            )
+        );
+        assert_eq!(
+            place(0x8a),
+            (
+                offset_of!(abi::iommu_hw_info, data_len),
+                offset_of!(abi::iommu_hw_info, data_uptr)
+            )
+        );
+        assert_eq!(
+            place(0x90),
+            (
+                offset_of!(abi::iommu_viommu_alloc, data_len),
+                offset_of!(abi::iommu_viommu_alloc, data_uptr)
+            )
+        );
+    }
+
+    #[test]
+    fn only_requests_without_unknown_addresses_are_made() {
+        let file = tempfile::tempfile().expect("a file");
+        let mut structure = [40, 0, 0, 0].to_vec();
+        structure.resize(40, 0);
+        // IOAS_MAP and its kin, and AMD's two for confidential devices.
+        for number in [0x83, 0x84, 0x85, 0x86, 0x8d, 0x8f, 0x93, 0x96, 0x97, 0x5f, 0x100] {
+            let error = request(&file, number, &mut structure, &mut []).expect_err("not made");
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{number:#x}");
+        }
+        for number in [0x60, 0x80, 0x89, 0x90, 0x91, 0x94, 0x95, 0x98] {
+            let error = request(&file, number, &mut structure, &mut []).expect_err("no iommufd");
+            assert_eq!(error.raw_os_error(), Some(libc::ENOTTY), "{number:#x}");
+        }
+        let invalid = |number, structure: &mut [u8], data: &mut [u8]| {
+            let error = request(&file, number, structure, data).expect_err("not made");
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        };
+        invalid(0x91, &mut structure, &mut [0; 8]);
+        invalid(0x91, &mut structure[..24], &mut []);
+        invalid(0x91, &mut [], &mut []);
+        invalid(0x90, &mut [8, 0, 0, 0, 0, 0, 0, 0], &mut [0; 8]);
+    }
 
     #[test]
     fn requests_have_the_numbers_and_sizes_of_the_kernels_interface() {
