@@ -3,12 +3,15 @@
 //! Documentation/userspace-api/iommufd.rst. An object of the kernel's lives exactly as long as its handle here.
 //! What the kernel is asked passes one seam, [`Requests`], so that tests refuse any of it.
 
-mod abi;
+pub mod abi;
+#[cfg(test)]
+mod fake;
 mod ioas;
 mod kernel;
 #[cfg(any(test, fuzzing))]
 pub mod testing;
 mod uapi;
+pub mod viommu;
 
 use std::fs::File;
 use std::io;

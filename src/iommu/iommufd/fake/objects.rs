@@ -1,0 +1,119 @@
+//! The fake kernel's objects, and who refers to whom.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use super::refuse;
+
+/// An object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in super::super) enum Object {
+    /// A function that is bound.
+    Device { unit: u32, attached: Option<u32> },
+    /// An address space.
+    Ioas,
+    /// Tables of the host's.
+    Hwpt { ioas: u32, nest_parent: bool },
+    /// A guest's unit; `offset` is 0 where it has no page.
+    Viommu {
+        parent: u32,
+        unit: u32,
+        offset: u64,
+        gid: u32,
+    },
+    /// Tables of a guest's.
+    Nested { viommu: u32 },
+    /// A guest's name of a device.
+    Vdevice { viommu: u32, device: u32, name: u64 },
+    /// A ring.
+    Queue {
+        viommu: u32,
+        queue_type: u32,
+        flags: u32,
+        base: u64,
+        length: u64,
+    },
+}
+
+impl Object {
+    /// The objects that must stay as long as it is there.
+    fn refers_to(self) -> [Option<u32>; 2] {
+        match self {
+            Self::Ioas => [None, None],
+            Self::Device { attached, .. } => [attached, None],
+            Self::Hwpt { ioas, .. } => [Some(ioas), None],
+            Self::Viommu { parent, .. } => [Some(parent), None],
+            Self::Nested { viommu } | Self::Queue { viommu, .. } => [Some(viommu), None],
+            Self::Vdevice { viommu, device, .. } => [Some(viommu), Some(device)],
+        }
+    }
+}
+
+/// All of them, by number.
+#[derive(Default)]
+pub(super) struct Objects {
+    next: u32,
+    made: BTreeMap<u32, Object>,
+}
+
+impl Objects {
+    pub(super) fn add(&mut self, object: Object) -> u32 {
+        self.next += 1;
+        self.made.insert(self.next, object);
+        self.next
+    }
+
+    pub(super) fn get(&self, id: u32) -> io::Result<Object> {
+        self.made
+            .get(&id)
+            .copied()
+            .map_or_else(|| refuse(libc::ENOENT), Ok)
+    }
+
+    pub(super) fn all(&self) -> impl Iterator<Item = &Object> {
+        self.made.values()
+    }
+
+    pub(super) fn find(&self, wanted: impl Fn(&Object) -> bool) -> Option<u32> {
+        let found = self.made.iter().find(|(_, object)| wanted(object));
+        found.map(|(id, _)| *id)
+    }
+
+    /// Behind which unit `device` is.
+    pub(super) fn unit(&self, device: u32) -> io::Result<u32> {
+        match self.get(device)? {
+            Object::Device { unit, .. } => Ok(unit),
+            _ => refuse(libc::ENOENT),
+        }
+    }
+
+    /// Of which unit `id`, a vIOMMU, is.
+    pub(super) fn viommu(&self, id: u32) -> io::Result<u32> {
+        match self.get(id)? {
+            Object::Viommu { unit, .. } => Ok(unit),
+            _ => refuse(libc::ENOENT),
+        }
+    }
+
+    /// How many guest's units there are.
+    pub(super) fn viommus(&self) -> u32 {
+        let viommus = self
+            .all()
+            .filter(|object| matches!(object, Object::Viommu { .. }));
+        u32::try_from(viommus.count()).expect("a few")
+    }
+
+    pub(super) fn is_used(&self, id: u32) -> bool {
+        self.all().any(|object| object.refers_to().contains(&Some(id)))
+    }
+
+    pub(super) fn remove(&mut self, id: u32) {
+        self.made.remove(&id);
+    }
+
+    pub(super) fn attach(&mut self, device: u32, table: Option<u32>) {
+        if let Some(Object::Device { attached, .. }) = self.made.get_mut(&device) {
+            *attached = table;
+        }
+    }
+}

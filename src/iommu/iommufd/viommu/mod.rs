@@ -1,0 +1,593 @@
+//! Mode `hw`: a unit of the host's that serves a unit of the guest's, by AMD's requests to /dev/iommu.
+//!
+//! Objects of the kernel's, each hanging on the one it is indented under:
+//!
+//! ```text
+//! address space with guest RAM, the caller's
+//!   nest parent
+//!     vIOMMU, with the VF page mapped
+//!       HW queues, nested tables, vDevices
+//! empty address space
+//!   tables that map nothing
+//! ```
+//!
+//! A stock kernel takes the request for a vIOMMU of any type and does nothing about it. So success proves nothing: the
+//! offset of the VF page must have been written, and HW queues must be known.
+
+mod requests;
+mod rings;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::abi::{Abi, Rings};
+use super::kernel::{Fields, Kernel};
+use super::{Attach, abi};
+use crate::iommu::amd::spec::dte::{Dte, Guest, Host, Interrupt};
+use crate::iommu::amd::spec::registers::{Control, Efr, Efr2};
+use crate::iommu::viommu::host::{
+    HostDevice, HostFeatures, InterruptTarget, ObjectId, Queue, QueueKind, UnitInterrupt, VfPage, Viommu,
+    ViommuHost,
+};
+use crate::platform::addr::{Bdf, PAGE_SIZE};
+use crate::platform::host::HostError;
+
+pub use requests::NestParent;
+use requests::{Made, Route, refusal};
+
+/// A function of the host's behind the unit.
+pub struct HwDevice {
+    /// The number of its binding to /dev/iommu.
+    pub id: u32,
+    /// What attaches it to tables.
+    pub function: Arc<dyn Attach>,
+}
+
+/// Names of functions that some versions of the interface ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Functions {
+    /// The host's IOMMU.
+    pub host_iommu: Bdf,
+    /// The guest's.
+    pub guest_iommu: Bdf,
+    /// One that the host does not have: in its device table entry are the tables for the guest's rings.
+    pub translate_device: Bdf,
+}
+
+/// Where interrupts of the unit's go: a guest of KVM's.
+pub trait Processors: Send + Sync {
+    /// The VM.
+    fn vm(&self) -> BorrowedFd<'_>;
+
+    /// The number of the vCPU that a target names, if it names one.
+    fn vcpu(&self, target: InterruptTarget) -> Option<u32>;
+}
+
+/// What a host is made of.
+pub struct HwParts {
+    /// What the operator calls the unit that it serves.
+    pub name: String,
+    /// Who is asked.
+    pub kernel: Arc<dyn Kernel>,
+    /// Guest memory.
+    pub parent: Arc<NestParent>,
+    /// All behind the same unit, at least one; attached to nothing.
+    pub devices: Vec<HwDevice>,
+    /// Versions that the kernel may have, the likeliest first; the first that it answers to counts.
+    pub abis: Vec<Abi>,
+    /// For versions that ask.
+    pub functions: Functions,
+    /// For versions that ask, and for interrupts.
+    pub processors: Option<Arc<dyn Processors>>,
+}
+
+/// A unit of the host's that serves a unit of the guest's.
+///
+/// Dropping it destroys what was made here; whoever has the VF page gives it back before that, and devices are attached
+/// to nothing then.
+pub struct HwHost {
+    name: String,
+    kernel: Arc<dyn Kernel>,
+    devices: Vec<HwDevice>,
+    abi: Abi,
+    functions: Functions,
+    processors: Option<Arc<dyn Processors>>,
+    features: HostFeatures,
+    state: Mutex<State>,
+    // In the order in which they go.
+    blocked: Made,
+    _empty: Made,
+    parent: Arc<NestParent>,
+}
+
+struct State {
+    made: BTreeMap<ObjectId, Object>,
+    /// By device; `None` is nothing.
+    attached: Vec<Option<ObjectId>>,
+    /// What the kernel was told that the guest's Control is, where it is told registers.
+    control: Control,
+    /// The number that the unit has for the guest, where the kernel tells it.
+    guest_id: u32,
+}
+
+/// What hangs on the vIOMMU, and itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Object {
+    Viommu,
+    Vdevice(HostDevice),
+    Nested,
+    Queue(QueueKind),
+    /// A ring for which there is no object but registers that were forwarded.
+    Ring(QueueKind),
+}
+
+fn errno<T>(errno: i32) -> io::Result<T> {
+    Err(io::Error::from_raw_os_error(errno))
+}
+
+/// Of the features that a unit needs, the names of those it lacks.
+fn lacking(features: HostFeatures) -> Vec<&'static str> {
+    let (efr, efr2) = (Efr::from_bits(features.efr), Efr2::from_bits(features.efr2));
+    let needed = [
+        ("GTSup", efr.gt()),
+        ("GIOSup", efr.gio()),
+        ("vIOMMUSup", efr.viommu()),
+        ("GCR3TRPMode", efr2.gcr3_trp_mode()),
+    ];
+    needed
+        .iter()
+        .filter(|(_, there)| !there)
+        .map(|(name, _)| *name)
+        .collect()
+}
+
+impl HwHost {
+    /// A host made of `parts`; its devices reach nothing yet.
+    ///
+    /// # Errors
+    /// What the host lacks or refused. Nothing is left of it then.
+    pub fn new(parts: HwParts) -> Result<Arc<Self>, HostError> {
+        let HwParts {
+            name,
+            kernel,
+            parent,
+            devices,
+            abis,
+            functions,
+            processors,
+        } = parts;
+        let refused = |source| HostError::new(format!("have the host's IOMMU serve {name}"), source);
+        let (Some(first), Some(abi)) = (devices.first(), abis.first().cloned()) else {
+            return Err(refused(io::ErrorKind::InvalidInput.into()));
+        };
+        let features = requests::hw_info(&*kernel, first.id).map_err(&refused)?;
+        for device in devices.iter().skip(1) {
+            if requests::hw_info(&*kernel, device.id).map_err(&refused)? != features {
+                return Err(refused(io::Error::other(
+                    "its devices are behind different units",
+                )));
+            }
+        }
+        let lacking = lacking(features);
+        if !lacking.is_empty() {
+            let reason = format!("the host's IOMMU lacks {}", lacking.join(", "));
+            return Err(refused(io::Error::new(io::ErrorKind::Unsupported, reason)));
+        }
+        let empty = requests::ioas_alloc(&*kernel).map_err(&refused)?;
+        let empty = Made::new(&kernel, empty);
+        let blocked = requests::paging_alloc(&*kernel, first.id, empty.id, false).map_err(&refused)?;
+        let blocked = Made::new(&kernel, blocked);
+        let mut host = Self {
+            state: Mutex::new(State {
+                made: BTreeMap::new(),
+                attached: vec![None; devices.len()],
+                control: Control::RESET,
+                guest_id: 0,
+            }),
+            name,
+            kernel,
+            devices,
+            abi,
+            functions,
+            processors,
+            features,
+            blocked,
+            _empty: empty,
+            parent,
+        };
+        let refused = |host: &Self, source| {
+            HostError::new(format!("have the host's IOMMU serve {}", host.name), source)
+        };
+        for device in 0..host.devices.len() {
+            let attached = host.attach(HostDevice(device), host.blocked());
+            attached.map_err(|source| refused(&host, source))?;
+        }
+        if abis.len() > 1 {
+            host.choose(abis).map_err(|source| refused(&host, source))?;
+        }
+        Ok(Arc::new(host))
+    }
+
+    /// The version of the interface that is used.
+    #[must_use]
+    pub fn abi(&self) -> &Abi {
+        &self.abi
+    }
+
+    /// Take the first of `abis` that the kernel answers to.
+    fn choose(&mut self, abis: Vec<Abi>) -> io::Result<()> {
+        let mut reasons = Vec::new();
+        for abi in abis {
+            self.abi = abi;
+            let tried = self.viommu_alloc().and_then(|viommu| {
+                let Viommu { id, page } = viommu;
+                drop(page);
+                self.destroy(id)
+            });
+            match tried {
+                Ok(()) => return Ok(()),
+                // Structures of another length or with bits where another version has none.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::Unsupported
+                            | io::ErrorKind::InvalidInput
+                            | io::ErrorKind::ArgumentListTooLong
+                    ) =>
+                {
+                    reasons.push(format!("{}: {error}", self.abi.name));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let reason = format!(
+            "no version of AMD's interface is the kernel's: {}",
+            reasons.join("; ")
+        );
+        Err(io::Error::new(io::ErrorKind::Unsupported, reason))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn device(&self, device: HostDevice) -> io::Result<&HwDevice> {
+        self.devices.get(device.0).map_or_else(|| errno(libc::ENOENT), Ok)
+    }
+
+    /// The device by which the kernel finds the unit.
+    fn first(&self) -> u32 {
+        self.devices.first().expect("a host has a device").id
+    }
+
+    /// What goes with VIOMMU_ALLOC, by the table.
+    fn user_data(&self) -> io::Result<Fields> {
+        let abi::UserData {
+            len,
+            host_iommu,
+            guest_iommu,
+            translate_device,
+            kvm,
+            ..
+        } = self.abi.user_data;
+        let Functions {
+            host_iommu: host,
+            guest_iommu: guest,
+            translate_device: translate,
+        } = self.functions;
+        let mut data = Fields::data(len as usize);
+        for (at, function) in [
+            (host_iommu, host),
+            (guest_iommu, guest),
+            (translate_device, translate),
+        ] {
+            if let Some(at) = at {
+                data = data.u32(at as usize, function.requester_id().into());
+            }
+        }
+        if let Some(at) = kvm {
+            let Some(processors) = &self.processors else {
+                return Err(refusal(
+                    "VIOMMU_ALLOC",
+                    io::ErrorKind::InvalidInput.into(),
+                    "; it takes a guest of KVM's",
+                ));
+            };
+            let vm = u32::try_from(processors.vm().as_raw_fd()).map_err(io::Error::other)?;
+            data = data.u32(at as usize, vm);
+        }
+        Ok(data)
+    }
+
+    /// Whether the vIOMMU that the kernel made is one: it told the `offset` of its page, and knows queues where it has
+    /// any. The page is mapped then.
+    fn prove(&self, id: u32, offset: u64) -> io::Result<VfPage> {
+        if let Rings::Queues(queues) = &self.abi.rings {
+            rings::probe(&*self.kernel, id, queues)?;
+        }
+        // The kernel keeps the first page free, so that an offset of 0 is none.
+        if offset == 0 {
+            return Err(refusal(
+                "VIOMMU_ALLOC",
+                io::ErrorKind::Unsupported.into(),
+                "; the host's kernel made a vIOMMU and told no VF page, as a stock kernel does for any type",
+            ));
+        }
+        let page = self.kernel.map(offset, PAGE_SIZE);
+        page.map(VfPage::Mapped)
+            .map_err(|reason| refusal("mmap of the VF page", reason, ""))
+    }
+
+    fn whose(&self, viommu: ObjectId, guest_id: u32) -> requests::Whose {
+        requests::Whose {
+            viommu: viommu.0,
+            host_iommu: self.functions.host_iommu,
+            guest_id,
+        }
+    }
+}
+
+impl State {
+    fn viommu(&self, id: ObjectId) -> io::Result<()> {
+        match self.made.get(&id) {
+            Some(Object::Viommu) => Ok(()),
+            Some(_) => errno(libc::EINVAL),
+            None => errno(libc::ENOENT),
+        }
+    }
+
+    /// Keep `object`, which the kernel calls `id`.
+    fn keep(&mut self, id: u32, object: Object) -> ObjectId {
+        self.made.insert(ObjectId(id), object);
+        ObjectId(id)
+    }
+
+    fn has(&self, object: Object) -> bool {
+        self.made.values().any(|made| *made == object)
+    }
+}
+
+/// What of an entry counts for nested tables, in the one form that every kernel takes.
+fn canonical(dte: &Dte) -> io::Result<Dte> {
+    let Dte {
+        host,
+        guest,
+        interrupt,
+        ..
+    } = *dte;
+    // Kernels take a root of 0 for no table, and translate nevertheless.
+    let nested = host.v() && host.gv() && dte.gcr3_root() != 0;
+    if !nested || host.mode() != 0 || host.root() != 0 {
+        return errno(libc::EINVAL);
+    }
+    let kept = Dte {
+        host: Host::new()
+            .with_v(true)
+            .with_tv(true)
+            .with_ir(true)
+            .with_iw(true)
+            .with_gv(true)
+            .with_ppr(host.ppr())
+            .with_giov(host.giov())
+            .with_glx(host.glx()),
+        guest: Guest::new().with_domain(guest.domain()),
+        interrupt: Interrupt::new().with_guest_paging_mode(interrupt.guest_paging_mode()),
+        ..Dte::default()
+    };
+    Ok(kept.with_gcr3_root(dte.gcr3_root()))
+}
+
+impl ViommuHost for HwHost {
+    fn features(&self) -> io::Result<HostFeatures> {
+        Ok(self.features)
+    }
+
+    fn parent(&self) -> ObjectId {
+        ObjectId(self.parent.id())
+    }
+
+    fn blocked(&self) -> ObjectId {
+        ObjectId(self.blocked.id)
+    }
+
+    fn viommu_alloc(&self) -> io::Result<Viommu> {
+        let mut state = self.state();
+        if state.has(Object::Viommu) {
+            return errno(libc::EBUSY);
+        }
+        let mut data = self.user_data()?;
+        let parent = self.parent.id();
+        let id = requests::viommu_alloc(
+            &*self.kernel,
+            self.abi.viommu_type,
+            self.first(),
+            parent,
+            &mut data,
+        )?;
+        // Destroyed again unless it is one.
+        let made = Made::new(&self.kernel, id);
+        let at = self.abi.user_data.mmap_offset as usize;
+        let page = self.prove(id, data.get_u64(at))?;
+        state.control = Control::RESET;
+        let guest_id = self.abi.user_data.guest_id;
+        state.guest_id = guest_id.map_or(0, |at| data.get_u32(at as usize));
+        let id = state.keep(made.keep(), Object::Viommu);
+        Ok(Viommu { id, page })
+    }
+
+    fn vdevice_alloc(&self, viommu: ObjectId, device: HostDevice, guest: Bdf) -> io::Result<ObjectId> {
+        let mut state = self.state();
+        state.viommu(viommu)?;
+        let of = self.device(device)?.id;
+        let id = requests::vdevice_alloc(&*self.kernel, viommu.0, of, guest)?;
+        Ok(state.keep(id, Object::Vdevice(device)))
+    }
+
+    fn nested_alloc(&self, viommu: ObjectId, dte: &Dte) -> io::Result<ObjectId> {
+        let mut state = self.state();
+        state.viommu(viommu)?;
+        let id = requests::nested_alloc(&*self.kernel, viommu.0, self.first(), &canonical(dte)?)?;
+        Ok(state.keep(id, Object::Nested))
+    }
+
+    fn attach(&self, device: HostDevice, table: ObjectId) -> io::Result<()> {
+        let mut state = self.state();
+        let HwDevice { function, .. } = self.device(device)?;
+        if table != self.parent() && table != self.blocked() {
+            match state.made.get(&table) {
+                Some(Object::Nested) if state.has(Object::Vdevice(device)) => {}
+                Some(_) => return errno(libc::EINVAL),
+                None => return errno(libc::ENOENT),
+            }
+        }
+        function
+            .attach(table.0)
+            .map_err(|reason| refusal("attach", reason, ""))?;
+        if let Some(attached) = state.attached.get_mut(device.0) {
+            *attached = Some(table);
+        }
+        Ok(())
+    }
+
+    fn queue_alloc(&self, viommu: ObjectId, queue: &Queue) -> io::Result<ObjectId> {
+        let mut state = self.state();
+        state.viommu(viommu)?;
+        rings::check(queue)?;
+        if state.has(Object::Queue(queue.kind)) || state.has(Object::Ring(queue.kind)) {
+            return errno(libc::EEXIST);
+        }
+        match &self.abi.rings {
+            Rings::Queues(queues) => {
+                let id = requests::queue_alloc(&*self.kernel, viommu.0, &rings::as_hw_queue(queues, queue))?;
+                Ok(state.keep(id, Object::Queue(queue.kind)))
+            }
+            Rings::Registers(by) => {
+                let whose = self.whose(viommu, state.guest_id);
+                let (register, base) = rings::base_register(queue);
+                let control = rings::with_ring(state.control, queue);
+                requests::forward(&*self.kernel, *by, &whose, register, base)?;
+                requests::forward(&*self.kernel, *by, &whose, rings::CONTROL, control.into_bits())?;
+                state.control = control;
+                Ok(state.keep(rings::ring_id(queue.kind), Object::Ring(queue.kind)))
+            }
+        }
+    }
+
+    /// Where the request is known, a target that is no vCPU's is invalid.
+    fn route(
+        &self,
+        viommu: ObjectId,
+        interrupt: UnitInterrupt,
+        target: Option<InterruptTarget>,
+    ) -> io::Result<()> {
+        let state = self.state();
+        state.viommu(viommu)?;
+        let (Some(layout), Some(processors)) = (&self.abi.interrupts, &self.processors) else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        let (vcpu, vector) = match target {
+            None => (0, 0),
+            Some(target) => match processors.vcpu(target) {
+                Some(vcpu) if target.vector != 0 => (vcpu, target.vector),
+                _ => return errno(libc::EINVAL),
+            },
+        };
+        let kind = match interrupt {
+            UnitInterrupt::Event => layout.event,
+            UnitInterrupt::Ppr => layout.ppr,
+        };
+        let vm = processors.vm();
+        let route = Route {
+            viommu: viommu.0,
+            kind,
+            vm,
+            vcpu,
+            vector,
+        };
+        requests::route(&*self.kernel, layout, &route)
+    }
+
+    /// No version of the interface has a request for it.
+    fn insert_event(&self, viommu: ObjectId, _record: [u32; 4]) -> io::Result<()> {
+        self.state().viommu(viommu)?;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// No version of the interface has a request for it.
+    fn reset_page(&self, viommu: ObjectId) -> io::Result<()> {
+        self.state().viommu(viommu)?;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn destroy(&self, id: ObjectId) -> io::Result<()> {
+        let mut state = self.state();
+        if id == self.parent() || id == self.blocked() {
+            return errno(libc::EBUSY);
+        }
+        let Some(&object) = state.made.get(&id) else {
+            return errno(libc::ENOENT);
+        };
+        let nested = |table: &ObjectId| state.made.get(table) == Some(&Object::Nested);
+        // A kernel need not refuse the second, after which the device's requests would have no name for the guest.
+        let used = match object {
+            Object::Viommu => state.made.len() > 1,
+            Object::Vdevice(device) => state
+                .attached
+                .get(device.0)
+                .is_some_and(|table| table.as_ref().is_some_and(nested)),
+            _ => state.attached.contains(&Some(id)),
+        };
+        if used {
+            return errno(libc::EBUSY);
+        }
+        match (object, &self.abi.rings) {
+            (Object::Ring(kind), Rings::Registers(by)) => {
+                let viommu = state.made.iter().find(|(_, object)| **object == Object::Viommu);
+                let (viommu, _) = viommu.expect("a ring goes before its vIOMMU");
+                let control = rings::without_ring(state.control, kind);
+                let whose = self.whose(*viommu, state.guest_id);
+                requests::forward(&*self.kernel, *by, &whose, rings::CONTROL, control.into_bits())?;
+                state.control = control;
+            }
+            _ => requests::destroy(&*self.kernel, id.0)?,
+        }
+        state.made.remove(&id);
+        Ok(())
+    }
+}
+
+impl Drop for HwHost {
+    fn drop(&mut self) {
+        let kept = |error: io::Error| {
+            tracing::warn!(iommu = self.name, %error, "the host keeps an object of an IOMMU until the end");
+        };
+        let made = |wanted: fn(&Object) -> bool| {
+            let state = self.state();
+            let found = state.made.iter().filter(|(_, object)| wanted(object));
+            found.map(|(id, _)| *id).collect::<Vec<_>>()
+        };
+        let destroy = |ids: Vec<ObjectId>| {
+            for id in ids {
+                self.destroy(id).unwrap_or_else(kept);
+            }
+        };
+        destroy(made(|object| {
+            matches!(object, Object::Queue(_) | Object::Ring(_))
+        }));
+        for (device, HwDevice { function, .. }) in self.devices.iter().enumerate() {
+            let mut state = self.state();
+            let attached = state.attached.get_mut(device).and_then(Option::take);
+            if attached.is_some() {
+                function.detach().unwrap_or_else(kept);
+            }
+        }
+        destroy(made(|object| *object == Object::Nested));
+        destroy(made(|object| matches!(object, Object::Vdevice(_))));
+        destroy(made(|object| *object == Object::Viommu));
+    }
+}
+
+#[cfg(test)]
+mod tests;

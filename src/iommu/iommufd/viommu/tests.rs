@@ -1,0 +1,573 @@
+//! Mode `hw` over a kernel that is none, for every version of the interface and every failure.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
+
+use super::*;
+use crate::iommu::iommufd::fake::{EFR, EFR2, EXT_INT, Fake, Object as Kept, Version};
+use crate::platform::addr::Gpa;
+
+const FUNCTIONS: Functions = Functions {
+    host_iommu: Bdf::from_requester_id(0x4002),
+    guest_iommu: Bdf::from_requester_id(0x2008),
+    translate_device: Bdf::from_requester_id(0x4800),
+};
+const NIC: HostDevice = HostDevice(0);
+const DISK: HostDevice = HostDevice(1);
+
+/// A VM with vCPUs by APIC ID 0, 2 and 4.
+struct Vm(File);
+
+impl Processors for Vm {
+    fn vm(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    fn vcpu(&self, target: InterruptTarget) -> Option<u32> {
+        let even = !target.logical && target.destination <= 4 && target.destination.is_multiple_of(2);
+        even.then_some(target.destination / 2)
+    }
+}
+
+fn vm() -> Arc<Vm> {
+    Arc::new(Vm(tempfile::tempfile().expect("a file")))
+}
+
+/// A kernel with two devices behind one unit, and an address space.
+struct Bench {
+    fake: Arc<Fake>,
+    kernel: Arc<dyn Kernel>,
+    devices: [u32; 2],
+    ioas: u32,
+    vm: Arc<Vm>,
+}
+
+impl Bench {
+    fn new(version: Version) -> Self {
+        let fake = Fake::new(version);
+        let kernel: Arc<dyn Kernel> = fake.clone();
+        let devices = [fake.bind(0), fake.bind(0)];
+        let ioas = requests::ioas_alloc(&*kernel).expect("made");
+        Self {
+            fake,
+            kernel,
+            devices,
+            ioas,
+            vm: vm(),
+        }
+    }
+
+    fn host(&self, abis: Vec<Abi>) -> Result<Arc<HwHost>, HostError> {
+        let device = |id| HwDevice {
+            id,
+            function: self.fake.function(id),
+        };
+        HwHost::new(HwParts {
+            name: "viommu0".to_owned(),
+            kernel: self.kernel.clone(),
+            parent: NestParent::new(&self.kernel, self.devices[0], self.ioas)?,
+            devices: self.devices.map(device).into(),
+            abis,
+            functions: FUNCTIONS,
+            processors: Some(self.vm.clone()),
+        })
+    }
+
+    /// A host by the version that this kernel has.
+    fn made(&self, name: &str) -> Arc<HwHost> {
+        self.host(vec![named(name)]).expect("made")
+    }
+
+    /// Only what the bench made is left.
+    fn assert_empty(&self, when: &str) {
+        assert_eq!(self.fake.objects(), [Kept::Ioas], "{when}");
+        let attached = self.devices.map(|device| self.fake.attached(device));
+        assert_eq!(attached, [None, None], "{when}");
+    }
+}
+
+fn named(name: &str) -> Abi {
+    Abi::named(name).expect("built in")
+}
+
+/// V-E with a request for interrupts.
+fn routing() -> Abi {
+    let text = format!(
+        "base = 'v-e'\n[ext-int]\nrequest = {EXT_INT}\nlen = 32\nviommu = 4\nkind = 8\nkvm = 12\nvcpu = 16\n\
+         vector = 20\nevent = 0\nppr = 1"
+    );
+    Abi::from_toml(&text).expect("a table")
+}
+
+fn name(number: u16) -> Bdf {
+    Bdf::from_requester_id(number)
+}
+
+fn queue(kind: QueueKind) -> Queue {
+    Queue {
+        kind,
+        base: Gpa(0x10_0000),
+        length: 9,
+        interrupts: true,
+    }
+}
+
+/// An entry with guest tables, and bits that do not count.
+fn entry() -> Dte {
+    let [host, guest, interrupt, attribute] = Dte {
+        host: Host::new().with_v(true).with_gv(true).with_giov(true).with_had(3),
+        guest: Guest::new().with_domain(7).with_iotlb(true),
+        interrupt: Interrupt::new().with_iv(true).with_int_ctl(2),
+        ..Dte::default()
+    }
+    .with_gcr3_root(0x000a_5a5a_5a5a_5000)
+    .into_quadwords();
+    Dte::from_quadwords([host, guest, interrupt, attribute | u64::MAX])
+}
+
+fn errno<T>(result: io::Result<T>) -> Option<i32> {
+    let error = result.err().expect("refused");
+    error.raw_os_error()
+}
+
+fn said<T>(result: io::Result<T>) -> (io::ErrorKind, String) {
+    let error = result.err().expect("refused");
+    (error.kind(), error.to_string())
+}
+
+/// Once more what was refused once, which has changed nothing.
+fn again<T, E>(request: impl Fn() -> Result<T, E>) -> T {
+    let Ok(done) = request().or_else(|_| request()) else {
+        panic!("what was refused once is refused again");
+    };
+    done
+}
+
+/// All that a guest's life needs, up to the end of the host.
+fn live(bench: &Bench, abi: &Abi) -> Arc<HwHost> {
+    let host = again(|| bench.host(vec![abi.clone()]));
+    let Viommu { id: viommu, page } = again(|| host.viommu_alloc());
+    again(|| host.attach(NIC, host.parent()));
+    let vdevice = again(|| host.vdevice_alloc(viommu, NIC, name(0x2100)));
+    let event = again(|| host.queue_alloc(viommu, &queue(QueueKind::Event)));
+    let command = again(|| host.queue_alloc(viommu, &queue(QueueKind::Command)));
+    again(|| host.queue_alloc(viommu, &queue(QueueKind::Ppr)));
+    let nested = again(|| host.nested_alloc(viommu, &entry()));
+    again(|| host.attach(NIC, nested));
+    let other = again(|| host.nested_alloc(viommu, &entry()));
+    again(|| host.attach(NIC, other));
+    again(|| host.destroy(nested));
+    if abi.interrupts.is_some() {
+        let target = InterruptTarget {
+            destination: 2,
+            logical: false,
+            vector: 0x31,
+        };
+        again(|| host.route(viommu, UnitInterrupt::Event, Some(target)));
+        again(|| host.route(viommu, UnitInterrupt::Event, None));
+    }
+    // The guest is reset, and starts anew.
+    again(|| host.destroy(event));
+    again(|| host.destroy(command));
+    again(|| host.attach(NIC, host.blocked()));
+    again(|| host.destroy(other));
+    again(|| host.destroy(vdevice));
+    again(|| host.vdevice_alloc(viommu, DISK, name(0x2100)));
+    let nested = again(|| host.nested_alloc(viommu, &entry()));
+    again(|| host.attach(DISK, nested));
+    again(|| host.queue_alloc(viommu, &queue(QueueKind::Command)));
+    drop(page);
+    host
+}
+
+#[test]
+fn a_whole_life_leaves_nothing_behind() {
+    for (version, abi) in [
+        (Version::E, routing()),
+        (Version::D, named("v-d")),
+        (Version::C, named("v-c")),
+        (Version::A, named("v-a")),
+    ] {
+        let bench = Bench::new(version);
+        drop(live(&bench, &abi));
+        bench.assert_empty(abi.name);
+    }
+}
+
+#[test]
+fn every_request_may_fail_once_and_be_made_again_and_nothing_is_left_behind() {
+    for (version, abi) in [(Version::E, routing()), (Version::D, named("v-d"))] {
+        let bench = Bench::new(version);
+        let before = bench.fake.asked();
+        let host = live(&bench, &abi);
+        let requests = bench.fake.asked() - before;
+        drop(host);
+        assert!(requests > 20, "{requests}");
+        for errno in [libc::ENOMEM, libc::EOPNOTSUPP] {
+            for request in 0..requests {
+                let bench = Bench::new(version);
+                bench.fake.fail(request, errno);
+                drop(live(&bench, &abi));
+                bench.assert_empty(&format!("{} request {request}", abi.name));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_host_that_fails_half_made_leaves_nothing_behind() {
+    for request in 0..7 {
+        let bench = Bench::new(Version::E);
+        bench.fake.fail(request, libc::ENOMEM);
+        let error = bench.host(vec![named("v-e")]).err();
+        let error = error.expect("nest parent, twice the unit, address space, tables, attachment");
+        assert!(
+            error.action.contains("viommu0") || error.action.contains("guest memory"),
+            "{error}"
+        );
+        bench.fake.relent();
+        bench.assert_empty(&format!("request {request}"));
+    }
+}
+
+#[test]
+fn features_are_raw_and_those_that_are_missing_are_named() {
+    let bench = Bench::new(Version::E);
+    let host = bench.made("v-e");
+    assert_eq!(
+        host.features().expect("known"),
+        HostFeatures { efr: EFR, efr2: EFR2 }
+    );
+    drop(host);
+    bench.fake.set_efr(EFR & !(1 << 55 | 1 << 48));
+    let error = bench.host(vec![named("v-e")]).err().expect("refused");
+    assert_eq!(error.to_string(), "cannot have the host's IOMMU serve viommu0");
+    assert_eq!(
+        error.source.to_string(),
+        "the host's IOMMU lacks GIOSup, vIOMMUSup"
+    );
+    bench.fake.set_efr(EFR);
+    bench.fake.set_info_type(1);
+    let error = bench.host(vec![named("v-e")]).err().expect("refused");
+    assert_eq!(error.source.kind(), io::ErrorKind::Unsupported);
+    assert!(
+        error.source.to_string().starts_with("GET_HW_INFO: "),
+        "{}",
+        error.source
+    );
+    bench.assert_empty("refused");
+}
+
+#[test]
+fn rings_are_queue_objects_with_type_place_length_code_and_flags() {
+    let bench = Bench::new(Version::E);
+    let host = bench.made("v-e");
+    let Viommu { id: viommu, .. } = host.viommu_alloc().expect("made");
+    host.queue_alloc(viommu, &queue(QueueKind::Command))
+        .expect("made");
+    let silent = Queue {
+        interrupts: false,
+        ..queue(QueueKind::Ppr)
+    };
+    host.queue_alloc(viommu, &silent).expect("made");
+    let kept = |queue_type, flags| Kept::Queue {
+        viommu: viommu.0,
+        queue_type,
+        flags,
+        base: 0x10_0000,
+        length: 9,
+    };
+    let objects = bench.fake.objects();
+    assert!(
+        objects.contains(&kept(2, 0x300)) && objects.contains(&kept(4, 0x500)),
+        "{objects:?}"
+    );
+    assert_eq!(errno(host.queue_alloc(viommu, &silent)), Some(libc::EEXIST));
+    let event = queue(QueueKind::Event);
+    let odd = Queue {
+        base: Gpa(0x800),
+        ..event
+    };
+    assert_eq!(errno(host.queue_alloc(viommu, &odd)), Some(libc::EINVAL));
+    let long = Queue { length: 16, ..event };
+    assert_eq!(errno(host.queue_alloc(viommu, &long)), Some(libc::EINVAL));
+    assert_eq!(errno(host.queue_alloc(ObjectId(99), &event)), Some(libc::ENOENT));
+    assert_eq!(errno(host.queue_alloc(host.parent(), &event)), Some(libc::ENOENT));
+}
+
+#[test]
+fn rings_are_registers_where_the_kernel_wants_those() {
+    const BASE: u64 = 0x0900_0000_0010_0000;
+    for (version, name) in [(Version::A, "v-a"), (Version::C, "v-c"), (Version::D, "v-d")] {
+        let bench = Bench::new(version);
+        let host = bench.made(name);
+        let Viommu { id: viommu, .. } = host.viommu_alloc().expect("made");
+        let command = host
+            .queue_alloc(viommu, &queue(QueueKind::Command))
+            .expect("made");
+        let event = host.queue_alloc(viommu, &queue(QueueKind::Event)).expect("made");
+        assert_eq!(
+            errno(host.queue_alloc(viommu, &queue(QueueKind::Event))),
+            Some(libc::EEXIST)
+        );
+        assert_eq!(errno(host.destroy(viommu)), Some(libc::EBUSY));
+        host.destroy(command).expect("off");
+        assert_eq!(errno(host.destroy(command)), Some(libc::ENOENT));
+        host.destroy(event).expect("off");
+        let bit = |bits: &[u32]| bits.iter().fold(1 | 1 << 10, |all, bit| all | 1_u64 << bit);
+        let on = |register, value| (viommu.0, register, value);
+        assert_eq!(
+            bench.fake.registers(),
+            [
+                on(0x08, BASE),
+                on(0x18, bit(&[12, 4])),
+                on(0x10, BASE),
+                on(0x18, bit(&[12, 4, 2, 3])),
+                on(0x18, bit(&[2, 3])),
+                on(0x18, bit(&[])),
+            ],
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn a_table_of_the_guests_is_reached_by_devices_that_have_a_name() {
+    let bench = Bench::new(Version::E);
+    let host = bench.made("v-e");
+    let Viommu { id: viommu, .. } = host.viommu_alloc().expect("made");
+    let nested = host.nested_alloc(viommu, &entry()).expect("made");
+    assert_eq!(errno(host.attach(NIC, nested)), Some(libc::EINVAL), "no name");
+    assert_eq!(errno(host.attach(NIC, viommu)), Some(libc::EINVAL), "no table");
+    assert_eq!(errno(host.attach(NIC, ObjectId(99))), Some(libc::ENOENT));
+    assert_eq!(errno(host.attach(HostDevice(2), nested)), Some(libc::ENOENT));
+    let vdevice = host.vdevice_alloc(viommu, NIC, name(0x2100)).expect("made");
+    host.attach(NIC, nested).expect("named");
+    assert_eq!(bench.fake.attached(bench.devices[0]), Some(nested.0));
+    assert_eq!(bench.fake.attached(bench.devices[1]), Some(host.blocked().0));
+    for used in [nested, vdevice, viommu, host.parent(), host.blocked()] {
+        assert_eq!(errno(host.destroy(used)), Some(libc::EBUSY), "{used:?}");
+    }
+    host.attach(NIC, host.parent()).expect("out of it");
+    host.destroy(nested).expect("unused");
+    host.destroy(vdevice).expect("unused");
+    host.destroy(viommu).expect("unused");
+    assert_eq!(errno(host.destroy(viommu)), Some(libc::ENOENT));
+}
+
+#[test]
+fn entries_without_guest_tables_are_no_nested_tables() {
+    let bench = Bench::new(Version::E);
+    let host = bench.made("v-e");
+    let Viommu { id: viommu, .. } = host.viommu_alloc().expect("made");
+    let good = entry();
+    let with = |change: fn(Host) -> Host| Dte {
+        host: change(good.host),
+        ..good
+    };
+    for (dte, why) in [
+        (with(|host| host.with_v(false)), "not valid"),
+        (with(|host| host.with_gv(false)), "no guest tables"),
+        (with(|host| host.with_mode(4)), "host tables"),
+        (with(|host| host.with_root(1)), "a host root"),
+        (good.with_gcr3_root(0), "no root"),
+        (with(|host| host.with_glx(3)), "too many levels"),
+    ] {
+        let (kind, _) = said(host.nested_alloc(viommu, &dte));
+        assert_eq!(kind, io::ErrorKind::InvalidInput, "{why}");
+    }
+    let five = Dte {
+        interrupt: good.interrupt.with_guest_paging_mode(1),
+        ..good
+    };
+    let (kind, text) = said(host.nested_alloc(viommu, &five));
+    assert_eq!(kind, io::ErrorKind::Unsupported, "{text}");
+    let nested = |object: &Kept| matches!(object, Kept::Nested { .. });
+    assert!(!bench.fake.objects().iter().any(nested));
+}
+
+#[test]
+fn names_are_given_once() {
+    let bench = Bench::new(Version::E);
+    let host = bench.made("v-e");
+    let Viommu { id: viommu, .. } = host.viommu_alloc().expect("made");
+    host.vdevice_alloc(viommu, NIC, name(0x2100)).expect("made");
+    let (kind, text) = said(host.vdevice_alloc(viommu, DISK, name(0x2100)));
+    assert_eq!(
+        (kind, text.as_str()),
+        (
+            io::ErrorKind::AlreadyExists,
+            "VDEVICE_ALLOC: File exists (os error 17)"
+        )
+    );
+    let (kind, _) = said(host.vdevice_alloc(viommu, NIC, name(0x2108)));
+    assert_eq!(kind, io::ErrorKind::AlreadyExists);
+    assert_eq!(
+        errno(host.vdevice_alloc(viommu, HostDevice(9), name(0))),
+        Some(libc::ENOENT)
+    );
+    assert_eq!(errno(host.viommu_alloc()), Some(libc::EBUSY));
+}
+
+#[test]
+fn a_device_behind_another_unit_has_no_name() {
+    let mut bench = Bench::new(Version::E);
+    bench.devices[1] = bench.fake.bind(1);
+    let host = bench.made("v-e");
+    let Viommu { id: viommu, .. } = host.viommu_alloc().expect("made");
+    let (kind, _) = said(host.vdevice_alloc(viommu, DISK, name(0x2100)));
+    assert_eq!(kind, io::ErrorKind::InvalidInput);
+}
+
+#[test]
+fn a_unit_whose_page_is_mapped_stays() {
+    let bench = Bench::new(Version::E);
+    let host = bench.made("v-e");
+    let Viommu { id, page } = host.viommu_alloc().expect("made");
+    let VfPage::Mapped(memory) = &page else {
+        panic!("memory of the unit's");
+    };
+    assert_eq!(memory.len(), 0x1000);
+    let (kind, text) = said(host.destroy(id));
+    assert_eq!(
+        (kind, text.as_str()),
+        (
+            io::ErrorKind::ResourceBusy,
+            "DESTROY: Device or resource busy (os error 16)"
+        )
+    );
+    drop(page);
+    host.destroy(id).expect("unmapped");
+    let Viommu { id: next, .. } = host.viommu_alloc().expect("another");
+    assert_ne!(id, next);
+}
+
+#[test]
+fn interrupts_are_routed_where_the_request_is_known() {
+    let bench = Bench::new(Version::E);
+    let host = bench.host(vec![routing()]).expect("made");
+    let Viommu { id: viommu, .. } = host.viommu_alloc().expect("made");
+    let target = |destination, vector| InterruptTarget {
+        destination,
+        logical: false,
+        vector,
+    };
+    host.route(viommu, UnitInterrupt::Ppr, Some(target(4, 0x41)))
+        .expect("a vCPU");
+    host.route(viommu, UnitInterrupt::Event, None).expect("nowhere");
+    let vm = u32::try_from(bench.vm.0.as_raw_fd()).expect("open");
+    assert_eq!(bench.fake.routes(), [[1, vm, 2, 0x41], [0, vm, 0, 0]]);
+    for wrong in [target(3, 0x41), target(4, 0)] {
+        assert_eq!(
+            errno(host.route(viommu, UnitInterrupt::Event, Some(wrong))),
+            Some(libc::EINVAL)
+        );
+    }
+    assert_eq!(
+        errno(host.route(ObjectId(99), UnitInterrupt::Event, None)),
+        Some(libc::ENOENT)
+    );
+    assert_eq!(bench.fake.routes().len(), 2);
+    let without = Bench::new(Version::E);
+    let host = without.made("v-e");
+    let Viommu { id: viommu, .. } = host.viommu_alloc().expect("made");
+    for absent in [
+        host.route(viommu, UnitInterrupt::Event, None),
+        host.insert_event(viommu, [0; 4]),
+        host.reset_page(viommu),
+    ] {
+        assert_eq!(said(absent).0, io::ErrorKind::Unsupported);
+    }
+}
+
+#[test]
+fn the_version_is_found_by_what_the_kernel_answers() {
+    for (version, name) in [
+        (Version::E, "v-e"),
+        (Version::D, "v-d"),
+        (Version::C, "v-c"),
+        (Version::A, "v-a"),
+    ] {
+        let bench = Bench::new(version);
+        let host = bench.host(Abi::built_in().into()).expect("one of them");
+        assert_eq!(host.abi().name, name);
+        host.viommu_alloc().expect("nothing is left of the trial");
+        drop(host);
+        bench.assert_empty(name);
+    }
+}
+
+#[test]
+fn another_type_number_is_refused_by_the_step() {
+    let bench = Bench::new(Version::E);
+    let abi = Abi::from_toml("base = 'v-e'\nviommu-type = 4").expect("a table");
+    let host = bench.host(vec![abi]).expect("nothing of AMD's yet");
+    let (kind, text) = said(host.viommu_alloc());
+    assert_eq!(kind, io::ErrorKind::Unsupported);
+    assert!(
+        text.starts_with("VIOMMU_ALLOC: Operation not supported (os error 95); "),
+        "{text}"
+    );
+    assert!(text.contains("type number"), "{text}");
+}
+
+#[test]
+fn a_stock_kernel_is_told_from_amds_by_what_it_does_not_do() {
+    let bench = Bench::new(Version::Stock);
+    let unsupported = |name: &str, start: &str| {
+        let host = bench.made(name);
+        let (kind, text) = said(host.viommu_alloc());
+        assert_eq!(kind, io::ErrorKind::Unsupported);
+        assert!(text.starts_with(start) && text.contains("stock kernel"), "{text}");
+        drop(host);
+        bench.assert_empty(name);
+    };
+    unsupported("v-e", "HW_QUEUE_ALLOC: Operation not supported (os error 95); ");
+    for name in ["v-a", "v-c", "v-d"] {
+        unsupported(
+            name,
+            "VIOMMU_ALLOC: unsupported; the host's kernel made a vIOMMU and told no VF page",
+        );
+    }
+    let error = bench.host(Abi::built_in().into()).err().expect("none of them");
+    let text = error.source.to_string();
+    assert!(
+        text.contains("v-e: HW_QUEUE_ALLOC: ") && text.contains("v-a: VIOMMU_ALLOC: "),
+        "{text}"
+    );
+    bench.assert_empty("all versions");
+}
+
+#[test]
+fn a_stock_kernel_says_at_each_step_what_linux_7_3_says() {
+    let bench = Bench::new(Version::Stock);
+    let kernel = &*bench.kernel;
+    let [nic, _] = bench.devices;
+    let parent = NestParent::new(&bench.kernel, nic, bench.ioas).expect("works");
+    let mut data = Fields::data(8);
+    let viommu = requests::viommu_alloc(kernel, 3, nic, parent.id(), &mut data).expect("any type");
+    assert_eq!(data.get_u64(0), 0, "and nothing is written");
+    requests::vdevice_alloc(kernel, viommu, nic, name(0x2100)).expect("works");
+    let nested = requests::nested_alloc(kernel, viommu, nic, &canonical(&entry()).expect("nested"));
+    let (kind, text) = said(nested);
+    assert_eq!(kind, io::ErrorKind::Unsupported);
+    assert!(
+        text.starts_with("HWPT_ALLOC of the guest's tables: Operation not supported (os error 95); "),
+        "{text}"
+    );
+    let whose = requests::Whose {
+        viommu,
+        host_iommu: FUNCTIONS.host_iommu,
+        guest_id: 1,
+    };
+    for by in [
+        abi::Forwarding::MmioAccess,
+        abi::Forwarding::Option(2),
+        abi::Forwarding::Command,
+    ] {
+        let (kind, text) = said(requests::forward(kernel, by, &whose, 0x18, 0));
+        assert_eq!(kind, io::ErrorKind::Unsupported, "{text}");
+    }
+    let none = requests::viommu_alloc(kernel, 0, nic, parent.id(), &mut data);
+    assert_eq!(said(none).0, io::ErrorKind::Unsupported);
+}
