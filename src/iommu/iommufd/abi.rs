@@ -156,7 +156,7 @@ pub enum AbiError {
     },
 }
 
-fn wrong(key: impl Into<String>, value: impl ToString, problem: &'static str) -> AbiError {
+fn wrong(key: impl Into<String>, value: &impl ToString, problem: &'static str) -> AbiError {
     AbiError::Value {
         key: key.into(),
         value: value.to_string(),
@@ -267,7 +267,7 @@ impl Abi {
         })?;
         if let Some(viommu_type) = said.viommu_type {
             if viommu_type == 0 {
-                return Err(wrong("viommu-type", viommu_type, "the kernel keeps 0 for none"));
+                return Err(wrong("viommu-type", &viommu_type, "the kernel keeps 0 for none"));
             }
             abi.viommu_type = viommu_type;
         }
@@ -290,7 +290,7 @@ impl Abi {
             let Rings::Registers(Forwarding::Option(of)) = &mut abi.rings else {
                 return Err(wrong(
                     "option",
-                    option,
+                    &option,
                     "this version does not pass registers by OPTION",
                 ));
             };
@@ -313,7 +313,7 @@ fn check_layout(
 ) -> Result<(), AbiError> {
     let key = |key: &str| format!("{table}.{key}");
     if !(8..=256).contains(&len) {
-        return Err(wrong(key("len"), len, "a structure has 8 to 256 bytes"));
+        return Err(wrong(key("len"), &len, "a structure has 8 to 256 bytes"));
     }
     let mut taken = vec![taken];
     for &(name, at, bytes) in fields {
@@ -321,12 +321,12 @@ fn check_layout(
         let Some(end) = end.filter(|_| at.is_multiple_of(bytes)) else {
             return Err(wrong(
                 key(name),
-                at,
+                &at,
                 "the field is not inside, or at no multiple of its size",
             ));
         };
         if taken.iter().any(|other| at < other.end && other.start < end) {
-            return Err(wrong(key(name), at, "another field is there"));
+            return Err(wrong(key(name), &at, "another field is there"));
         }
         taken.push(at..end);
     }
@@ -359,7 +359,7 @@ impl Queues {
             ("queues.ppr", ppr, [command, event]),
         ] {
             if value == 0 || others.contains(&value) {
-                return Err(wrong(key, value, "a type is not 0, and no other queue's"));
+                return Err(wrong(key, &value, "a type is not 0, and no other queue's"));
             }
         }
         for (key, interrupts, enable) in [
@@ -378,7 +378,7 @@ impl Queues {
             if interrupts & enable != 0 {
                 return Err(wrong(
                     key,
-                    format!("{interrupts:#x}"),
+                    &format!("{interrupts:#x}"),
                     "the bit also enables the queue",
                 ));
             }
@@ -391,7 +391,7 @@ impl ExtInterrupt {
     fn check(&self) -> Result<(), AbiError> {
         if !uapi::is_amds(self.request) || matches!(self.request, 0x60 | 0x95) {
             let problem = "the number of another request, or none of /dev/iommu's";
-            return Err(wrong("ext-int.request", format!("{:#x}", self.request), problem));
+            return Err(wrong("ext-int.request", &format!("{:#x}", self.request), problem));
         }
         let fields = [
             ("viommu", self.viommu, 4),
@@ -403,7 +403,7 @@ impl ExtInterrupt {
         // The structure begins with its size.
         check_layout("ext-int", self.len, 0..4, &fields)?;
         if self.event == self.ppr {
-            return Err(wrong("ext-int.ppr", self.ppr, "it is that of the event log's"));
+            return Err(wrong("ext-int.ppr", &self.ppr, "it is that of the event log's"));
         }
         Ok(())
     }

@@ -16,6 +16,7 @@
 
 mod requests;
 mod rings;
+mod trial;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -36,6 +37,7 @@ use crate::platform::host::HostError;
 
 pub use requests::NestParent;
 use requests::{Made, Route, refusal};
+pub use trial::Step;
 
 /// A function of the host's behind the unit.
 pub struct HwDevice {
@@ -122,6 +124,10 @@ enum Object {
     /// A ring for which there is no object but registers that were forwarded.
     Ring(QueueKind),
 }
+
+/// What it means that no offset was written.
+const NO_PAGE: &str =
+    "; the host's kernel made a vIOMMU and told no VF page, as a stock kernel does for any type";
 
 fn errno<T>(errno: i32) -> io::Result<T> {
     Err(io::Error::from_raw_os_error(errno))
@@ -312,7 +318,7 @@ impl HwHost {
             return Err(refusal(
                 "VIOMMU_ALLOC",
                 io::ErrorKind::Unsupported.into(),
-                "; the host's kernel made a vIOMMU and told no VF page, as a stock kernel does for any type",
+                NO_PAGE,
             ));
         }
         let page = self.kernel.map(offset, PAGE_SIZE);

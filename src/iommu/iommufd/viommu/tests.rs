@@ -571,3 +571,56 @@ fn a_stock_kernel_says_at_each_step_what_linux_7_3_says() {
     let none = requests::viommu_alloc(kernel, 0, nic, parent.id(), &mut data);
     assert_eq!(said(none).0, io::ErrorKind::Unsupported);
 }
+
+#[test]
+fn a_trial_tells_each_step_and_leaves_nothing_behind() {
+    let bench = Bench::new(Version::Stock);
+    let host = bench.made("v-e");
+    let steps = host.trial().expect("no guest");
+    let told: Vec<_> = steps
+        .iter()
+        .map(|step| (step.name, step.outcome.is_ok()))
+        .collect();
+    drop(host);
+    bench.assert_empty("trial");
+    assert_eq!(
+        told,
+        [
+            ("VIOMMU_ALLOC", true),
+            ("mmap of the VF page", false),
+            ("VDEVICE_ALLOC", true),
+            ("HWPT_ALLOC of the guest's tables", false),
+            ("HW_QUEUE_ALLOC", false),
+        ]
+    );
+    let bench = Bench::new(Version::E);
+    let host = bench.made("v-e");
+    let steps = host.trial().expect("no guest");
+    assert_eq!(steps.len(), 5);
+    for Step { name, outcome } in steps {
+        assert!(outcome.is_ok(), "{name}: {outcome:?}");
+    }
+    let viommu = host.viommu_alloc().expect("nothing is left of the trial");
+    let busy = host.trial().map(|steps| steps.len());
+    assert_eq!(errno(busy), Some(libc::EBUSY));
+    drop(viommu);
+}
+
+#[test]
+fn a_trial_survives_every_failure() {
+    let bench = Bench::new(Version::E);
+    let host = bench.made("v-e");
+    let before = bench.fake.asked();
+    host.trial().expect("no guest");
+    let made = 5;
+    let requests = bench.fake.asked() - before;
+    for request in 0..requests.min(made) {
+        bench.fake.fail(request, libc::ENOMEM);
+        let steps = host.trial().expect("no guest");
+        let failed = steps.iter().filter(|step| step.outcome.is_err()).count();
+        assert_eq!(failed, 1, "request {request}");
+        host.trial().expect("again");
+    }
+    drop(host);
+    bench.assert_empty("trial");
+}
