@@ -32,6 +32,8 @@ pub struct Cdev {
     /// INTx, MSI, MSI-X.
     interrupts: [InterruptInfo; 3],
     resets: bool,
+    /// What the binding calls the function.
+    id: u32,
     /// Bound to; closed after the device.
     _iommufd: Arc<Iommufd>,
 }
@@ -58,7 +60,7 @@ impl Cdev {
             };
             HostError::new(format!("open {} of {at}{what}", node.display()), source)
         })?;
-        bind(&device, iommufd).map_err(|source| {
+        let id = bind(&device, iommufd).map_err(|source| {
             let what = match source.raw_os_error() {
                 Some(libc::EPERM) => {
                     "; does the host remap interrupts? Where it cannot, and whoever uses the guest is trusted, \
@@ -93,6 +95,7 @@ impl Cdev {
             regions: Default::default(),
             interrupts: Default::default(),
             resets: flags & abi::VFIO_DEVICE_FLAGS_RESET != 0,
+            id,
             _iommufd: iommufd.clone(),
         };
         for (place, index) in cdev.regions.iter_mut().zip(places) {
@@ -105,6 +108,12 @@ impl Cdev {
             })?;
         }
         Ok(cdev)
+    }
+
+    /// The number of its binding, by which requests for objects of IOMMUs name the function.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.id
     }
 
     fn place(&self, region: Region) -> Option<&Place> {
@@ -143,11 +152,15 @@ const fn irq_index(kind: Interrupt) -> u32 {
     }
 }
 
-fn bind(device: &File, iommufd: &Iommufd) -> io::Result<()> {
+/// Bind `device`; what the binding calls it.
+fn bind(device: &File, iommufd: &Iommufd) -> io::Result<u32> {
     let number = iommufd.as_fd().as_raw_fd();
     let number = u32::try_from(number).map_err(io::Error::other)?;
     // argsz, flags, iommufd, out_devid, token (two words).
-    uapi::issue(device, Request::BindIommufd, &mut [0, 0, number, 0, 0, 0])
+    let mut words = [0, 0, number, 0, 0, 0];
+    uapi::issue(device, Request::BindIommufd, &mut words)?;
+    let [_, _, _, id, ..] = words;
+    Ok(id)
 }
 
 const fn wide(low: u32, high: u32) -> u64 {
