@@ -196,10 +196,10 @@ fn data_place(number: u32) -> io::Result<Option<DataPlace>> {
     }
 }
 
-/// Whether request `number` may be one of AMD's for its units: none of upstream's, and none of the two for confidential
-/// devices (96h and 97h), which have addresses in them.
+/// Whether request `number` may be one of AMD's for its units: none of upstream's, and none with addresses in it, which
+/// were those for command buffers and GCR3 tables (65h, 67h, 68h) and are two for confidential devices (96h and 97h).
 pub(super) const fn is_amds(number: u32) -> bool {
-    matches!(number, 0x60..=0x7f | 0x95 | 0x98..=0xff)
+    matches!(number, 0x60..=0x64 | 0x66 | 0x69..=0x7f | 0x95 | 0x98..=0xff)
 }
 
 /// Issue request `number` with a structure of its own size in bytes, and data that the structure is to point at.
@@ -290,8 +290,10 @@ mod tests {
         let file = tempfile::tempfile().expect("a file");
         let mut structure = [40, 0, 0, 0].to_vec();
         structure.resize(40, 0);
-        // IOAS_MAP and its kin, and AMD's two for confidential devices.
-        for number in [0x83, 0x84, 0x85, 0x86, 0x8d, 0x8f, 0x93, 0x96, 0x97, 0x5f, 0x100] {
+        // IOAS_MAP and its kin, and AMD's that have addresses.
+        for number in [
+            0x83, 0x84, 0x85, 0x86, 0x8d, 0x8f, 0x93, 0x96, 0x97, 0x65, 0x67, 0x68, 0x5f, 0x100,
+        ] {
             let error = request(&file, number, &mut structure, &mut []).expect_err("not made");
             assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{number:#x}");
         }

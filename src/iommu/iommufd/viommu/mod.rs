@@ -27,7 +27,8 @@ use super::abi::{Abi, Rings};
 use super::kernel::{Fields, Kernel};
 use super::{Attach, abi};
 use crate::iommu::amd::spec::dte::{Dte, Guest, Host, Interrupt};
-use crate::iommu::amd::spec::registers::{Control, Efr, Efr2};
+use crate::iommu::amd::spec::registers::Control;
+use crate::iommu::viommu::features::missing;
 use crate::iommu::viommu::host::{
     HostDevice, HostFeatures, InterruptTarget, ObjectId, Queue, QueueKind, UnitInterrupt, VfPage, Viommu,
     ViommuHost,
@@ -133,22 +134,6 @@ fn errno<T>(errno: i32) -> io::Result<T> {
     Err(io::Error::from_raw_os_error(errno))
 }
 
-/// Of the features that a unit needs, the names of those it lacks.
-fn lacking(features: HostFeatures) -> Vec<&'static str> {
-    let (efr, efr2) = (Efr::from_bits(features.efr), Efr2::from_bits(features.efr2));
-    let needed = [
-        ("GTSup", efr.gt()),
-        ("GIOSup", efr.gio()),
-        ("vIOMMUSup", efr.viommu()),
-        ("GCR3TRPMode", efr2.gcr3_trp_mode()),
-    ];
-    needed
-        .iter()
-        .filter(|(_, there)| !there)
-        .map(|(name, _)| *name)
-        .collect()
-}
-
 impl HwHost {
     /// A host made of `parts`; its devices reach nothing yet.
     ///
@@ -176,9 +161,10 @@ impl HwHost {
                 )));
             }
         }
-        let lacking = lacking(features);
-        if !lacking.is_empty() {
-            let reason = format!("the host's IOMMU lacks {}", lacking.join(", "));
+        let missing = missing(features);
+        if !missing.is_empty() {
+            let missing: Vec<_> = missing.iter().map(ToString::to_string).collect();
+            let reason = format!("the host's IOMMU lacks {}", missing.join(", "));
             return Err(refused(io::Error::new(io::ErrorKind::Unsupported, reason)));
         }
         let empty = requests::ioas_alloc(&*kernel).map_err(&refused)?;

@@ -244,7 +244,8 @@ fn features_are_raw_and_those_that_are_missing_are_named() {
     assert_eq!(error.to_string(), "cannot have the host's IOMMU serve viommu0");
     assert_eq!(
         error.source.to_string(),
-        "the host's IOMMU lacks GIOSup, vIOMMUSup"
+        "the host's IOMMU lacks GIOSup (EFR bit 48): v2 tables for requests without PASID, vIOMMUSup (EFR bit 55): a guest's \
+         own rings"
     );
     bench.fake.set_efr(EFR);
     bench.fake.set_info_type(1);
