@@ -318,8 +318,8 @@ impl Driver {
     /// Do something with requests in flight, and carry out what an abort asks for.
     pub(crate) fn on_bus<T>(
         &self,
-        f: impl FnOnce(&InFlight<'_, GuestRam>) -> Result<T, Abort>,
-    ) -> Result<T, Abort> {
+        f: impl FnOnce(&InFlight<'_, GuestRam>) -> Result<T, Box<Abort>>,
+    ) -> Result<T, Box<Abort>> {
         let outcome = f(&self.unit.begin());
         if let Err(abort) = &outcome {
             self.carry_out(abort.effects);
@@ -328,7 +328,7 @@ impl Driver {
     }
 
     /// The device writes `data`, all or nothing.
-    pub(crate) fn dma_write(&self, device: Bdf, iova: u64, data: &[u8]) -> Result<(), Abort> {
+    pub(crate) fn dma_write(&self, device: Bdf, iova: u64, data: &[u8]) -> Result<(), Box<Abort>> {
         self.on_bus(|bus| {
             let request = Request::plain(device, Iova(iova), Access::WRITE);
             bus.check(&request, data.len() as u64)?;
@@ -346,7 +346,7 @@ impl Driver {
     }
 
     /// The device sends a message.
-    pub(crate) fn msi(&self, device: Bdf, address: u64, data: u32) -> Result<Remapped, Abort> {
+    pub(crate) fn msi(&self, device: Bdf, address: u64, data: u32) -> Result<Remapped, Box<Abort>> {
         self.on_bus(|bus| bus.remap(device, MsiMessage { address, data }))
     }
 }

@@ -38,7 +38,7 @@ fn outcome(driver: &Driver, q: &Question) -> Outcome {
     in_terms_of_the_model(driver.on_bus(|bus| bus.translate(&request(q))))
 }
 
-fn in_terms_of_the_model(answer: Result<Translation, Abort>) -> Outcome {
+fn in_terms_of_the_model(answer: Result<Translation, Box<Abort>>) -> Outcome {
     match answer {
         Ok(found) => Outcome::Passes {
             target: found.target.0,

@@ -25,7 +25,7 @@ pub trait UnitOwner: Send + Sync {
 /// Do `f` with requests in flight, and have what an abort owes carried out afterwards.
 fn in_flight<O: UnitOwner + ?Sized, T>(
     owner: &O,
-    f: impl FnOnce(&InFlight<'_, O::Memory>) -> Result<T, Abort>,
+    f: impl FnOnce(&InFlight<'_, O::Memory>) -> Result<T, Box<Abort>>,
 ) -> Result<T, Refused> {
     let outcome = f(&owner.unit().begin());
     outcome.map_err(|abort| {

@@ -21,7 +21,7 @@ use crate::platform::msi::MsiMessage;
 /// First address of the interrupt window.
 const WINDOW: u64 = 0xfee0_0000;
 
-/// A request that was aborted.
+/// A request that was aborted. Boxed where it is returned: what a hit returns is copied as it is large.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Abort {
     /// Why; `None` where nothing is ever reported.
@@ -90,7 +90,7 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
     /// Where the first byte of `request` lies, and how far that holds. An access over several pages asks for
     /// each, and for all before it touches the first.
     #[inline]
-    pub fn translate(&self, request: &Request) -> Result<Translation, Abort> {
+    pub fn translate(&self, request: &Request) -> Result<Translation, Box<Abort>> {
         let decided = self.decided.get().filter(|decided| decided.is_about(request));
         if let Some(Decided { cached_as, .. }) = decided
             && !is_interrupt(request.at.0)
@@ -101,8 +101,9 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
         self.translate_anew(request)
     }
 
-    /// The same, from the registers on.
-    fn translate_anew(&self, request: &Request) -> Result<Translation, Abort> {
+    /// The same, from the registers on. Apart, so that callers have hits inline.
+    #[inline(never)]
+    fn translate_anew(&self, request: &Request) -> Result<Translation, Box<Abort>> {
         let unit = self.unit;
         // Registers may have changed since: nothing of before outlives a request that heeds them.
         self.decided.set(None);
@@ -157,7 +158,7 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
 
     /// Check that all `len` bytes of a request can be reached, before any of them is. A request that wraps
     /// around the end of the address space reaches nothing.
-    pub fn check(&self, request: &Request, len: u64) -> Result<(), Abort> {
+    pub fn check(&self, request: &Request, len: u64) -> Result<(), Box<Abort>> {
         let mut at = request.at.0;
         let mut left = len;
         while left > 0 {
@@ -174,12 +175,12 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
 
     /// A translation request (ATS). What the tables do not map is answered with no permission and never
     /// reported; an `Abort` is an unsupported-request completion (section 2.1.3.2).
-    pub fn translate_for_device(&self, request: &Request) -> Result<AtsCompletion, Abort> {
+    pub fn translate_for_device(&self, request: &Request) -> Result<AtsCompletion, Box<Abort>> {
         self.unit.ats(request)
     }
 
     /// Whether a request with an address that the device translated itself may pass (ATS, section 2.1.3).
-    pub fn check_translated(&self, request: &Request) -> Result<(), Abort> {
+    pub fn check_translated(&self, request: &Request) -> Result<(), Box<Abort>> {
         let unit = self.unit;
         if !Control::from_bits(unit.control.load(Ordering::Acquire)).iommu_en() {
             return Ok(());
@@ -195,7 +196,7 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
     }
 
     /// What becomes of a message of `device`. The guard is kept until the interrupt has gone out.
-    pub fn remap(&self, device: Bdf, message: MsiMessage) -> Result<Remapped, Abort> {
+    pub fn remap(&self, device: Bdf, message: MsiMessage) -> Result<Remapped, Box<Abort>> {
         self.remapped(device, message)
             .map_err(|Lost { event }| event.map_or_else(Abort::silently, |event| self.unit.abort(event)))
     }
@@ -230,11 +231,11 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
 }
 
 impl Abort {
-    fn silently() -> Self {
-        Self {
+    fn silently() -> Box<Self> {
+        Box::new(Self {
             event: None,
             effects: Effects::default(),
-        }
+        })
     }
 }
 
@@ -300,17 +301,17 @@ impl<M: SystemMemory> Unit<M> {
 
     /// Report `event` and abort the request it is about.
     #[cold]
-    fn abort(&self, event: Event) -> Abort {
-        Abort {
+    fn abort(&self, event: Event) -> Box<Abort> {
+        Box::new(Abort {
             event: Some(event),
             effects: self.report_request(&event),
-        }
+        })
     }
 
     /// A memory request into the interrupt window: messages come by another way, and nothing else is
     /// allowed there (section 2.5.9).
     #[cold]
-    fn interrupt_range(&self, request: &Request) -> Abort {
+    fn interrupt_range(&self, request: &Request) -> Box<Abort> {
         let source = Source::of(request, Kind::Memory, 0);
         let kind = if request.access.read { 0 } else { 6 };
         self.abort(Event::InvalidDeviceRequest { source, kind })
@@ -318,14 +319,14 @@ impl<M: SystemMemory> Unit<M> {
 
     /// A request that runs past the last address.
     #[cold]
-    fn wrapped(&self, request: &Request) -> Abort {
+    fn wrapped(&self, request: &Request) -> Box<Abort> {
         let source = Source::of(&request.moved_to(Iova(0)), Kind::Memory, 0);
         let fault = PageFault::NotPresent;
         self.abort(Event::PageFault { source, fault })
     }
 
     #[cold]
-    fn no_entry(&self, request: &Request, none: NoEntry) -> Abort {
+    fn no_entry(&self, request: &Request, none: NoEntry) -> Box<Abort> {
         let source = Source::of(request, Kind::Memory, 0);
         self.abort(missing(source, none))
     }
@@ -337,7 +338,7 @@ impl<M: SystemMemory> Unit<M> {
         dte: &Dte,
         decision: &Decision,
         allowed: Access,
-    ) -> Result<Translation, Abort> {
+    ) -> Result<Translation, Box<Abort>> {
         match self.walk_and_keep(decision, request) {
             Some(Ok(leaf)) => {
                 let size = 1 << leaf.shift;
@@ -381,7 +382,7 @@ impl<M: SystemMemory> Unit<M> {
 
     /// A request that its device's entry forbids, tables aside.
     #[cold]
-    fn refuse(&self, request: &Request, dte: &Dte, decision: &Decision) -> Abort {
+    fn refuse(&self, request: &Request, dte: &Dte, decision: &Decision) -> Box<Abort> {
         let source = Source::of(request, Kind::Memory, dte.guest.domain());
         let fault = |fault| self.suppressible(dte, Event::PageFault { source, fault }, Self::report_request);
         match decision {
@@ -395,7 +396,7 @@ impl<M: SystemMemory> Unit<M> {
     }
 
     #[cold]
-    fn page_fault(&self, request: &Request, dte: &Dte, stopped: &Stopped) -> Abort {
+    fn page_fault(&self, request: &Request, dte: &Dte, stopped: &Stopped) -> Box<Abort> {
         let mut source = Source::of(request, Kind::Memory, dte.guest.domain());
         if cached_as_guest(request, dte) {
             source.tag = Tag::Space(request.pasid.unwrap_or_default());
@@ -418,21 +419,26 @@ impl<M: SystemMemory> Unit<M> {
     }
 
     /// Abort for a page fault of a memory request, which the device's entry may keep from the log.
-    fn suppressible(&self, dte: &Dte, event: Event, tell: impl FnOnce(&Self, &Event) -> Effects) -> Abort {
+    fn suppressible(
+        &self,
+        dte: &Dte,
+        event: Event,
+        tell: impl FnOnce(&Self, &Event) -> Effects,
+    ) -> Box<Abort> {
         let (all, repeated) = (dte.guest.sa(), dte.guest.se());
         let silent = |device| all || repeated && !self.is_first_fault(device);
         let effects = match event {
             Event::PageFault { source, .. } if silent(source.device) => Effects::default(),
             _ => tell(self, &event),
         };
-        Abort {
+        Box::new(Abort {
             event: Some(event),
             effects,
-        }
+        })
     }
 
     /// Answer a translation request.
-    fn ats(&self, request: &Request) -> Result<AtsCompletion, Abort> {
+    fn ats(&self, request: &Request) -> Result<AtsCompletion, Box<Abort>> {
         let control = Control::from_bits(self.control.load(Ordering::Acquire));
         if !control.iommu_en() {
             return Err(Abort::silently());

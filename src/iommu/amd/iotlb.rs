@@ -111,7 +111,7 @@ pub struct Iotlb {
     /// Changes when everything is invalidated.
     all: AtomicU64,
     /// Change when their domains are invalidated.
-    domains: Box<[AtomicU64]>,
+    domains: Box<[AtomicU64; STAMPS]>,
     announced: Announced,
     /// By class, in eight bits each: the largest page ever kept there, as a logarithm; 0 for none.
     largest: AtomicU64,
@@ -131,7 +131,7 @@ impl Iotlb {
             set_shift: u64::BITS - sets.trailing_zeros(),
             entries: (0..sets * WAYS).map(|_| Entry::default()).collect(),
             all: AtomicU64::new(0),
-            domains: (0..STAMPS).map(|_| AtomicU64::new(0)).collect(),
+            domains: Box::new(std::array::from_fn(|_| AtomicU64::new(0))),
             announced: Announced::default(),
             largest: AtomicU64::new(0),
             nested: AtomicU64::new(0),
