@@ -24,17 +24,18 @@ struct DeviceSlot {
 
 impl DeviceMemoryHost for DeviceSlots {
     fn map(&self, at: Gpa, memory: &Arc<DeviceMemory>) -> Result<Box<dyn MappedDeviceMemory>, HostError> {
-        let slot = self.machine.slots().take();
-        if let Err(source) = sys::add_device_slot(&self.machine.fd, slot, at, memory) {
-            self.machine.slots().give_back(slot);
-            return Err(HostError::new(
-                format!(
-                    "give the guest {:#x} bytes of a device's memory at {at}",
-                    memory.len()
-                ),
-                source,
-            ));
-        }
+        let slot = self
+            .machine
+            .fill_slot(|slot| sys::add_device_slot(&self.machine.fd, slot, at, memory))
+            .map_err(|source| {
+                HostError::new(
+                    format!(
+                        "give the guest {:#x} bytes of a device's memory at {at}",
+                        memory.len()
+                    ),
+                    source,
+                )
+            })?;
         Ok(Box::new(DeviceSlot {
             machine: self.machine.clone(),
             slot,

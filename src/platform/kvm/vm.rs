@@ -46,15 +46,7 @@ pub(super) struct Machine {
 
 impl SlotHost for Machine {
     fn add(&self, piece: Piece) -> io::Result<u32> {
-        let slot = self.slots().take();
-        let added = sys::add_slot(&self.fd, slot, self.watched.ram(), piece.range, piece.kind);
-        match added {
-            Ok(()) => Ok(slot),
-            Err(error) => {
-                self.slots().give_back(slot);
-                Err(error)
-            }
-        }
+        self.fill_slot(|slot| sys::add_slot(&self.fd, slot, self.watched.ram(), piece.range, piece.kind))
     }
 
     fn remove(&self, slot: u32, piece: Piece) -> io::Result<()> {
@@ -68,6 +60,14 @@ impl Machine {
     /// The numbers of its memory slots.
     pub(super) fn slots(&self) -> MutexGuard<'_, SlotNumbers> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Have `add` make a slot of a free number, which is free again if the host refuses; the number.
+    pub(super) fn fill_slot(&self, add: impl FnOnce(u32) -> io::Result<()>) -> io::Result<u32> {
+        let slot = self.slots().take();
+        add(slot)
+            .inspect_err(|_| self.slots().give_back(slot))
+            .map(|()| slot)
     }
 }
 
@@ -155,8 +155,9 @@ impl KvmVm {
         let page = GuestRam::new(regions);
         let range = page.ranges().next().expect("a page");
         let mut memory = self.machine.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        let slot = self.machine.slots().take();
-        sys::add_slot(&self.machine.fd, slot, &page, range, SlotKind::ReadOnly).map_err(failed)?;
+        self.machine
+            .fill_slot(|slot| sys::add_slot(&self.machine.fd, slot, &page, range, SlotKind::ReadOnly))
+            .map_err(failed)?;
         memory.push(page.clone());
         Ok(ReadOnlyPage { page, at })
     }
