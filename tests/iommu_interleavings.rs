@@ -206,6 +206,28 @@ fn two_waits_in_a_row_wait_for_late_arrivals() {
     });
 }
 
+#[test]
+fn what_is_counted_inside_adds_up_when_all_have_left() {
+    check(2, || {
+        let grace = Arc::new(Grace::default());
+        let visitor = {
+            let grace = grace.clone();
+            loom::thread::spawn(move || {
+                let inside = grace.enter();
+                inside.count();
+                inside.count();
+            })
+        };
+        grace.wait();
+        let inside = grace.enter();
+        inside.count();
+        assert!(grace.counted() <= 2, "who has not left is not counted");
+        drop(inside);
+        visitor.join().expect("no panic");
+        assert_eq!(grace.counted(), 3);
+    });
+}
+
 /// A unit with a doorbell and nothing else, behind a hypervisor that puts writes aside while it is told to.
 #[derive(Default)]
 struct Bell {

@@ -4,12 +4,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::commands::Command;
 use super::spec::event::Code;
-use super::sync::{SHARDS, thread_number};
-
-/// A total of some threads, on a cache line of its own.
-#[derive(Default)]
-#[repr(align(128))]
-struct Shard(AtomicU64);
 
 /// Running totals.
 #[derive(Default)]
@@ -18,7 +12,6 @@ pub struct Counters {
     polled: AtomicU64,
     commands: [AtomicU64; 8],
     stops: AtomicU64,
-    hits: [Shard; SHARDS],
     walks: AtomicU64,
     events: [AtomicU64; 16],
 }
@@ -69,10 +62,6 @@ impl Counters {
         add(&self.stops, 1);
     }
 
-    pub(super) fn hits(&self, more: u64) {
-        add(&self.hits[thread_number() % SHARDS].0, more);
-    }
-
     pub(super) fn walk(&self) {
         add(&self.walks, 1);
     }
@@ -81,6 +70,7 @@ impl Counters {
         add(&self.events[usize::from(code.0 & 0xf)], 1);
     }
 
+    /// All but the hits, which are counted where requests are in flight.
     pub(super) fn counts(&self) -> Counts {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Counts {
@@ -88,7 +78,7 @@ impl Counters {
             polled: get(&self.polled),
             commands: self.commands.each_ref().map(get),
             stops: get(&self.stops),
-            hits: self.hits.iter().map(|shard| get(&shard.0)).sum(),
+            hits: 0,
             walks: get(&self.walks),
             events: self.events.each_ref().map(get),
         }

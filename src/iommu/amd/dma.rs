@@ -33,11 +33,11 @@ pub struct Abort {
 /// Requests in flight: translations stay in force until this is dropped.
 pub struct InFlight<'a, M> {
     unit: &'a Unit<M>,
-    hits: Cell<u64>,
     /// What was decided last. A request like that one need not be decided again: a changed entry is waited for as a
     /// changed page is.
     decided: Cell<Option<Decided>>,
-    _inside: Inside<'a>,
+    /// Counts hits.
+    inside: Inside<'a>,
 }
 
 /// That tables translate requests of a device, whatever their addresses.
@@ -68,22 +68,13 @@ impl Decided {
     }
 }
 
-impl<M> Drop for InFlight<'_, M> {
-    fn drop(&mut self) {
-        if self.hits.get() > 0 {
-            self.unit.counters.hits(self.hits.get());
-        }
-    }
-}
-
 impl<'a, M: SystemMemory> InFlight<'a, M> {
     #[inline]
     pub(super) fn new(unit: &'a Unit<M>) -> Self {
         Self {
             unit,
-            hits: Cell::new(0),
             decided: Cell::new(None),
-            _inside: unit.grace.enter(),
+            inside: unit.grace.enter(),
         }
     }
 
@@ -148,7 +139,7 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
     #[inline]
     fn find(&self, CachedAs { key, allowed, user }: CachedAs, request: &Request) -> Option<Translation> {
         let hit = self.unit.iotlb.find(key, request.at.0, request.access, user)?;
-        self.hits.set(self.hits.get() + 1);
+        self.inside.count();
         Some(Translation {
             target: Gpa(hit.target),
             run: hit.run,

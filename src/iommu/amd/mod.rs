@@ -215,7 +215,10 @@ impl<M: SystemMemory> Unit<M> {
     /// What happened so far.
     #[must_use]
     pub fn counts(&self) -> Counts {
-        self.counters.counts()
+        Counts {
+            hits: self.grace.counted(),
+            ..self.counters.counts()
+        }
     }
 
     /// The register `reg` as the guest would read it.
