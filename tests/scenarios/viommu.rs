@@ -136,18 +136,18 @@ fn two_units_serve_one_guest() {
 
 #[test]
 fn sixteen_units_serve_one_guest() {
-    let console = works_behind(units("lab", 16));
+    let console = works_behind(units("debian-7.3", 16));
     assert_eq!(console.said("units"), "16");
 }
 
-/// What the unit's tables are called in the kernel's log, and the type of its domains.
-fn with_words(viommu: &str, words: &str) -> Console {
-    works_behind(one_unit("lab", viommu).cmdline(words))
+/// What `guest`, told `words`, says of a unit that it works behind.
+fn with_words(guest: &'static str, viommu: &str, words: &str) -> Console {
+    works_behind(one_unit(guest, viommu).cmdline(words))
 }
 
 #[test]
 fn an_unmodified_guest_uses_v2_tables_when_the_machine_says_so() {
-    let console = with_words("emulated,page-table=v2", "");
+    let console = with_words("debian-7.3", "emulated,page-table=v2", "");
     assert!(
         console.section("amd_vi").contains("V2 page table enabled"),
         "{}",
@@ -157,7 +157,7 @@ fn an_unmodified_guest_uses_v2_tables_when_the_machine_says_so() {
 
 #[test]
 fn a_guest_may_choose_v2_tables_itself() {
-    let console = with_words("emulated", "amd_iommu=pgtbl_v2");
+    let console = with_words("debian-6.12", "emulated", "amd_iommu=pgtbl_v2");
     assert!(
         console.section("amd_vi").contains("V2 page table enabled"),
         "{}",
@@ -167,15 +167,15 @@ fn a_guest_may_choose_v2_tables_itself() {
 
 #[test]
 fn a_guest_may_choose_v1_tables_itself() {
-    let console = with_words("emulated", "amd_iommu=pgtbl_v1");
+    let console = with_words("lab", "emulated", "amd_iommu=pgtbl_v1");
     assert!(!console.section("amd_vi").contains("V2 page table enabled"));
 }
 
 #[test]
 fn strict_and_lazy_invalidation_work_alike() {
-    let strict = with_words("emulated", "iommu.passthrough=0 iommu.strict=1");
+    let strict = with_words("lab", "emulated", "iommu.passthrough=0 iommu.strict=1");
     assert!(strict.section("amd_vi").contains("strict mode"));
-    let lazy = with_words("emulated", "iommu.passthrough=0 iommu.strict=0");
+    let lazy = with_words("lab", "emulated", "iommu.passthrough=0 iommu.strict=0");
     assert!(lazy.section("amd_vi").contains("lazy mode"));
 }
 
