@@ -274,17 +274,11 @@ done
         .well();
 }
 
-/// `map_benchmark SECONDS THREADS`: the kernel's own, for the device bound to it. Its request and structure are those of
-/// `linux/map_benchmark.h`; the answer is its averages, in units of 100 ns.
-const MAP_BENCHMARK: &str = r#"#!/bin/perl
-my ($seconds, $threads) = @ARGV;
-sysopen(my $benchmark, '/sys/kernel/debug/dma_map_benchmark', 2) or die "no benchmark: $!\n";
-# On any node, 32 bits, in both directions, no pause between, single pages.
-my $request = pack('Q4 L2 l L4 C x75', 0, 0, 0, 0, $threads, $seconds, -1, 32, 0, 0, 1, 0);
-ioctl($benchmark, 0xc0886401, $request) or die "DMA_MAP_BENCHMARK: $!\n";
-my ($map, undef, $unmap) = unpack('Q4', $request);
-print "map $map, unmap $unmap\n";
-"#;
+/// `map_benchmark SECONDS [THREADS [PAGES]]`.
+const MAP_BENCHMARK: &str = include_str!(concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/scripts/bench.d/map_benchmark"
+));
 
 /// What a unit did.
 #[derive(Debug)]
