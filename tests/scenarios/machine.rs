@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crate::complaints::complaints;
 use crate::console::{Console, PRELUDE};
 use crate::cpio::{ALIGNMENT, Archive};
-use crate::prerequisites::{binary, guest, kvm, program_files};
+use crate::prerequisites::{binary, guest, kernel_test, kvm, program_files};
 use crate::vmlinux::vmlinux;
 
 /// How long a guest may take in all unless its scenario says otherwise: only a guest that hangs takes that
@@ -102,6 +102,11 @@ impl Machine {
     pub(crate) fn guest_program(mut self, program: &str) -> Self {
         self.files.extend(program_files(Path::new(program)));
         self
+    }
+
+    /// A test of the kernel's in the guest's `/bin`.
+    pub(crate) fn kernel_test(self, name: &str) -> Self {
+        self.guest_file(&format!("bin/{name}"), &kernel_test(name))
     }
 
     /// Start the ELF file that is in the guest's kernel, by this protocol.

@@ -6,7 +6,7 @@
 //! them: the feature `scenarios` does.
 //!
 //! The environment says what to run: `RAVELIN_BIN` is the binary and `RAVELIN_GUESTS` a folder with
-//! `NAME/kernel` and `NAME/initramfs` for each guest. What is missing fails, it is never skipped.
+//! `NAME/kernel` and `NAME/initramfs` for each guest, and `kernel-tests` with programs of the kernel's. What is missing fails, it is never skipped.
 
 mod complaints;
 mod console;
@@ -23,6 +23,7 @@ mod boot;
 mod debugfs;
 mod devices;
 mod hostile;
+mod kernel_tests;
 mod kexec;
 mod life;
 mod multiboot;

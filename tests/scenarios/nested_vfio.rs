@@ -252,7 +252,7 @@ print "$way: $sent sent, $returned of $turns came back, kept $kept, hidden $hidd
 "#;
 
 /// Hands function `$1` of the guest to VFIO.
-const TO_VFIO: &str = r#"
+pub(crate) const TO_VFIO: &str = r#"
 to_vfio() {
     [ -e /sys/bus/pci/drivers/vfio-pci ] || modprobe -a vfio-pci vfio_iommu_type1
     [ ! -e "/sys/bus/pci/devices/$1/driver" ] || echo "$1" >"/sys/bus/pci/devices/$1/driver/unbind"

@@ -19,11 +19,26 @@ pub(crate) struct GuestImage {
 
 /// The guest called `name`.
 pub(crate) fn guest(name: &str) -> GuestImage {
-    let folder = named("RAVELIN_GUESTS", "the folder of guests, as scripts/lab makes it").join(name);
+    let folder = guests().join(name);
     GuestImage {
         kernel: existing(folder.join("kernel")),
         initramfs: existing(folder.join("initramfs")),
     }
+}
+
+/// A test of the kernel's, which needs no library.
+pub(crate) fn kernel_test(name: &str) -> Vec<u8> {
+    let path = guests().join("kernel-tests").join(name);
+    fs::read(&path).unwrap_or_else(|error| {
+        panic!(
+            "{}: {error}; `scripts/lab setup --kernel` builds it",
+            path.display()
+        )
+    })
+}
+
+fn guests() -> PathBuf {
+    named("RAVELIN_GUESTS", "the folder of guests, as scripts/lab makes it")
 }
 
 /// Fails unless this host's KVM runs Linux.
