@@ -107,7 +107,7 @@ fn checked(machine: &MachineArguments, host: &HostFunctions) -> Result<Plan, Fai
     let config = machine.load()?;
     let plan = Plan::resolve_on(&config, host)?;
     images::check(&config)?;
-    host_functions::check(&config, host)?;
+    host_functions::check(&config, &plan, host)?;
     Ok(plan)
 }
 

@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod amd;
+pub mod container;
 pub mod emulated;
 pub mod function;
 pub mod iommufd;

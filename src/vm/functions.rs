@@ -266,7 +266,7 @@ fn net_backend(name: &str, plan: &NetPlan) -> Result<net::NetBackend, HostError>
 }
 
 /// A descriptor that whoever started us left open, by its number; a duplicate of it.
-fn inherited(name: &str, number: i32) -> Result<OwnedFd, HostError> {
+pub(super) fn inherited(name: &str, number: i32) -> Result<OwnedFd, HostError> {
     let taken = pidfd_open(getpid(), PidfdFlags::empty())
         .and_then(|process| pidfd_getfd(process, number, PidfdGetfdFlags::empty()));
     taken.map_err(|source| {

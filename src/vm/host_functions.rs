@@ -3,13 +3,16 @@
 //! A plan needs what a function decodes, and nothing is opened for that; whether it can be used now is looked at
 //! apart ([`check`]). All is read below a root path, so that a recorded tree stands for a host that is not at hand.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::config::Config;
 use super::config::said::ConfigError;
 use super::config::section::Section;
-use crate::iommu::iommufd;
+use super::config::sections::VfioDevice;
+use super::plan::{DeviceKind, Plan, ViommuPlan};
+use crate::iommu::{container, iommufd};
 use crate::pci::bar::BarSpec;
 use crate::pci::tree::{BarKind, Identity};
 use crate::platform::addr::Sbdf;
@@ -30,6 +33,27 @@ pub struct Face {
     /// Whether it has a wired interrupt.
     pub intx: bool,
 }
+
+/// How functions of the host are opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// By their own nodes, bound to /dev/iommu.
+    Iommufd,
+    /// By the nodes of their IOMMU groups, in a container: the older interface.
+    Groups,
+}
+
+/// What whoever starts the machine opened for a function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Handed {
+    /// /dev/iommu.
+    pub iommufd: bool,
+    /// The function's own node.
+    pub node: bool,
+}
+
+/// What a kernel without iommufd calls the groups of functions that no IOMMU translates for.
+const NO_IOMMU: &str = "vfio-noiommu";
 
 /// Said of a function that has no IOMMU.
 pub const UNCONFINED: &str = "no IOMMU translates for it, so that nothing would confine it; switch the host's IOMMU on, \
@@ -123,6 +147,51 @@ impl HostFunctions {
         Some(Path::new("/dev/vfio/devices").join(name))
     }
 
+    /// The node of the IOMMU group of the function at `at`, as the host knows it.
+    #[must_use]
+    pub fn group_node(&self, at: Sbdf) -> Option<PathBuf> {
+        Some(Path::new("/dev/vfio").join(self.iommu_group(at)?))
+    }
+
+    /// How `functions` are opened, all of them: the older way is for hosts that have no other.
+    #[must_use]
+    pub fn way(&self, functions: impl IntoIterator<Item = (Sbdf, Handed)>) -> Way {
+        let lack = |(at, handed)| self.lacks_iommufd(at, handed);
+        match functions.into_iter().find_map(lack) {
+            None => Way::Iommufd,
+            Some(_) => Way::Groups,
+        }
+    }
+
+    /// What is neither there nor handed over of the nodes by which the function at `at` is opened with /dev/iommu.
+    fn lacks_iommufd(&self, at: Sbdf, handed: Handed) -> Option<PathBuf> {
+        let iommufd = (!handed.iommufd).then(|| PathBuf::from(iommufd::NODE));
+        let absent = self.first_absent(iommufd);
+        if absent.is_some() || handed.node {
+            return absent;
+        }
+        match self.node(at) {
+            Some(node) => self.first_absent([node]),
+            // What would be in it has no name.
+            None => Some(PathBuf::from("/dev/vfio/devices")),
+        }
+    }
+
+    /// The device that `file` is the node of, as its folder in sysfs.
+    #[must_use]
+    pub fn device_of(&self, file: &File) -> Option<PathBuf> {
+        let about = file.metadata().ok()?;
+        if !about.file_type().is_char_device() {
+            return None;
+        }
+        let (major, minor) = (rustix::fs::major(about.rdev()), rustix::fs::minor(about.rdev()));
+        fs::read_link(self.root.join(format!("sys/dev/char/{major}:{minor}"))).ok()
+    }
+
+    fn first_absent(&self, paths: impl IntoIterator<Item = PathBuf>) -> Option<PathBuf> {
+        paths.into_iter().find(|path| !self.found(path).exists())
+    }
+
     /// The IOMMU that translates for the function at `at`, by the kernel's name.
     #[must_use]
     pub fn iommu(&self, at: Sbdf) -> Option<String> {
@@ -138,21 +207,25 @@ impl HostFunctions {
     /// Whether the function at `at` is one that can be passed through, and can be now; else what is wrong or missing,
     /// and what to do.
     pub fn passable(&self, at: Sbdf) -> Result<(), String> {
-        self.face(at).and_then(|_| self.usable(at))
+        self.face(at).and_then(|_| self.usable(at, Handed::default()))
     }
 
     /// Whether nothing is in the way of passing the function at `at` through now; else what is missing and what to do.
-    fn usable(&self, at: Sbdf) -> Result<(), String> {
+    fn usable(&self, at: Sbdf, handed: Handed) -> Result<(), String> {
         let folder = self.folder(at);
-        let Some(group) = self.iommu_group(at) else {
+        let confined = |group: &String| {
+            let name = self.root.join(format!("sys/kernel/iommu_groups/{group}/name"));
+            !fs::read_to_string(name).is_ok_and(|name| name.trim() == NO_IOMMU)
+        };
+        let Some(group) = self.iommu_group(at).filter(confined) else {
             return Err(UNCONFINED.to_owned());
         };
-        let Some(node) = self.node(at) else {
+        if !is_given(&folder) {
             return Err(format!(
                 "{}; `scripts/bind-vfio bind {at}` gives it to vfio-pci",
                 bound(&folder)
             ));
-        };
+        }
         for other in self.group(&group) {
             let folder = self.folder(other);
             if other != at && !self.leaves_alone(other) {
@@ -163,17 +236,22 @@ impl HostFunctions {
                 ));
             }
         }
-        let iommufd = PathBuf::from(iommufd::NODE);
-        for (path, module) in [(iommufd, "iommufd"), (node, "vfio-pci")] {
-            if !self.found(&path).exists() {
-                return Err(format!(
-                    "{} is not there; load the module {module}, of a kernel with CONFIG_IOMMUFD and \
-                     CONFIG_VFIO_DEVICE_CDEV",
-                    path.display()
-                ));
-            }
+        self.reachable(at, handed)
+    }
+
+    /// Whether the nodes are there by which the function at `at` is opened, one way or the other.
+    fn reachable(&self, at: Sbdf, handed: Handed) -> Result<(), String> {
+        let older = [Some(PathBuf::from(container::NODE)), self.group_node(at)];
+        let lacks_older = self.first_absent(older.into_iter().flatten());
+        match (self.lacks_iommufd(at, handed), lacks_older) {
+            (None, _) | (_, None) => Ok(()),
+            (Some(node), Some(older)) => Err(format!(
+                "{} is not there; load the modules iommufd and vfio-pci, of a kernel with CONFIG_IOMMUFD and \
+                 CONFIG_VFIO_DEVICE_CDEV; or, for the older interface, vfio_iommu_type1: {} is not there either",
+                node.display(),
+                older.display()
+            )),
         }
-        Ok(())
     }
 
     /// The functions of an IOMMU group, ascending.
@@ -191,12 +269,14 @@ impl HostFunctions {
     fn leaves_alone(&self, at: Sbdf) -> bool {
         let folder = self.folder(at);
         let driver = link_name(&folder.join("driver"));
-        let harmless = matches!(
-            driver.as_deref(),
-            None | Some("pcieport" | "pci-stub" | "vfio-pci")
-        );
-        harmless || folder.join("vfio-dev").exists()
+        let harmless = matches!(driver.as_deref(), None | Some("pcieport" | "pci-stub"));
+        harmless || is_given(&folder)
     }
+}
+
+/// Whether a driver of VFIO's has the function of `folder`. Kernels before 6.1 tell by the driver's name only.
+fn is_given(folder: &Path) -> bool {
+    folder.join("vfio-dev").exists() || link_name(&folder.join("driver")).as_deref() == Some("vfio-pci")
 }
 
 /// Where the host tells about the function at `at`.
@@ -256,12 +336,57 @@ fn bars(resources: &str) -> Result<Vec<BarSpec>, String> {
     Ok(found)
 }
 
-/// Whether the functions that `config` passes through can be used now.
-pub fn check(config: &Config, host: &HostFunctions) -> Result<(), ConfigError> {
-    config.vfio_devices.iter().try_for_each(|device| {
-        host.usable(device.host.0.0)
-            .map_err(|problem| device.source().wrong("host", problem))
-    })
+/// Whether the functions that `config` passes through can be used now, where `plan`, which came of it, has them.
+pub fn check(config: &Config, plan: &Plan, host: &HostFunctions) -> Result<(), ConfigError> {
+    let handed = |device: &VfioDevice| Handed {
+        iommufd: config.iommufd.is_some(),
+        node: device.fd.is_some(),
+    };
+    for device in &config.vfio_devices {
+        host.usable(device.host.0.0, handed(device))
+            .map_err(|problem| device.source().wrong("host", problem))?;
+    }
+    let all = || {
+        config
+            .vfio_devices
+            .iter()
+            .map(|device| (device.host.0.0, handed(device)))
+    };
+    let lacking = all().find_map(|(at, handed)| Some((at, host.lacks_iommufd(at, handed)?)));
+    let Some((lacks, node)) = lacking else {
+        return Ok(());
+    };
+    let node = node.display();
+    // All functions are opened by their groups, then.
+    if let Some(said) = &config.iommufd {
+        let problem =
+            format!("{lacks} cannot be opened with it: {node} is not there, nor was it handed over");
+        return Err(said.source().wrong("fd", problem));
+    }
+    let devices = plan.devices.iter();
+    let names = devices.filter_map(|device| match &device.kind {
+        DeviceKind::Vfio(_) => Some(device.name.as_str()),
+        _ => None,
+    });
+    for (device, name) in config.vfio_devices.iter().zip(names) {
+        if device.fd.is_some() {
+            let problem = format!(
+                "all functions are opened in one way, and {lacks} cannot be opened like this one: {node} is not there"
+            );
+            return Err(device.source().wrong("fd", problem));
+        }
+        let covers = |unit: &&ViommuPlan| unit.covers.iter().any(|covered| covered == name);
+        if let Some(unit) = plan.viommus.iter().find(covers) {
+            let problem = format!(
+                "it would be behind {}, and only /dev/iommu gives out the address spaces that copies of the guest's \
+                 tables need: {node} is not there; load the module iommufd, of a kernel with CONFIG_IOMMUFD and \
+                 CONFIG_VFIO_DEVICE_CDEV, or put it on a root complex without an IOMMU",
+                unit.name
+            );
+            return Err(device.source().wrong("host", problem));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ pub mod host_report;
 pub mod layout;
 pub mod lifecycle;
 pub mod logging;
+mod opening;
 mod passed;
 pub mod plan;
 pub mod stats;

@@ -2,11 +2,10 @@
 
 use std::sync::Arc;
 
-use super::host_functions::HostFunctions;
+use super::opening::Opening;
 use super::plan::{DeviceKind, Plan};
-use crate::devices::vfio::cdev::Cdev;
 use crate::devices::vfio::host::HostFunction;
-use crate::iommu::iommufd::{Ioas, Iommufd, Memlock, Requests};
+use crate::iommu::iommufd::{Ioas, Memlock, Requests};
 use crate::platform::addr::Sbdf;
 use crate::platform::host::HostError;
 use crate::platform::memory::GuestRam;
@@ -28,19 +27,10 @@ impl Passed {
                 space: None,
             });
         }
-        let iommufd = Iommufd::open()?;
-        let host = HostFunctions::here();
-        let open = |at: Sbdf| -> Result<Arc<dyn HostFunction>, HostError> {
-            let node = host.node(at).ok_or_else(|| {
-                let missing = std::io::ErrorKind::NotFound;
-                HostError::new(
-                    format!("find the VFIO device node of {at}; is it bound to vfio-pci?"),
-                    missing,
-                )
-            })?;
-            Ok(Arc::new(Cdev::open(at, &node, &iommufd)?))
-        };
-        Self::attach(&addresses, ram, iommufd.clone(), open, Memlock::here())
+        let mut host = Opening::of(plan)?;
+        let requests = host.requests();
+        let open = |at: Sbdf| -> Result<Arc<dyn HostFunction>, HostError> { Ok(Arc::new(host.open(at)?)) };
+        Self::attach(&addresses, ram, requests, open, Memlock::here())
     }
 
     /// Open each of `addresses` by `open`, attach it, and give all of them `ram`.
@@ -48,14 +38,14 @@ impl Passed {
         addresses: &[Option<Sbdf>],
         ram: &GuestRam,
         requests: Arc<dyn Requests>,
-        open: impl Fn(Sbdf) -> Result<Arc<dyn HostFunction>, HostError>,
+        mut open: impl FnMut(Sbdf) -> Result<Arc<dyn HostFunction>, HostError>,
         limit: Memlock,
     ) -> Result<Self, HostError> {
         // Dropped in reverse where a step fails: the functions, then what they are attached to.
         let space = Arc::new(Ioas::new(requests, ram.clone())?);
         let mut functions = Vec::with_capacity(addresses.len());
         for at in addresses {
-            let function = at.map(&open).transpose()?;
+            let function = at.map(&mut open).transpose()?;
             if let (Some(function), Some(at)) = (&function, at) {
                 function
                     .attach(space.id())

@@ -1,6 +1,6 @@
-//! A function of the host by its VFIO device node, bound to /dev/iommu.
+//! A function of the host by an open VFIO device: its node, bound to /dev/iommu, or what its group gave out.
 //!
-//! Documentation/driver-api/vfio.rst, "VFIO Device cdev".
+//! Documentation/driver-api/vfio.rst, "VFIO Device cdev" and "Group".
 
 use std::fs::File;
 use std::io;
@@ -12,8 +12,10 @@ use std::sync::Arc;
 use vfio_bindings::bindings::vfio as abi;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::group::Group;
 use super::host::{HostFunction, Interrupt, InterruptInfo, Notice, PAGE, Region, RegionInfo};
 use super::uapi::{self, Request};
+use crate::iommu::container::{capability, wide};
 use crate::iommu::iommufd::{Attach, Iommufd};
 use crate::platform::addr::Sbdf;
 use crate::platform::device_memory::DeviceMemory;
@@ -24,7 +26,7 @@ const REGION_WORDS: usize = 8;
 /// The most words of one with capabilities: a few dozen mappable stretches.
 const MOST_REGION_WORDS: usize = 1024;
 
-/// An open VFIO device node.
+/// An open VFIO device.
 pub struct Cdev {
     device: File,
     /// By register, then configuration space.
@@ -32,10 +34,19 @@ pub struct Cdev {
     /// INTx, MSI, MSI-X.
     interrupts: [InterruptInfo; 3],
     resets: bool,
-    /// What the binding calls the function.
-    id: u32,
-    /// Bound to; closed after the device.
-    _iommufd: Arc<Iommufd>,
+    way: Way,
+}
+
+/// How a device's requests get to memory. It is closed after the device.
+enum Way {
+    /// By /dev/iommu.
+    Iommufd {
+        /// What the binding calls the function.
+        id: u32,
+        _iommufd: Arc<Iommufd>,
+    },
+    /// By the container that its group is in.
+    Group { _group: Arc<Group> },
 }
 
 /// Where a region is in the node, and what it is.
@@ -60,6 +71,14 @@ impl Cdev {
             };
             HostError::new(format!("open {} of {at}{what}", node.display()), source)
         })?;
+        Self::of_descriptor(at, device, iommufd)
+    }
+
+    /// Bind `device`, the open node of the function at `at`, to `iommufd`. Its requests reach nothing yet.
+    ///
+    /// # Errors
+    /// What the host refused: the binding, or what the function is.
+    pub fn of_descriptor(at: Sbdf, device: File, iommufd: &Arc<Iommufd>) -> Result<Self, HostError> {
         let id = bind(&device, iommufd).map_err(|source| {
             let what = match source.raw_os_error() {
                 Some(libc::EPERM) => {
@@ -73,6 +92,26 @@ impl Cdev {
             };
             HostError::new(format!("bind {at} to /dev/iommu{what}"), source)
         })?;
+        let iommufd = iommufd.clone();
+        let way = Way::Iommufd {
+            id,
+            _iommufd: iommufd,
+        };
+        Self::described(at, device, way)
+    }
+
+    /// Open the function at `at` of `group`. Its requests reach what the group's container has.
+    ///
+    /// # Errors
+    /// What the host refused: the function, or what it is.
+    pub fn of_group(at: Sbdf, group: &Arc<Group>) -> Result<Self, HostError> {
+        let device = group.device(at)?;
+        let group = group.clone();
+        Self::described(at, device, Way::Group { _group: group })
+    }
+
+    /// What the host says of `device`, the open function at `at`.
+    fn described(at: Sbdf, device: File, way: Way) -> Result<Self, HostError> {
         let mut info = [0; 6];
         uapi::issue(&device, Request::GetInfo, &mut info)
             .map_err(|source| HostError::new(format!("ask what {at} is"), source))?;
@@ -95,8 +134,7 @@ impl Cdev {
             regions: Default::default(),
             interrupts: Default::default(),
             resets: flags & abi::VFIO_DEVICE_FLAGS_RESET != 0,
-            id,
-            _iommufd: iommufd.clone(),
+            way,
         };
         for (place, index) in cdev.regions.iter_mut().zip(places) {
             *place = region_info(&cdev.device, index)
@@ -110,10 +148,14 @@ impl Cdev {
         Ok(cdev)
     }
 
-    /// The number of its binding, by which requests for objects of IOMMUs name the function.
+    /// The number of its binding, by which requests for objects of IOMMUs name the function; 0, which names nothing, for
+    /// one of a group.
     #[must_use]
     pub fn id(&self) -> u32 {
-        self.id
+        match &self.way {
+            Way::Iommufd { id, .. } => *id,
+            Way::Group { .. } => 0,
+        }
     }
 
     fn place(&self, region: Region) -> Option<&Place> {
@@ -163,10 +205,6 @@ fn bind(device: &File, iommufd: &Iommufd) -> io::Result<u32> {
     Ok(id)
 }
 
-const fn wide(low: u32, high: u32) -> u64 {
-    (high as u64) << 32 | low as u64
-}
-
 fn region_info(device: &File, index: u32) -> io::Result<Place> {
     let mut words = vec![0; REGION_WORDS];
     words[2] = index;
@@ -206,22 +244,11 @@ fn place_of(words: &[u32]) -> Place {
 /// The stretches of a sparse region, by its capability: id and version, next, count, reserved, then offset and size of
 /// each. `None` where there is no such capability.
 fn sparse_areas(words: &[u32]) -> Option<Vec<(u64, u64)>> {
-    let word = |at: usize| words.get(at).copied();
-    let mut at = usize::try_from(word(3)?).ok()? / 4;
-    // The chain leads forwards only, so that it ends.
-    loop {
-        let (header, next) = (word(at)?, usize::try_from(word(at + 1)?).ok()? / 4);
-        if header & 0xffff == abi::VFIO_REGION_INFO_CAP_SPARSE_MMAP {
-            let count = usize::try_from(word(at + 2)?).ok()?;
-            let areas = words.get(at + 4..)?.chunks_exact(4).take(count);
-            let area = |words: &[u32]| (wide(words[0], words[1]), wide(words[2], words[3]));
-            return Some(areas.map(area).collect());
-        }
-        if next <= at {
-            return None;
-        }
-        at = next;
-    }
+    let found = capability(words, *words.get(3)?, abi::VFIO_REGION_INFO_CAP_SPARSE_MMAP)?;
+    let count = usize::try_from(*found.get(2)?).ok()?;
+    let areas = found.get(4..)?.chunks_exact(4).take(count);
+    let area = |words: &[u32]| (wide(words[0], words[1]), wide(words[2], words[3]));
+    Some(areas.map(area).collect())
 }
 
 fn interrupt_info(device: &File, index: u32) -> io::Result<InterruptInfo> {
@@ -302,11 +329,19 @@ impl HostFunction for Cdev {
 
 impl Attach for Cdev {
     fn attach(&self, ioas: u32) -> io::Result<()> {
-        uapi::issue(&self.device, Request::AttachIommufd, &mut [0, 0, ioas])
+        match &self.way {
+            Way::Iommufd { .. } => uapi::issue(&self.device, Request::AttachIommufd, &mut [0, 0, ioas]),
+            // It is, from when it was opened, and to nothing else.
+            Way::Group { .. } => Ok(()),
+        }
     }
 
     fn detach(&self) -> io::Result<()> {
-        uapi::issue(&self.device, Request::DetachIommufd, &mut [0, 0])
+        match &self.way {
+            Way::Iommufd { .. } => uapi::issue(&self.device, Request::DetachIommufd, &mut [0, 0]),
+            // When the last function of the group is closed.
+            Way::Group { .. } => Ok(()),
+        }
     }
 }
 

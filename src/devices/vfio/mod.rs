@@ -12,6 +12,7 @@
 mod bar;
 pub mod cdev;
 mod config;
+pub mod group;
 pub mod host;
 mod interrupts;
 mod notices;

@@ -1,19 +1,22 @@
-//! The requests of a VFIO device.
+//! The requests of a VFIO device, and of a group of them.
 //!
 //! Documentation/driver-api/vfio.rst and include/uapi/linux/vfio.h. Every structure that is used here consists of
 //! 32-bit words (64-bit fields are two of them), begins with its own size in bytes, and holds no address.
 
 #![expect(unsafe_code, reason = "requests to the kernel")]
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 
 use vfio_bindings::bindings::vfio as abi;
 
 /// A request whose structure is such words. No other may be added: [`issue`] relies on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Request {
+    /// VFIO_GROUP_GET_STATUS, of a group.
+    GetGroupStatus = 3,
     /// VFIO_DEVICE_GET_INFO.
     GetInfo = 7,
     /// VFIO_DEVICE_GET_REGION_INFO.
@@ -61,9 +64,46 @@ pub(super) fn reset(device: &File) -> io::Result<()> {
 /// VFIO_DEVICE_RESET.
 const VFIO_DEVICE_RESET: u32 = 11;
 
+/// VFIO_GROUP_SET_CONTAINER.
+const VFIO_GROUP_SET_CONTAINER: u32 = 4;
+/// VFIO_GROUP_GET_DEVICE_FD.
+const VFIO_GROUP_GET_DEVICE_FD: u32 = 6;
+
+/// Put `group` into `container`.
+pub(super) fn set_container(group: &File, container: BorrowedFd<'_>) -> io::Result<()> {
+    let descriptor: libc::c_int = container.as_raw_fd();
+    // SAFETY: both descriptors are open for as long as they are borrowed here; the request reads the one number that
+    // its argument points at, which lives until the call returns.
+    let result = unsafe {
+        libc::ioctl(
+            group.as_raw_fd(),
+            number(VFIO_GROUP_SET_CONTAINER),
+            &raw const descriptor,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Open the device called `name` of `group`.
+pub(super) fn group_device(group: &File, name: &str) -> io::Result<File> {
+    let name = CString::new(name)?;
+    // SAFETY: the descriptor is open for as long as `group` lives; the request reads its argument up to the zero behind
+    // it, which lives until the call returns.
+    let result = unsafe { libc::ioctl(group.as_raw_fd(), number(VFIO_GROUP_GET_DEVICE_FD), name.as_ptr()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just opened this descriptor for us, and nobody else knows of it.
+    Ok(unsafe { File::from_raw_fd(result) })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
 
     #[test]
     fn requests_have_the_numbers_of_the_kernels_interface() {
@@ -71,6 +111,9 @@ mod tests {
         assert_eq!(number(VFIO_DEVICE_RESET), 0x3b6f);
         assert_eq!(number(Request::BindIommufd as u32), 0x3b76);
         assert_eq!(number(Request::DetachIommufd as u32), 0x3b78);
+        assert_eq!(number(Request::GetGroupStatus as u32), 0x3b67);
+        assert_eq!(number(VFIO_GROUP_SET_CONTAINER), 0x3b68);
+        assert_eq!(number(VFIO_GROUP_GET_DEVICE_FD), 0x3b6a);
     }
 
     #[test]
@@ -82,6 +125,18 @@ mod tests {
             reset(&file).expect_err("no device").raw_os_error(),
             Some(libc::ENOTTY)
         );
+    }
+
+    #[test]
+    fn a_file_that_is_no_group_refuses_with_the_kernels_reason() {
+        let file = tempfile::tempfile().expect("a file");
+        let enotty = Some(libc::ENOTTY);
+        let refused = set_container(&file, file.as_fd()).expect_err("no group");
+        assert_eq!(refused.raw_os_error(), enotty);
+        let refused = group_device(&file, "0000:41:00.0").expect_err("no group");
+        assert_eq!(refused.raw_os_error(), enotty);
+        let refused = group_device(&file, "41\0").expect_err("no name");
+        assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
     }
 
     #[test]

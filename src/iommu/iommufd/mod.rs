@@ -31,7 +31,7 @@ pub use kernel::Kernel;
 /// Where it is.
 pub const NODE: &str = "/dev/iommu";
 
-/// What is asked of /dev/iommu.
+/// What is asked of /dev/iommu; or of a [`super::container::Container`], which has one address space and no copies.
 pub trait Requests: Send + Sync {
     /// Make an address space with nothing in it; its number.
     fn alloc(&self) -> io::Result<u32>;
@@ -72,10 +72,11 @@ pub struct Copied {
 /// A function of the host's whose requests pass address spaces.
 pub trait Attach: Send + Sync {
     /// Requests of the function reach the address space with number `ioas` from here on, and no other. Where it is
-    /// attached already this replaces the one for the other.
+    /// attached already this replaces the one for the other. One that came by its group is attached to its container's
+    /// address space, always.
     fn attach(&self, ioas: u32) -> io::Result<()>;
 
-    /// Requests of the function reach nothing from here on.
+    /// Requests of the function reach nothing from here on; those of one that came by its group, from when it is closed.
     fn detach(&self) -> io::Result<()>;
 }
 
@@ -105,7 +106,13 @@ impl Iommufd {
             };
             HostError::new(format!("open {}{what}", path.display()), source)
         })?;
-        Ok(Arc::new(Self { file }))
+        Ok(Self::of_descriptor(file))
+    }
+
+    /// The /dev/iommu that somebody else opened.
+    #[must_use]
+    pub fn of_descriptor(file: File) -> Arc<Self> {
+        Arc::new(Self { file })
     }
 }
 

@@ -22,15 +22,15 @@ use std::path::Path;
 use said::{ConfigError, Kind, Place, Table, Value};
 use section::{Section, SectionInfo};
 use sections::{
-    Board, Cmdline, Console, Cpus, Disk, Initramfs, Kernel, Memory, Module, Net, Rng, RootComplex, RootPort,
-    SerialPort, SwitchPorts, TestDevice, VfioDevice, Viommu,
+    Board, Cmdline, Console, Cpus, Disk, HostIommus, Initramfs, Kernel, Memory, Module, Net, Rng,
+    RootComplex, RootPort, SerialPort, SwitchPorts, TestDevice, VfioDevice, Viommu,
 };
 
 /// The largest machine file that is read: far beyond any machine, so that a wrong path is noticed early.
 const MAX_FILE: u64 = 16 << 20;
 
 /// Every section, in the order help lists them.
-pub const SECTIONS: [SectionInfo; 18] = [
+pub const SECTIONS: [SectionInfo; 19] = [
     Cpus::INFO,
     Memory::INFO,
     Kernel::INFO,
@@ -48,6 +48,7 @@ pub const SECTIONS: [SectionInfo; 18] = [
     SwitchPorts::INFO,
     Viommu::INFO,
     VfioDevice::INFO,
+    HostIommus::INFO,
     Board::INFO,
 ];
 
@@ -88,6 +89,8 @@ pub struct Config {
     pub viommus: Vec<Viommu>,
     /// `vfio-device`.
     pub vfio_devices: Vec<VfioDevice>,
+    /// `iommufd`.
+    pub iommufd: Option<HostIommus>,
     /// `board`.
     pub board: Option<Board>,
 }
@@ -145,6 +148,7 @@ impl Config {
             switches: several(said)?,
             viommus: several(said)?,
             vfio_devices: several(said)?,
+            iommufd: one(said)?,
             board: one(said)?,
         })
     }

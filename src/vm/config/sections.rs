@@ -268,6 +268,9 @@ section! {
     pub struct VfioDevice is several "vfio-device", main "host" {
         /// The function, like 0000:41:00.0, or its folder in sysfs; bound to vfio-pci.
         host = "host": Required<HostFunction>,
+        /// The open descriptor of its node in /dev/vfio/devices, inherited from whoever starts Ravelin (default: the node
+        /// is opened).
+        fd = "fd": Option<Descriptor>,
         /// What it is called (default vfio0, vfio1, ...).
         id = "id": Option<Name>,
         /// The vIOMMU it must be behind: that of its root complex.
@@ -279,6 +282,14 @@ section! {
         on = "on": Option<Name>,
         /// DEVICE.FUNCTION on its bus (default: the next free device).
         slot = "slot": Option<Slot>,
+    }
+}
+
+section! {
+    /// The host's IOMMUs, for its functions.
+    pub struct HostIommus is one "iommufd", main "fd" {
+        /// An open descriptor of /dev/iommu, inherited from whoever starts Ravelin (default: it is opened).
+        fd = "fd": Required<Descriptor>,
     }
 }
 

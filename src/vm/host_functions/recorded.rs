@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use super::{Face, HEADER_TYPE, HostFunctions, INTERRUPT_PIN};
+use super::{Face, HEADER_TYPE, Handed, HostFunctions, INTERRUPT_PIN};
 
 /// A tree that looks like a host's file systems.
 pub(in crate::vm) struct Recorded(tempfile::TempDir);
@@ -99,7 +99,7 @@ impl Recorded {
     }
 
     pub(in crate::vm) fn usable(&self, at: &str) -> Result<(), String> {
-        HostFunctions::below(self.0.path()).usable(at.parse().expect("an address"))
+        HostFunctions::below(self.0.path()).usable(at.parse().expect("an address"), Handed::default())
     }
 }
 

@@ -142,15 +142,16 @@ fn without_an_iommu_or_a_node_nothing_is_passed() {
     host.node(NIC, "vfio0");
     fs::remove_file(host.root().join("dev/iommu")).expect("there");
     let text = host.usable(NIC).expect_err("no iommufd");
-    assert!(
-        text.contains("dev/iommu is not there; load the module iommufd"),
-        "{text}"
+    assert_eq!(
+        text,
+        "/dev/iommu is not there; load the modules iommufd and vfio-pci, of a kernel with CONFIG_IOMMUFD and \
+         CONFIG_VFIO_DEVICE_CDEV; or, for the older interface, vfio_iommu_type1: /dev/vfio/vfio is not there either"
     );
     host.file("dev/iommu", "");
     fs::remove_file(host.root().join("dev/vfio/devices/vfio0")).expect("there");
     let text = host.usable(NIC).expect_err("no node");
     assert!(
-        text.contains("vfio0 is not there; load the module vfio-pci"),
+        text.starts_with("/dev/vfio/devices/vfio0 is not there; load the modules"),
         "{text}"
     );
     fs::remove_file(host.root().join(format!("sys/bus/pci/devices/{NIC}/iommu_group"))).expect("there");
@@ -158,6 +159,135 @@ fn without_an_iommu_or_a_node_nothing_is_passed() {
         host.usable(NIC)
             .expect_err("no IOMMU")
             .starts_with("no IOMMU translates for it")
+    );
+}
+
+/// What the older interface has for the NIC.
+fn older(host: &super::recorded::Recorded) {
+    host.file("dev/vfio/vfio", "").file("dev/vfio/12", "");
+}
+
+#[test]
+fn a_host_without_iommufd_gives_functions_out_by_their_groups() {
+    let host = nic();
+    let way =
+        || HostFunctions::below(host.root()).way([(NIC.parse().expect("an address"), Handed::default())]);
+    // As kernels do that have no name for the device.
+    host.bound(NIC, "vfio-pci");
+    older(&host);
+    assert_eq!((host.usable(NIC), way()), (Ok(()), Way::Groups));
+    fs::remove_file(host.root().join("dev/vfio/12")).expect("there");
+    let text = host.usable(NIC).expect_err("no node");
+    assert!(text.ends_with("/dev/vfio/12 is not there either"), "{text}");
+    // The newer one is taken where there are both, and where all functions have it.
+    older(&host);
+    host.node(NIC, "vfio0");
+    assert_eq!((host.usable(NIC), way()), (Ok(()), Way::Iommufd));
+    host.function(SECOND, "0x020000\n", 0x80)
+        .bound(SECOND, "vfio-pci");
+    let both = [NIC, SECOND].map(|at| (at.parse().expect("an address"), Handed::default()));
+    assert_eq!(HostFunctions::below(host.root()).way(both), Way::Groups);
+}
+
+#[test]
+fn a_function_that_is_given_out_without_an_iommu_is_refused() {
+    let host = nic();
+    host.node(NIC, "vfio0");
+    older(&host);
+    host.file("sys/kernel/iommu_groups/12/name", "vfio-noiommu\n");
+    assert_eq!(host.usable(NIC).expect_err("not confined"), UNCONFINED);
+    host.file("sys/kernel/iommu_groups/12/name", "rack 7\n");
+    assert_eq!(host.usable(NIC), Ok(()));
+}
+
+#[test]
+fn behind_an_emulated_iommu_a_function_needs_iommufd() {
+    let host = nic();
+    host.bound(NIC, "vfio-pci");
+    older(&host);
+    let here = HostFunctions::below(host.root());
+    let checked = |units: &str| {
+        let text = format!("[[root-complex]]\n[[root-complex]]\n[[vfio-device]]\nhost = \"{NIC}\"\n{units}");
+        let config = Config::parse(Path::new("m.toml"), &text).expect("a machine file");
+        let plan = Plan::resolve_on(&config, &here).expect("possible");
+        check(&config, &plan, &here).map_err(|error| error.to_string())
+    };
+    assert_eq!(checked(""), Ok(()));
+    assert_eq!(checked("[[viommu]]\non = \"rc1\"\n"), Ok(()));
+    assert_eq!(
+        checked("[[viommu]]\n").expect_err("no copies"),
+        "m.toml:4: vfio-device.host = 0000:41:00.0: it would be behind iommu0, and only /dev/iommu gives out the address \
+         spaces that copies of the guest's tables need: /dev/iommu is not there; load the module iommufd, of a kernel \
+         with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, or put it on a root complex without an IOMMU"
+    );
+    host.node(NIC, "vfio0");
+    assert_eq!(checked("[[viommu]]\n"), Ok(()));
+}
+
+#[test]
+fn what_was_handed_over_need_not_be_there() {
+    let host = nic();
+    host.node(NIC, "vfio0");
+    for path in ["dev/iommu", "dev/vfio/devices/vfio0"] {
+        fs::remove_file(host.root().join(path)).expect("there");
+    }
+    let here = HostFunctions::below(host.root());
+    let checked = |units: &str| {
+        let text = format!("[[vfio-device]]\nhost = \"{NIC}\"\n{units}");
+        let config = Config::parse(Path::new("m.toml"), &text).expect("a machine file");
+        let plan = Plan::resolve_on(&config, &here).expect("possible");
+        check(&config, &plan, &here).map_err(|error| error.to_string())
+    };
+    assert_eq!(checked("fd = 7\n[iommufd]\nfd = 8\n"), Ok(()));
+    let text = checked("fd = 7\n").expect_err("no iommufd");
+    assert!(
+        text.contains("host = 0000:41:00.0: /dev/iommu is not there;"),
+        "{text}"
+    );
+    let text = checked("[iommufd]\nfd = 8\n").expect_err("no node");
+    assert!(text.contains("/dev/vfio/devices/vfio0 is not there;"), "{text}");
+    // By its group it could be opened; not with what was handed over.
+    older(&host);
+    assert_eq!(checked(""), Ok(()));
+    assert_eq!(
+        checked("fd = 7\n").expect_err("by groups"),
+        "m.toml:3: vfio-device.fd = 7: all functions are opened in one way, and 0000:41:00.0 cannot be opened like this \
+         one: /dev/iommu is not there"
+    );
+    assert_eq!(
+        checked("[iommufd]\nfd = 8\n").expect_err("by groups"),
+        "m.toml:4: iommufd.fd = 8: 0000:41:00.0 cannot be opened with it: /dev/vfio/devices/vfio0 is not there, nor was \
+         it handed over"
+    );
+}
+
+#[test]
+fn a_descriptor_is_one_functions_or_that_of_the_iommus() {
+    let device = format!("[[vfio-device]]\nhost = \"{NIC}\"\nfd = 7\n");
+    let plan = planned(&format!("{device}[iommufd]\nfd = 8\n")).expect("possible");
+    assert_eq!(plan.iommufd, Some(8));
+    let taken = planned(&format!("{device}[iommufd]\nfd = 7\n")).expect_err("the same");
+    assert_eq!(
+        taken,
+        "m.toml:3: vfio-device.fd = 7: this descriptor is that of /dev/iommu; each function has one of its own"
+    );
+    assert_eq!(
+        planned("[iommufd]\nfd = 8\n").expect_err("nobody uses it"),
+        "m.toml:2: iommufd.fd = 8: no function of the host is passed through, and nothing else uses it; leave it out"
+    );
+}
+
+#[test]
+fn an_open_node_is_found_in_sysfs_by_its_numbers() {
+    let host = nic();
+    host.link("sys/dev/char/1:3", "../../devices/virtual/mem/null");
+    let here = HostFunctions::below(host.root());
+    let of = |path: &str| here.device_of(&File::open(path).expect("there"));
+    assert_eq!(of("/dev/null"), Some("../../devices/virtual/mem/null".into()));
+    // A device that sysfs does not tell of, and none.
+    assert_eq!(
+        (of("/dev/zero"), of("/dev"), of("/proc/version")),
+        (None, None, None)
     );
 }
 

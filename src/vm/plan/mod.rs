@@ -39,6 +39,9 @@ pub struct Plan {
     pub devices: Vec<DevicePlan>,
     /// The IOMMUs of `pci`.
     pub viommus: Vec<ViommuPlan>,
+    /// The inherited descriptor of /dev/iommu, where that was opened by whoever starts the machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iommufd: Option<i32>,
     /// What to start; `None` when no kernel was named, which is enough to look at a machine but not to run it.
     pub boot: Option<BootPlan>,
     /// What the 16550 at port 0x3f8 is connected to.
@@ -428,6 +431,9 @@ pub struct TestPlan {
 pub struct VfioPlan {
     /// Where it is on the host.
     pub host: Sbdf,
+    /// The inherited descriptor of its VFIO device, where that was opened by whoever starts the machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fd: Option<i32>,
 }
 
 /// What a stream of characters is connected to.

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::devices::vfio::testing::{EXPRESS as EXPRESS_AT, MSI as MSI_AT, MSIX as MSIX_AT, PM, nic_config};
+use crate::pci::access::DwordWrite;
 
 const IDENTITY: Identity = Identity {
     vendor: 0x8086,
@@ -270,4 +271,60 @@ mod arbitrary {
             prop_assert!(extended_list(&survey).len() <= MOST_EXTENDED);
         }
     }
+}
+
+/// A virtual function of an 82576: its IDs are not in its header, it has neither wire, MSI, power management nor ports.
+fn virtual_function() -> Survey {
+    let mut bytes = vec![0; 0x1000];
+    let mut put = |at: usize, dwords: &[u32]| {
+        for (index, dword) in dwords.iter().enumerate() {
+            bytes[at + index * 4..at + index * 4 + 4].copy_from_slice(&dword.to_le_bytes());
+        }
+    };
+    put(0, &[u32::MAX, STATUS_CAPABILITIES, 0x0200_0001]);
+    put(0x34, &[0x70]);
+    put(0x70, &[0x0002_a011, 0x3, 0x2003]);
+    let link = [0x0001_0c11, 0];
+    put(0xa0, &[0x0002_0010, 0x1000_8cc0, 0, link[0], link[1]]);
+    put(0x100, &[0x1501_0001]);
+    put(0x150, &[0x0001_000e]);
+    let given = Given {
+        identity: Identity {
+            device: 0x10ca,
+            ..IDENTITY
+        },
+        decodes: Command::MEMORY,
+        pin: None,
+        msi: 0,
+        msix: 3,
+        bars: [0x4000, 0, 0, 0x4000, 0, 0],
+        ..given()
+    };
+    survey(&image(&bytes), &given)
+}
+
+#[test]
+fn a_virtual_function_is_known_by_the_ids_that_its_header_lacks() {
+    let function = virtual_function();
+    assert_eq!(reads(&function, 0), 0x10ca_8086);
+    // Memory can be switched on and off as of any function; there are no ports, and there is no wire.
+    let mut table = function.table;
+    table.write(COMMAND, DwordWrite::whole(0x7));
+    assert_eq!(table.value(COMMAND) & 0xffff, 0x6);
+    assert_eq!(table.value(0x3c / 4), 0);
+}
+
+#[test]
+fn a_virtual_function_interrupts_by_msix_and_resets_by_itself() {
+    let function = virtual_function();
+    assert_eq!(list(&function), [(0x70, 0x11), (0xa0, 0x10)]);
+    assert_eq!(extended_list(&function), []);
+    let place = function.msix.expect("it has three vectors");
+    assert_eq!(
+        (place.vectors, place.table, place.pending),
+        (3, (3, 0), (3, 0x2000))
+    );
+    assert_eq!((function.msi, function.power), (None, None));
+    assert_eq!(reads(&function, 0xa4) >> 28 & 1, 1);
+    assert_eq!(function.device_control, Some(0xa8 / 4));
 }

@@ -92,6 +92,9 @@ pub(super) fn resolve<'a>(
         add!(test, name, DeviceKind::Test(self::test(test)?));
     }
     let mut passed: BTreeMap<Sbdf, &String> = BTreeMap::new();
+    let mut taken: BTreeMap<i32, String> = BTreeMap::new();
+    let iommufd = config.iommufd.as_ref().map(|said| said.fd.0.0);
+    taken.extend(iommufd.map(|fd| (fd, "that of /dev/iommu".to_owned())));
     for (said, name) in config.vfio_devices.iter().zip(&names_of.vfio_devices) {
         let at = said.host.0.0;
         let wrong = |problem| said.source().wrong("host", problem);
@@ -100,15 +103,32 @@ pub(super) fn resolve<'a>(
                 "{other} is this function too, and it can be passed once"
             )));
         }
+        let fd = said.fd.map(|fd| fd.0);
+        if let Some(other) = fd.and_then(|fd| taken.insert(fd, format!("{name}'s"))) {
+            let problem = format!("this descriptor is {other}; each function has one of its own");
+            return Err(said.source().wrong("fd", problem));
+        }
         let face = host.face(at).map_err(wrong)?;
         let place = (&said.port, &said.on, said.slot);
         endpoints.push(endpoint(devices.len(), name, face, place, said.source()));
         devices.push(DevicePlan {
             name: name.clone(),
-            kind: DeviceKind::Vfio(VfioPlan { host: at }),
+            kind: DeviceKind::Vfio(VfioPlan { host: at, fd }),
         });
     }
     Ok((devices, endpoints))
+}
+
+/// The descriptor of /dev/iommu that was handed over.
+pub(super) fn iommufd(config: &Config) -> Result<Option<i32>, ConfigError> {
+    let Some(said) = &config.iommufd else {
+        return Ok(None);
+    };
+    if config.vfio_devices.is_empty() {
+        let problem = "no function of the host is passed through, and nothing else uses it; leave it out";
+        return Err(said.source().wrong("fd", problem));
+    }
+    Ok(Some(said.fd.0.0))
 }
 
 fn endpoint<'a>(

@@ -60,6 +60,7 @@ fn decide(config: &Config, host: &HostFunctions) -> Result<Plan, ConfigError> {
         pci: mapped.pci,
         devices,
         viommus,
+        iommufd: devices::iommufd(config)?,
         boot: boot(config)?,
         serial,
         board: board(config),
