@@ -18,7 +18,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use arbitrary::{Arbitrary, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use ravelin::devices::vfio::host::{HostFunction, Interrupt, InterruptInfo, Notice, Region, RegionInfo};
+use ravelin::devices::vfio::host::{Companion, HostFunction, Interrupt, InterruptInfo, Notice, Region, RegionInfo};
+use ravelin::devices::vfio::lent::Lent;
 use ravelin::devices::vfio::testing::{Asked, Device, GuestSpace, Told, nic_config};
 use ravelin::devices::vfio::{VfioFunction, VfioParts};
 use ravelin::iommu::iommufd::{Attach, Ioas};
@@ -183,6 +184,12 @@ impl HostFunction for Watched {
     fn reset(&self) -> io::Result<()> {
         assert!(self.device.resets());
         self.device.reset()
+    }
+    fn companions(&self) -> io::Result<Vec<Companion>> {
+        self.device.companions()
+    }
+    fn hot_reset(&self) -> io::Result<()> {
+        panic!("it is reset with no other")
     }
 }
 
@@ -426,7 +433,8 @@ fuzz_target!(|data: &[u8]| {
     let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("a page");
     let parts = VfioParts {
         name: "vfio0".to_owned(),
-        host: watched.clone(),
+        host: Lent::new(watched.clone()),
+        reset_with: None,
         space: Arc::new(Ioas::new(Host::new(), GuestRam::new(ram)).expect("made")),
         identity: IDENTITY,
         bars: specs.clone(),

@@ -91,6 +91,11 @@ pub trait Function: Send + Sync {
         Command::of_dword(self.config_read(1))
     }
 
+    /// Whether the function is still there. One that left answers all ones and never comes back.
+    fn is_present(&self) -> bool {
+        true
+    }
+
     /// Whether the function may issue requests and messages: its own Bus Master Enable, and that of every port above.
     ///
     /// For functions that work by themselves: before the requester may no longer issue requests, and after it may

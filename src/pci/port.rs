@@ -1,12 +1,14 @@
 //! Root ports and the ports of switches: bridges to one logical bus each.
 
 use std::ops::RangeInclusive;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::access::DwordWrite;
 use super::bar::BarSpec;
 use super::bridge::Forwarded;
-use super::capability::{AccessControl, ErrorReporting, Express, PortType, PowerManagement, Subsystem};
+use super::capability::{
+    AccessControl, ErrorReporting, Express, PortType, PowerManagement, Severity, Subsystem,
+};
 use super::config_space::ConfigSpace;
 use super::endpoint::Endpoint;
 use super::function::{Command, ConfigEffect, Function};
@@ -47,6 +49,15 @@ pub struct PortState {
 pub struct Port {
     name: String,
     endpoint: Endpoint,
+    /// What it interrupts for.
+    causes: Mutex<Causes>,
+}
+
+/// What a port interrupts for at one moment, all by one message or wire.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+struct Causes {
+    slot: bool,
+    errors: bool,
 }
 
 impl Port {
@@ -81,13 +92,80 @@ impl Port {
         Some(Arc::new(Self {
             name: node.name.clone(),
             endpoint,
+            causes: Mutex::default(),
         }))
     }
 
     /// Whether a device is in its slot from now on. An upstream port has none.
     pub fn set_occupied(&self, occupied: bool) {
-        if let Some(express) = self.endpoint.config().capabilities_mut().get_mut::<Express>() {
-            express.set_occupied(occupied);
+        self.express(|express| express.set_occupied(occupied));
+        self.follow_causes();
+    }
+
+    /// What is in its slot can leave while the guest runs; `false` where it has none. The guest must not run yet.
+    pub fn set_hot_plug(&self) -> bool {
+        self.express(Express::set_hot_plug)
+    }
+
+    /// Whether what is in its slot can leave while the guest runs.
+    #[must_use]
+    pub fn is_hot_plug(&self) -> bool {
+        self.express(|express| express.is_hot_plug())
+    }
+
+    /// Ask the guest to let go of what is in the slot. Whether the guest listens.
+    pub fn press_attention_button(&self) -> bool {
+        let listens = self.express(Express::press_attention_button);
+        self.follow_causes();
+        listens
+    }
+
+    /// Whether the guest has not switched the slot off.
+    #[must_use]
+    pub fn slot_is_on(&self) -> bool {
+        self.express(|express| express.slot_is_on())
+    }
+
+    /// Its link went down by itself: what the root port is to hear of that.
+    pub fn surprise_down(&self) -> Option<Severity> {
+        self.errors(ErrorReporting::surprise_down)
+    }
+
+    /// As a root port: the function with requester ID `source` reported an error. Whether the guest wants to hear of
+    /// those.
+    pub fn receive_error(&self, severity: Severity, source: u16) -> bool {
+        let heard = self.errors(|errors| {
+            errors.receive(severity, source);
+            errors.reports(severity)
+        });
+        self.follow_causes();
+        heard
+    }
+
+    fn express<T>(&self, act: impl FnOnce(&mut Express) -> T) -> T {
+        let mut config = self.endpoint.config();
+        let express = config.capabilities_mut().get_mut::<Express>();
+        act(express.expect("a port has a PCI Express capability"))
+    }
+
+    fn errors<T>(&self, act: impl FnOnce(&mut ErrorReporting) -> T) -> T {
+        let mut config = self.endpoint.config();
+        let errors = config.capabilities_mut().get_mut::<ErrorReporting>();
+        act(errors.expect("a port has error reporting"))
+    }
+
+    /// Interrupt for what there is now: by message when something is new, by wire for as long as anything is there.
+    fn follow_causes(&self) {
+        let mut causes = self.causes.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Causes {
+            slot: self.express(|express| express.interrupts()),
+            errors: self.errors(|errors| errors.interrupts()),
+        };
+        let fresh = now.slot && !causes.slot || now.errors && !causes.errors;
+        *causes = now;
+        self.endpoint.set_intx(now.slot || now.errors);
+        if fresh {
+            self.endpoint.signal(0);
         }
     }
 
@@ -136,7 +214,9 @@ impl Function for Port {
     }
 
     fn config_write(&self, dword: u16, write: DwordWrite) -> ConfigEffect {
-        self.endpoint.config_write(dword, write)
+        let effect = self.endpoint.config_write(dword, write);
+        self.follow_causes();
+        effect
     }
 
     fn requester(&self) -> &Arc<Requester> {
@@ -153,6 +233,7 @@ impl Function for Port {
 
     fn reset(&self) {
         self.endpoint.reset();
+        self.follow_causes();
     }
 }
 

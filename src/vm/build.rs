@@ -97,6 +97,7 @@ impl<'a> Machine<'a> {
                 doorbells: vm.doorbells(),
                 passed: &passed,
                 device_memory: vm.device_memory(),
+                host_functions: Vec::new(),
             },
         )?;
         viommus.confine(&passed, &topology, &ram)?;

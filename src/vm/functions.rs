@@ -3,14 +3,12 @@
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 
-use event_manager::{EventOps, EventSubscriber, Events};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
-
-use vmm_sys_util::epoll::EventSet;
 
 use super::RunError;
 use super::board::Board;
 use super::events::EventLoop;
+use super::host_signals::HostSignals;
 use super::passed::Passed;
 use super::plan::{DeviceKind, DevicePlan, NetBackend, NetPlan, Plan};
 use super::viommus::{Upstream, Viommus};
@@ -47,6 +45,8 @@ pub(super) struct Connections<'a> {
     pub(super) doorbells: Arc<dyn DoorbellHost>,
     pub(super) passed: &'a Passed,
     pub(super) device_memory: Arc<dyn DeviceMemoryHost>,
+    /// Functions of the host that were made, to be listened to when the hierarchy stands.
+    pub(super) host_functions: Vec<Arc<VfioFunction>>,
 }
 
 /// Build the whole hierarchy of `plan`, its devices opened and attached.
@@ -72,7 +72,11 @@ pub(super) fn build(plan: &Plan, connections: &mut Connections<'_>) -> Result<Ar
         }
     }
     let board = connections.board;
-    Ok(builder.finish(board.mmio.clone(), board.ports.clone()))
+    let topology = builder.finish(board.mmio.clone(), board.ports.clone());
+    for function in connections.host_functions.drain(..) {
+        HostSignals::listen(function, &topology, connections.events)?;
+    }
+    Ok(topology)
 }
 
 /// What a function's place says about it.
@@ -221,6 +225,7 @@ fn host_function(
     let function = VfioFunction::new(VfioParts {
         name: planned.name.clone(),
         host,
+        reset_with: connections.passed.reset_with(index),
         space,
         identity: node.identity,
         bars: node.bars.iter().map(spec).collect(),
@@ -233,25 +238,8 @@ fn host_function(
         let listener: Weak<dyn Resample> = Arc::downgrade(&function) as Weak<dyn Resample>;
         connections.board.ioapic.resample(intx.gsi, listener);
     }
-    connections.events.add(Arc::new(HostSignals(function.clone())));
+    connections.host_functions.push(function.clone());
     Ok(function)
-}
-
-/// The event loop's end of what the host signals of a function.
-struct HostSignals(Arc<VfioFunction>);
-
-impl EventSubscriber for HostSignals {
-    fn process(&self, _events: Events, _ops: &mut EventOps) {
-        // The operator has been told of them; the guest goes on.
-        let _notices = self.0.signalled();
-    }
-
-    fn init(&self, ops: &mut EventOps) {
-        for descriptor in self.0.descriptors() {
-            ops.add(Events::new_raw(descriptor, EventSet::IN))
-                .expect("the descriptor is open and watched once");
-        }
-    }
 }
 
 fn net_backend(name: &str, plan: &NetPlan) -> Result<net::NetBackend, HostError> {

@@ -8,6 +8,7 @@ pub mod events;
 mod functions;
 pub mod host_functions;
 pub mod host_report;
+mod host_signals;
 pub mod layout;
 pub mod lifecycle;
 pub mod logging;

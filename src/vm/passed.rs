@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use super::opening::Opening;
 use super::plan::{DeviceKind, Plan};
-use crate::devices::vfio::host::HostFunction;
+use crate::devices::vfio::host::{Companion, HostFunction};
+use crate::devices::vfio::hot_reset::{HotResetMember, HotResetSet};
+use crate::devices::vfio::lent::Lent;
 use crate::iommu::iommufd::{Ioas, Memlock, Requests};
 use crate::platform::addr::Sbdf;
 use crate::platform::host::HostError;
@@ -13,8 +15,10 @@ use crate::platform::memory::GuestRam;
 /// The functions that are passed through, all attached to one address space with guest RAM in it.
 pub(super) struct Passed {
     /// By the device's index in the plan. They go before what they are attached to.
-    functions: Vec<Option<Arc<dyn HostFunction>>>,
+    functions: Vec<Option<Arc<Lent>>>,
     space: Option<Arc<Ioas>>,
+    /// By the device's index, those that are reset with others.
+    reset_with: Vec<Option<HotResetMember>>,
 }
 
 impl Passed {
@@ -25,6 +29,7 @@ impl Passed {
             return Ok(Self {
                 functions: Vec::new(),
                 space: None,
+                reset_with: Vec::new(),
             });
         }
         let mut host = Opening::of(plan)?;
@@ -45,7 +50,7 @@ impl Passed {
         let space = Arc::new(Ioas::new(requests, ram.clone())?);
         let mut functions = Vec::with_capacity(addresses.len());
         for at in addresses {
-            let function = at.map(&mut open).transpose()?;
+            let function = at.map(&mut open).transpose()?.map(Lent::new);
             if let (Some(function), Some(at)) = (&function, at) {
                 function
                     .attach(space.id())
@@ -55,16 +60,63 @@ impl Passed {
         }
         space.map_ram(limit)?;
         Ok(Self {
+            reset_with: reset_together(addresses, &functions),
             functions,
             space: Some(space),
         })
     }
 
     /// The function of device number `index` of the plan, and what it is attached to.
-    pub(super) fn function(&self, index: usize) -> Option<(Arc<dyn HostFunction>, Arc<Ioas>)> {
+    pub(super) fn function(&self, index: usize) -> Option<(Arc<Lent>, Arc<Ioas>)> {
         let function = self.functions.get(index)?.clone()?;
         Some((function, self.space.clone()?))
     }
+
+    /// Whether the function of device number `index` of the plan is reset with others.
+    pub(super) fn reset_with(&self, index: usize) -> Option<HotResetMember> {
+        self.reset_with.get(index)?.clone()
+    }
+}
+
+/// Which of `functions`, those at `addresses`, are reset together, because the host cannot reset one of them alone. Why
+/// one cannot be reset at all is logged.
+fn reset_together(
+    addresses: &[Option<Sbdf>],
+    functions: &[Option<Arc<Lent>>],
+) -> Vec<Option<HotResetMember>> {
+    let mut members: Vec<Option<HotResetMember>> = vec![None; functions.len()];
+    for (index, (at, function)) in addresses.iter().zip(functions).enumerate() {
+        let (Some(at), Some(function)) = (at, function) else {
+            continue;
+        };
+        if function.resets() || members[index].is_some() {
+            continue;
+        }
+        let companions = match function.companions() {
+            Ok(companions) => companions,
+            Err(error) => {
+                tracing::warn!(function = %at, %error, "the host resets neither the function nor its bus or slot");
+                continue;
+            }
+        };
+        let foreign = |companion: &&Companion| !companion.ours;
+        if let Some(other) = companions.iter().find(foreign) {
+            tracing::warn!(
+                function = %at, with = %other.at,
+                "the host can reset the function only together with another, which is not this machine's; bind that to \
+                 vfio-pci and pass it to this machine, too"
+            );
+            continue;
+        }
+        let concerned = |at: &Option<Sbdf>| companions.iter().any(|companion| Some(companion.at) == *at);
+        let set: Vec<usize> = (0..addresses.len())
+            .filter(|other| concerned(&addresses[*other]))
+            .collect();
+        for (other, member) in set.iter().zip(HotResetSet::of(set.len())) {
+            members[*other] = Some(member);
+        }
+    }
+    members
 }
 
 /// Where each device of `plan` is on the host, if it is the host's.
@@ -79,7 +131,7 @@ fn addresses(plan: &Plan) -> Vec<Option<Sbdf>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::devices::vfio::testing::{Asked, Device};
+    use crate::devices::vfio::testing::{Asked, Device, nic_config};
     use crate::iommu::iommufd::testing::{Call, Host};
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -108,6 +160,44 @@ mod tests {
         assert_eq!(host.mapped(space.id()), [(0, 1 << 20)]);
         drop((passed, space));
         assert!(host.spaces().is_empty());
+    }
+
+    /// A card of two functions at 41:00.0 and 41:00.1, the second of which cannot be reset alone.
+    fn card(second_is_ours: bool) -> Passed {
+        let at = |text: &str| text.parse().expect("valid");
+        let companion = |text, ours| Companion { at: at(text), ours };
+        let companions = [companion("41:00.0", true), companion("41:00.1", second_is_ours)];
+        let open = |asked: Sbdf| -> Result<Arc<dyn HostFunction>, HostError> {
+            let device = Device::with(&nic_config()).beside(&companions);
+            let alone = asked == at("41:00.0");
+            Ok(Arc::new(if alone { device } else { device.without_reset() }))
+        };
+        Passed::attach(&two(), &ram(), Host::new(), open, ANY).expect("attached")
+    }
+
+    #[test]
+    fn a_function_that_cannot_be_reset_alone_is_reset_with_those_beside_it() {
+        let passed = card(true);
+        assert!(
+            passed.reset_with(0).is_some()
+                && passed.reset_with(1).is_none()
+                && passed.reset_with(2).is_some()
+        );
+    }
+
+    #[test]
+    fn nothing_is_reset_together_with_a_function_of_somebody_else() {
+        let passed = card(false);
+        assert!((0..4).all(|index| passed.reset_with(index).is_none()));
+    }
+
+    #[test]
+    fn a_function_whose_bus_cannot_be_reset_is_not_reset_with_anything() {
+        let open = |_| -> Result<Arc<dyn HostFunction>, HostError> {
+            Ok(Arc::new(Device::with(&nic_config()).without_reset()))
+        };
+        let passed = Passed::attach(&two(), &ram(), Host::new(), open, ANY).expect("attached");
+        assert!(passed.reset_with(0).is_none());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError, TryLockResult};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -106,8 +106,15 @@ impl Given {
         Self::new("nvme", &DISK)
     }
 
-    /// Give it back; its own driver has it again.
-    fn back(mut self) -> Returned {
+    /// Give it back once its machine has ended; its own driver has it again, and the host holds nothing for a guest.
+    fn back(self) -> Returned {
+        let returned = self.back_from_a_machine();
+        nothing_is_pinned();
+        returned
+    }
+
+    /// Give it back, whatever its machine does; its own driver has it again.
+    fn back_from_a_machine(mut self) -> Returned {
         let (at, driver, alone) = (self.at.clone(), self.driver, self.alone.take());
         drop(self);
         let bound = fs::read_link(format!("/sys/bus/pci/devices/{at}/driver")).expect("a driver");
@@ -119,6 +126,40 @@ impl Given {
 impl Drop for Given {
     fn drop(&mut self) {
         bind_vfio(&["unbind", &self.at]);
+    }
+}
+
+/// What the host's kernel counts as `name` in `file`.
+fn counted(file: &str, name: &str) -> u64 {
+    let text = fs::read_to_string(file).unwrap_or_else(|error| panic!("{file}: {error}"));
+    let mut lines = text.lines().map(str::split_whitespace);
+    let found =
+        lines.find_map(|mut words| (words.next()?.trim_end_matches(':') == name).then(|| words.next())?);
+    let found = found.unwrap_or_else(|| panic!("{file} has no {name}"));
+    found.parse().unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+/// No page is pinned for a device any more. Looked at when no other scenario has a function; that one looks, too.
+fn nothing_is_pinned() {
+    let (nic, disk) = (NIC.try_lock(), DISK.try_lock());
+    let busy = |lock: &TryLockResult<_>| matches!(lock, Err(TryLockError::WouldBlock));
+    if busy(&nic) && busy(&disk) {
+        return;
+    }
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let pins = |name| counted("/proc/vmstat", name);
+        // Released first: what is pinned in between counts as pinned.
+        let (released, acquired) = (pins("nr_foll_pin_released"), pins("nr_foll_pin_acquired"));
+        if released == acquired {
+            return;
+        }
+        assert!(
+            Instant::now() < until,
+            "{} pages are still pinned",
+            acquired.saturating_sub(released)
+        );
+        thread::sleep(Duration::from_millis(50));
     }
 }
 
@@ -414,6 +455,33 @@ fn a_guest_that_is_killed_while_it_uses_the_nic_leaves_it_to_the_host() {
     running.signal("TERM");
     running.end().with(KILLED);
     nic.works_on_the_host();
+}
+
+/// The host's driver has the NIC again while the guest, which was asked for it, goes on.
+#[test]
+fn the_host_takes_its_nic_back_from_a_guest_that_runs() {
+    let nic = Given::nic();
+    let mut running = machine("debian-7.3", &nic, "")
+        .arguments(["--memory", "384M"])
+        .script(&format!(
+            r#"{NETWORK}
+echo @@ready
+waited=0
+while [ -e "$at" ] && [ $waited -lt 600 ]; do sleep 0.1; waited=$((waited + 1)); done
+check is_gone test ! -e "$at"
+check has_no_interface test ! -e "/sys/class/net/$nic"
+"#
+        ))
+        .start();
+    running.wait_for(INIT, 1);
+    running.wait_for("@@ready", 1);
+    nic_works(&nic.back_from_a_machine());
+    let ended = running.end().well();
+    assert!(
+        ended.log.contains("the guest let go of the function"),
+        "{}",
+        ended.log
+    );
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! that are smaller than a page. Everything else costs the guest no exit.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::host::{HostFunction, PAGE, Region};
 use crate::guest_warn;
@@ -17,9 +17,13 @@ use crate::platform::device_memory::{DeviceMemory, DeviceMemoryHost, MappedDevic
 pub(super) struct MappedBar {
     /// Its register.
     pub(super) index: u8,
+    memory: Mutex<Memory>,
+}
+
+struct Memory {
+    /// What the guest has of the spans now; goes before them.
+    live: Vec<Box<dyn MappedDeviceMemory>>,
     spans: Vec<(u64, Arc<DeviceMemory>)>,
-    /// What the guest has of them now.
-    live: Mutex<Vec<Box<dyn MappedDeviceMemory>>>,
 }
 
 impl MappedBar {
@@ -43,21 +47,35 @@ impl MappedBar {
         }
         Self {
             index: spec.index,
-            spans: mapped,
-            live: Mutex::default(),
+            memory: Mutex::new(Memory {
+                live: Vec::new(),
+                spans: mapped,
+            }),
         }
     }
 
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nothing of the device's memory is mapped from here on, wherever the guest has the BAR.
+    pub(super) fn unmap(&self) {
+        let mut memory = self.memory();
+        memory.live.clear();
+        memory.spans.clear();
+    }
+
     /// The guest has the BAR at `at` from here on, or nowhere.
-    pub(super) fn moved(&self, name: &str, memory: &dyn DeviceMemoryHost, at: Option<Gpa>) {
-        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(super) fn moved(&self, name: &str, host: &dyn DeviceMemoryHost, at: Option<Gpa>) {
+        let mut memory = self.memory();
+        let Memory { live, spans } = &mut *memory;
         live.clear();
         let Some(at) = at else { return };
-        for (offset, span) in &self.spans {
+        for (offset, span) in spans {
             let Some(at) = at.checked_add(*offset) else {
                 continue;
             };
-            match memory.map(at, span) {
+            match host.map(at, span) {
                 Ok(mapped) => live.push(mapped),
                 Err(error) => {
                     let error: &(dyn std::error::Error + 'static) = &error;

@@ -13,7 +13,8 @@ use vfio_bindings::bindings::vfio as abi;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::group::Group;
-use super::host::{HostFunction, Interrupt, InterruptInfo, Notice, PAGE, Region, RegionInfo};
+use super::host::{Companion, HostFunction, Interrupt, InterruptInfo, Notice, PAGE, Region, RegionInfo};
+use super::hot_reset;
 use super::uapi::{self, Request};
 use crate::iommu::container::{capability, wide};
 use crate::iommu::iommufd::{Attach, Iommufd};
@@ -324,6 +325,14 @@ impl HostFunction for Cdev {
 
     fn reset(&self) -> io::Result<()> {
         uapi::reset(&self.device)
+    }
+
+    fn companions(&self) -> io::Result<Vec<Companion>> {
+        hot_reset::companions(&self.device)
+    }
+
+    fn hot_reset(&self) -> io::Result<()> {
+        hot_reset::reset(&self.device)
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::iommu::iommufd::Attach;
+use crate::platform::addr::Sbdf;
 use crate::platform::device_memory::DeviceMemory;
 
 /// Bytes of a page, in which memory is mapped.
@@ -61,6 +62,15 @@ pub enum Notice {
     Wanted,
 }
 
+/// A function of the host that a reset of a bus or slot concerns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Companion {
+    /// Which.
+    pub at: Sbdf,
+    /// Nobody else can have it: it is bound as the function that was asked is, or belongs to an IOMMU group of such.
+    pub ours: bool,
+}
+
 /// A function of the host, open and bound, and attached to an address space from [`Attach::attach`] on.
 ///
 /// Dropping it detaches, resets and closes it. Every refusal leaves the function as it was.
@@ -101,4 +111,16 @@ pub trait HostFunction: Attach {
 
     /// Back to the state after power-on.
     fn reset(&self) -> io::Result<()>;
+
+    /// All functions that [`HostFunction::hot_reset`] resets, this one among them.
+    ///
+    /// # Errors
+    /// When there is no such reset.
+    fn companions(&self) -> io::Result<Vec<Companion>>;
+
+    /// All functions of the bus or slot back to the state after power-on. Their configuration is kept.
+    ///
+    /// # Errors
+    /// When there is no such reset, or one of the functions is not ours.
+    fn hot_reset(&self) -> io::Result<()>;
 }

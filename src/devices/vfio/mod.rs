@@ -14,7 +14,9 @@ pub mod cdev;
 mod config;
 pub mod group;
 pub mod host;
+pub mod hot_reset;
 mod interrupts;
+pub mod lent;
 mod notices;
 mod survey;
 #[cfg(any(test, fuzzing))]
@@ -30,7 +32,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::devices::ioapic::Resample;
 use crate::guest_warn;
-use crate::iommu::iommufd::Ioas;
+use crate::iommu::iommufd::{Attach, Ioas};
 use crate::pci::access::{DwordWrite, read_dwords, write_dwords};
 use crate::pci::bar::{BarSpec, Bars};
 use crate::pci::tree::{Identity, Pin};
@@ -45,7 +47,9 @@ use crate::platform::msi::MsiPort;
 use bar::MappedBar;
 use config::{ConfigTable, Forward};
 use host::{HostFunction, Interrupt, Notice, Region};
+use hot_reset::HotResetMember;
 use interrupts::{Interrupts, Structure, structure_at, trapped};
+use lent::Lent;
 use notices::Notices;
 use survey::{BARS, BARS_END, COMMAND, D3_HOT, Given, INITIATE_FLR, Image, MsiPlace, MsixPlace, POWER_STATE};
 
@@ -54,7 +58,9 @@ pub struct VfioParts {
     /// What messages call it.
     pub name: String,
     /// The function, attached to the guest's RAM.
-    pub host: Arc<dyn HostFunction>,
+    pub host: Arc<Lent>,
+    /// Others that the host can reset only with it, or it only with them.
+    pub reset_with: Option<HotResetMember>,
     /// The address space it is attached to.
     pub space: Arc<Ioas>,
     /// How the guest knows it.
@@ -74,7 +80,8 @@ pub struct VfioParts {
 /// A passed function.
 pub struct VfioFunction {
     name: String,
-    host: Arc<dyn HostFunction>,
+    host: Arc<Lent>,
+    reset_with: Option<HotResetMember>,
     memory: Arc<dyn DeviceMemoryHost>,
     requester: Arc<Requester>,
     bars: Vec<BarSpec>,
@@ -86,8 +93,12 @@ pub struct VfioFunction {
     msi: Option<MsiPlace>,
     msix: Option<MsixPlace>,
     registers: Mutex<Registers>,
-    /// The device may issue requests.
+    /// The guest lets the device issue requests.
     bus_master: AtomicBool,
+    /// The device issues none all the same, since it has an error; until it is reset.
+    contained: AtomicBool,
+    /// It left, and answers nothing any more.
+    gone: AtomicBool,
     /// What it is attached to; goes after the function.
     _space: Arc<Ioas>,
 }
@@ -144,7 +155,7 @@ impl VfioFunction {
         let places = (survey.msi, survey.msix);
         let interrupts = Interrupts::new(&name, host.clone(), parts.msi.clone(), places, line)?;
         let notices = Notices::new(&name, &*host)?;
-        if !host.resets() {
+        if !host.resets() && parts.reset_with.is_none() {
             tracing::warn!(
                 name,
                 "the host cannot reset this function: what one guest leaves in it the next finds"
@@ -153,6 +164,7 @@ impl VfioFunction {
         let function = Self {
             name,
             host,
+            reset_with: parts.reset_with,
             memory: parts.memory,
             requester: parts.msi.requester().clone(),
             bars: parts.bars,
@@ -168,6 +180,8 @@ impl VfioFunction {
                 bars,
             }),
             bus_master: AtomicBool::new(false),
+            contained: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
             _space: parts.space,
         };
         function
@@ -185,10 +199,66 @@ impl VfioFunction {
         wire.chain(self.notices.descriptors()).collect()
     }
 
-    /// The host's wire may have interrupted, or the host has something to say, which the operator is told.
+    /// The host's wire may have interrupted, or the host has something to say.
     pub fn signalled(&self) -> Vec<Notice> {
         self.interrupts.wire_interrupted();
-        self.notices.take(&self.name)
+        self.notices.take()
+    }
+
+    /// The device has an error: it issues no request any more until it is reset, whatever the guest lets it.
+    pub fn contain(&self) {
+        self.contained.store(true, Ordering::Release);
+        if let Err(error) = self.write_command(false) {
+            guest_warn!(name = self.name, %error, "the function does not take Bus Master Enable");
+        }
+    }
+
+    /// The guest finds nothing here from now on: all ones.
+    pub fn leave(&self) {
+        self.gone.store(true, Ordering::Release);
+    }
+
+    /// Silence, reset and detach the device, and let the host have it. Nobody reaches its BARs any more.
+    pub fn give_back(&self) {
+        if self.host.is_returned() {
+            return;
+        }
+        // What is left of mappings goes first: the guest's, then ours, which would keep the function open.
+        self.mapped.iter().for_each(MappedBar::unmap);
+        self.interrupts.off();
+        let silenced = self.write_command(false);
+        // Functions that are reset together the kernel resets when the last of them is closed.
+        let reset = if self.host.resets() {
+            self.host.reset()
+        } else {
+            Ok(())
+        };
+        if let Err(error) = silenced.and(reset) {
+            tracing::warn!(name = self.name, %error, "the host does not reset the function; closing it does");
+        }
+        if let Err(error) = self.host.detach() {
+            tracing::warn!(name = self.name, %error, "the host does not detach the function; closing it does");
+        }
+        self.host.give_back();
+    }
+
+    /// The device as after power-on, as far as the host can do that now.
+    fn reset_device(&self) -> io::Result<()> {
+        // No request of before the reset is under way after it.
+        self.bus_master.store(false, Ordering::Release);
+        let silenced = self.write_command(false);
+        let reset = if self.host.resets() {
+            self.host.reset()
+        } else {
+            Ok(())
+        };
+        let together = self
+            .reset_with
+            .as_ref()
+            .map_or(Ok(false), |member| member.silenced(&*self.host));
+        // The host puts registers back as they were; whether it does that with every reset, nobody has to know.
+        let decoding = self.write_command(false);
+        silenced.and(reset).and(together).and(decoding)
     }
 
     fn registers(&self) -> MutexGuard<'_, Registers> {
@@ -317,6 +387,9 @@ impl Function for VfioFunction {
     }
 
     fn config_read(&self, dword: u16) -> u32 {
+        if !self.is_present() {
+            return u32::MAX;
+        }
         if (BARS..BARS_END).contains(&dword) {
             let [index, _] = (dword - BARS).to_le_bytes();
             return self.registers().bars.read(index);
@@ -326,6 +399,9 @@ impl Function for VfioFunction {
 
     fn config_write(&self, dword: u16, write: DwordWrite) -> ConfigEffect {
         let mut registers = self.registers();
+        if !self.is_present() {
+            return ConfigEffect::empty();
+        }
         if (BARS..BARS_END).contains(&dword) {
             let [index, _] = (dword - BARS).to_le_bytes();
             let changed = registers.bars.write(index, write);
@@ -359,18 +435,33 @@ impl Function for VfioFunction {
     }
 
     fn command(&self) -> Command {
+        if !self.is_present() {
+            return Command::empty();
+        }
         self.command_of(&self.registers())
     }
 
+    fn is_present(&self) -> bool {
+        !self.gone.load(Ordering::Acquire)
+    }
+
     fn bus_mastering(&self, allowed: bool) {
-        if self.bus_master.swap(allowed, Ordering::AcqRel) != allowed
-            && let Err(error) = self.write_command(allowed)
-        {
+        if self.bus_master.swap(allowed, Ordering::AcqRel) == allowed {
+            return;
+        }
+        if let (true, Some(member)) = (allowed, &self.reset_with) {
+            member.used();
+        }
+        let contained = self.contained.load(Ordering::Acquire);
+        if let Err(error) = self.write_command(allowed && !contained) {
             guest_warn!(name = self.name, allowed, %error, "the function does not take Bus Master Enable");
         }
     }
 
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
+        if !self.is_present() {
+            return data.fill(0xff);
+        }
         let Some(place) = self.is_trapped(bar, offset, data.len()) else {
             return self.device_read(Region::Bar(bar), offset, data);
         };
@@ -386,6 +477,9 @@ impl Function for VfioFunction {
     }
 
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) {
+        if !self.is_present() {
+            return;
+        }
         let Some(place) = self.is_trapped(bar, offset, data.len()) else {
             return self.device_write(Region::Bar(bar), offset, data);
         };
@@ -406,22 +500,19 @@ impl Function for VfioFunction {
     fn reset(&self) {
         let mut registers = self.registers();
         self.interrupts.off();
-        // No request of before the reset is under way after it.
-        self.bus_master.store(false, Ordering::Release);
-        let silenced = self.write_command(false);
-        let reset = if self.host.resets() {
-            self.host.reset()
-        } else {
-            Ok(())
-        };
-        // The host puts registers back as they were; whether it does that with every reset, nobody has to know.
-        let decoding = self.write_command(false);
-        if let Err(error) = silenced.and(reset).and(decoding) {
-            guest_warn!(name = self.name, %error, "the host does not reset the function");
+        if self.is_present() {
+            match self.reset_device() {
+                Ok(()) => self.contained.store(false, Ordering::Release),
+                Err(error) => {
+                    guest_warn!(name = self.name, %error, "the host does not reset the function");
+                }
+            }
         }
         registers.table.reset();
         registers.bars.reset();
-        self.interrupts.follow(&registers.table);
+        if self.is_present() {
+            self.interrupts.follow(&registers.table);
+        }
     }
 }
 
@@ -433,22 +524,6 @@ impl Resample for VfioFunction {
 
 impl Drop for VfioFunction {
     fn drop(&mut self) {
-        // What is left of the guest's mappings goes first, then the function is silenced, reset and detached.
-        for mapped in &self.mapped {
-            mapped.moved(&self.name, &*self.memory, None);
-        }
-        self.interrupts.off();
-        let silenced = self.write_command(false);
-        let reset = if self.host.resets() {
-            self.host.reset()
-        } else {
-            Ok(())
-        };
-        if let Err(error) = silenced.and(reset) {
-            tracing::warn!(name = self.name, %error, "the host does not reset the function; closing it does");
-        }
-        if let Err(error) = self.host.detach() {
-            tracing::warn!(name = self.name, %error, "the host does not detach the function; closing it does");
-        }
+        self.give_back();
     }
 }

@@ -1,11 +1,10 @@
-//! What the host has to say about a function while a guest has it, for the operator to read.
+//! What the host has to say about a function while a guest has it.
 
 use std::os::fd::{AsRawFd, RawFd};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::host::{HostFunction, Notice};
-use crate::guest_warn;
 use crate::platform::host::HostError;
 
 /// The eventfds by which the host speaks.
@@ -32,22 +31,9 @@ impl Notices {
         self.0.iter().map(|(_, eventfd)| eventfd.as_raw_fd())
     }
 
-    /// Take every notice that has been given, and tell the operator.
-    pub(super) fn take(&self, name: &str) -> Vec<Notice> {
+    /// Take every notice that has been given.
+    pub(super) fn take(&self) -> Vec<Notice> {
         let given = self.0.iter().filter(|(_, eventfd)| eventfd.read().is_ok());
-        let given: Vec<Notice> = given.map(|(notice, _)| *notice).collect();
-        for notice in &given {
-            match notice {
-                Notice::Error => guest_warn!(
-                    name,
-                    "the function reported an error that it does not recover from by itself; the guest is not told"
-                ),
-                Notice::Wanted => guest_warn!(
-                    name,
-                    "the host wants the function back and waits until this machine ends"
-                ),
-            }
-        }
-        given
+        given.map(|(notice, _)| *notice).collect()
     }
 }

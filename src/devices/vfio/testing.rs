@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::host::{HostFunction, Interrupt, InterruptInfo, Notice, Region, RegionInfo};
+use super::host::{Companion, HostFunction, Interrupt, InterruptInfo, Notice, Region, RegionInfo};
 use crate::iommu::iommufd::Attach;
 use crate::platform::addr::Gpa;
 use crate::platform::device_memory::{DeviceMemory, DeviceMemoryHost, MappedDeviceMemory};
@@ -31,6 +31,10 @@ pub enum Asked {
     Notify,
     /// [`HostFunction::reset`].
     Reset,
+    /// [`HostFunction::companions`].
+    Companions,
+    /// [`HostFunction::hot_reset`].
+    HotReset,
     /// [`Attach::attach`].
     Attach,
     /// [`Attach::detach`].
@@ -52,6 +56,8 @@ pub enum Told {
     Unmasked,
     /// It was reset.
     Reset,
+    /// It was reset with all of its bus.
+    HotReset,
     /// It was detached.
     Detached,
 }
@@ -61,6 +67,7 @@ pub struct Device {
     regions: BTreeMap<Region, RegionInfo>,
     interrupts: BTreeMap<Interrupt, InterruptInfo>,
     resets: bool,
+    companions: Vec<Companion>,
     state: Mutex<State>,
 }
 
@@ -120,6 +127,7 @@ impl Device {
             regions: regions.into(),
             interrupts: interrupts.into(),
             resets: true,
+            companions: Vec::new(),
             state: Mutex::new(State {
                 config: config.to_vec(),
                 told: Vec::new(),
@@ -150,6 +158,13 @@ impl Device {
     #[must_use]
     pub fn without_reset(mut self) -> Self {
         self.resets = false;
+        self
+    }
+
+    /// The same whose bus has these functions on it.
+    #[must_use]
+    pub fn beside(mut self, companions: &[Companion]) -> Self {
+        self.companions = companions.to_vec();
         self
     }
 
@@ -327,6 +342,19 @@ impl HostFunction for Device {
 
     fn reset(&self) -> io::Result<()> {
         self.asked(Asked::Reset)?.told.push(Told::Reset);
+        Ok(())
+    }
+
+    fn companions(&self) -> io::Result<Vec<Companion>> {
+        let _state = self.asked(Asked::Companions)?;
+        if self.companions.is_empty() {
+            return Err(io::Error::from_raw_os_error(libc::ENODEV));
+        }
+        Ok(self.companions.clone())
+    }
+
+    fn hot_reset(&self) -> io::Result<()> {
+        self.asked(Asked::HotReset)?.told.push(Told::HotReset);
         Ok(())
     }
 }

@@ -25,6 +25,10 @@ pub(super) enum Request {
     GetIrqInfo = 9,
     /// VFIO_DEVICE_SET_IRQS.
     SetIrqs = 10,
+    /// VFIO_DEVICE_GET_PCI_HOT_RESET_INFO.
+    GetHotResetInfo = 12,
+    /// VFIO_DEVICE_PCI_HOT_RESET.
+    HotReset = 13,
     /// VFIO_DEVICE_BIND_IOMMUFD.
     BindIommufd = 18,
     /// VFIO_DEVICE_ATTACH_IOMMUFD_PT.
@@ -109,6 +113,8 @@ mod tests {
     fn requests_have_the_numbers_of_the_kernels_interface() {
         assert_eq!(number(Request::GetInfo as u32), 0x3b6b);
         assert_eq!(number(VFIO_DEVICE_RESET), 0x3b6f);
+        assert_eq!(number(Request::GetHotResetInfo as u32), 0x3b70);
+        assert_eq!(number(Request::HotReset as u32), 0x3b71);
         assert_eq!(number(Request::BindIommufd as u32), 0x3b76);
         assert_eq!(number(Request::DetachIommufd as u32), 0x3b78);
         assert_eq!(number(Request::GetGroupStatus as u32), 0x3b67);

@@ -8,8 +8,8 @@
 //! [`measure`] numbers everything, [`Measured::root_windows`] says whether a stretch of address space would
 //! do, and [`Measured::place`] gives addresses.
 //!
-//! Bus numbers go depth first without gaps: no slot is hot-pluggable, so Linux keeps them as they are and
-//! expects no spare ones. Windows have slack at the root complexes only, which is where a guest that
+//! Bus numbers go depth first without gaps: nothing comes into a slot while the guest runs (it may leave), and Linux
+//! keeps numbers that are programmed, spare ones or none. Windows have slack at the root complexes only, which is where a guest that
 //! reassigns (`pci=realloc`) needs it.
 
 mod number;

@@ -22,9 +22,37 @@ const CORRECTABLE_MASKED_AT_RESET: u32 = 0x0000_e000;
 const ROOT_ERROR_COMMAND: u32 = 0x7;
 /// Everything received or repeated, first fatal, fatal.
 const ROOT_ERROR_STATUS: u32 = 0x7f;
+/// Of the uncorrectable ones: the link below went down with nobody having asked for that (7.8.4.2).
+const SURPRISE_DOWN: u32 = 1 << 5;
+const UNCORRECTABLE_STATUS: usize = 1;
+const UNCORRECTABLE_MASK: usize = 2;
+const UNCORRECTABLE_SEVERITY: usize = 3;
+const ROOT_COMMAND: usize = 11;
+const ROOT_STATUS: usize = 12;
+const SOURCES: usize = 13;
+/// Root Error Command: fatal errors interrupt.
+const REPORT_FATAL: u32 = 1 << 2;
+/// Root Error Command: those that are not fatal do.
+const REPORT_NON_FATAL: u32 = 1 << 1;
+/// Root Error Status (7.8.4.10): an uncorrectable error was received; another before that was cleared; the first was
+/// fatal; and which there were.
+const RECEIVED: u32 = 1 << 2;
+const SEVERAL_RECEIVED: u32 = 1 << 3;
+const FIRST_IS_FATAL: u32 = 1 << 4;
+const NON_FATAL_RECEIVED: u32 = 1 << 5;
+const FATAL_RECEIVED: u32 = 1 << 6;
 /// Registers of a function, and those a root port has behind them.
 const FUNCTION_DWORDS: usize = 11;
 const ROOT_DWORDS: usize = 14;
+
+/// How bad an uncorrectable error is (6.2.2.2).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Severity {
+    /// The transaction is lost, the link is not.
+    NonFatal,
+    /// What lies behind the link has to be reset.
+    Fatal,
+}
 
 /// AER of a function, or of a root port.
 pub struct ErrorReporting {
@@ -59,6 +87,64 @@ impl ErrorReporting {
         registers.push(Register::writable(0, 0).clears(ROOT_ERROR_STATUS));
         registers.resize(ROOT_DWORDS, Register::read_only(0));
         Self { registers }
+    }
+
+    fn value(&self, index: usize) -> u32 {
+        self.registers.get(index).map_or(0, |register| register.get())
+    }
+
+    fn update(&mut self, index: usize, bits: u32, value: u32) {
+        if let Some(register) = self.registers.get_mut(index) {
+            register.update(bits, value);
+        }
+    }
+
+    /// Of a port: the link below went down by itself. What the root port hears of that, unless the guest masked it.
+    pub fn surprise_down(&mut self) -> Option<Severity> {
+        self.update(UNCORRECTABLE_STATUS, SURPRISE_DOWN, SURPRISE_DOWN);
+        let is = |index| self.value(index) & SURPRISE_DOWN != 0;
+        match (is(UNCORRECTABLE_MASK), is(UNCORRECTABLE_SEVERITY)) {
+            (true, _) => None,
+            (false, true) => Some(Severity::Fatal),
+            (false, false) => Some(Severity::NonFatal),
+        }
+    }
+
+    /// Of a root port: the function with requester ID `source` reported an error (6.2.6). The first one's source stays
+    /// until the guest has cleared what was received.
+    pub fn receive(&mut self, severity: Severity, source: u16) {
+        let several = self.value(ROOT_STATUS) & RECEIVED != 0;
+        let (first, kind) = match severity {
+            Severity::Fatal => (FIRST_IS_FATAL, FATAL_RECEIVED),
+            Severity::NonFatal => (0, NON_FATAL_RECEIVED),
+        };
+        let new = if several {
+            SEVERAL_RECEIVED
+        } else {
+            RECEIVED | first
+        };
+        self.update(ROOT_STATUS, new | kind, new | kind);
+        if !several {
+            self.update(SOURCES, 0xffff_0000, u32::from(source) << 16);
+        }
+    }
+
+    /// Of a root port: whether the guest wants to hear of errors of this severity.
+    #[must_use]
+    pub fn reports(&self, severity: Severity) -> bool {
+        let bit = match severity {
+            Severity::Fatal => REPORT_FATAL,
+            Severity::NonFatal => REPORT_NON_FATAL,
+        };
+        self.value(ROOT_COMMAND) & bit != 0
+    }
+
+    /// Of a root port: whether there is something that the guest wants to be interrupted for (6.2.4.1.2).
+    #[must_use]
+    pub fn interrupts(&self) -> bool {
+        let status = self.value(ROOT_STATUS);
+        let fatal = self.reports(Severity::Fatal) && status & FATAL_RECEIVED != 0;
+        fatal || self.reports(Severity::NonFatal) && status & NON_FATAL_RECEIVED != 0
     }
 }
 
@@ -116,6 +202,38 @@ mod tests {
         let mut aer = ErrorReporting::function();
         let _ = aer.write(11, DwordWrite::whole(u32::MAX));
         assert_eq!(aer.read(11), 0);
+    }
+
+    #[test]
+    fn the_root_port_keeps_the_first_source_until_it_is_cleared() {
+        let mut aer = ErrorReporting::root_port();
+        aer.receive(Severity::Fatal, 0x0100);
+        assert_eq!((aer.read(12), aer.read(13)), (0x54, 0x0100_0000));
+        assert!(!aer.interrupts());
+        let _ = aer.write(11, DwordWrite::whole(REPORT_FATAL));
+        assert!(aer.interrupts());
+        aer.receive(Severity::NonFatal, 0x0208);
+        assert_eq!((aer.read(12), aer.read(13)), (0x7c, 0x0100_0000));
+        let _ = aer.write(12, DwordWrite::whole(0x7c));
+        assert!(aer.read(12) == 0 && !aer.interrupts());
+        aer.receive(Severity::NonFatal, 0x0208);
+        assert_eq!((aer.read(12), aer.read(13)), (0x24, 0x0208_0000));
+        assert!(!aer.interrupts());
+    }
+
+    #[test]
+    fn a_link_that_goes_down_is_as_bad_as_the_guest_says_or_not_heard_of() {
+        let mut aer = ErrorReporting::function();
+        assert_eq!(aer.surprise_down(), Some(Severity::Fatal));
+        assert_eq!(aer.read(1), SURPRISE_DOWN);
+        let _ = aer.write(1, DwordWrite::whole(SURPRISE_DOWN));
+        let _ = aer.write(3, DwordWrite::whole(0));
+        assert_eq!((aer.read(1), aer.surprise_down()), (0, Some(Severity::NonFatal)));
+        let _ = aer.write(2, DwordWrite::whole(SURPRISE_DOWN));
+        assert_eq!(aer.surprise_down(), None);
+        // No registers of a root port: nothing is received.
+        aer.receive(Severity::Fatal, 8);
+        assert!(!aer.interrupts() && !aer.reports(Severity::Fatal));
     }
 
     #[test]

@@ -50,6 +50,23 @@ const LINK_ACTIVE: u32 = 1 << 29;
 const SPEEDS: u32 = 0x1e;
 const TARGET_SPEED: u32 = 0xf;
 
+/// Link Capabilities: a link that goes down by itself is an error (7.5.3.6).
+const SURPRISE_DOWN_REPORTING: u32 = 1 << 19;
+
+/// Slot Capabilities of a slot that can be emptied while the guest runs (7.5.3.9): attention button, power controller, a
+/// device may also leave unasked, hot-plug, and commands take effect at once, without an event for each.
+const HOT_PLUG_SLOT: u32 = 1 | 1 << 1 | 1 << 5 | 1 << 6 | 1 << 18;
+/// Slot Control (7.5.3.10): which events interrupt - the button, presence, the link's state - and whether any does.
+const BUTTON_ENABLE: u32 = 1;
+const PRESENCE_ENABLE: u32 = 1 << 3;
+const HOT_PLUG_INTERRUPT: u32 = 1 << 5;
+const LINK_ENABLE: u32 = 1 << 12;
+/// Slot Control: the power is off.
+const POWER_OFF: u32 = 1 << 10;
+/// Slot Status (7.5.3.11), in the same dword: the events.
+const BUTTON_PRESSED: u32 = 1 << 16;
+const PRESENCE_CHANGED: u32 = 1 << 19;
+const LINK_CHANGED: u32 = 1 << 24;
 const PRESENCE_DETECT: u32 = 1 << 22;
 /// System errors on the three severities, and the PME interrupt.
 const ROOT_CONTROL_WRITABLE: u32 = 0xf;
@@ -154,7 +171,7 @@ impl Express {
         registers[DEVICE_CONTROL_2] = Register::writable(0, COMPLETION_TIMEOUT_DISABLE | ari | blocking);
         if port.has_a_link() {
             let (reporting, control, active) = if port.faces_a_device() {
-                (LINK_ACTIVE_REPORTING, LINK_DISABLE, 0)
+                (LINK_ACTIVE_REPORTING | SURPRISE_DOWN_REPORTING, LINK_DISABLE, 0)
             } else {
                 (0, READ_COMPLETION_BOUNDARY, SPEED_AND_WIDTH << 16)
             };
@@ -203,15 +220,69 @@ impl Express {
 
     /// Of a port that faces a device: whether one is there. Presence and link state follow.
     pub fn set_occupied(&mut self, occupied: bool) {
+        let changed = self.occupied != occupied;
         self.occupied = occupied;
-        self.show_link();
+        self.link_may_have_changed();
+        if changed && self.is_hot_plug() {
+            self.registers[SLOT_CONTROL].update(PRESENCE_CHANGED, PRESENCE_CHANGED);
+        }
     }
 
-    /// Whether configuration requests and memory requests reach what is below: a device is there and the
-    /// guest did not disable the link.
+    /// Of a port with a slot: what is in it can leave while the guest runs. `false` where there is no slot.
+    pub fn set_hot_plug(&mut self) -> bool {
+        if self.registers[0].get() & SLOT_IMPLEMENTED == 0 {
+            return false;
+        }
+        let slot = self.registers[SLOT_CAPABILITIES].get() | HOT_PLUG_SLOT;
+        self.registers[SLOT_CAPABILITIES] = Register::read_only(slot);
+        let control = BUTTON_ENABLE | PRESENCE_ENABLE | HOT_PLUG_INTERRUPT | POWER_OFF | LINK_ENABLE;
+        self.registers[SLOT_CONTROL] =
+            Register::writable(0, control).clears(BUTTON_PRESSED | PRESENCE_CHANGED | LINK_CHANGED);
+        self.show_link();
+        true
+    }
+
+    /// Whether what is in the slot can leave while the guest runs.
+    #[must_use]
+    pub const fn is_hot_plug(&self) -> bool {
+        self.registers[SLOT_CAPABILITIES].get() & HOT_PLUG_SLOT != 0
+    }
+
+    /// Ask the guest to let go of what is in the slot, or not to after all when it is pressed again. Whether the guest
+    /// listens.
+    pub fn press_attention_button(&mut self) -> bool {
+        if !self.is_hot_plug() {
+            return false;
+        }
+        self.registers[SLOT_CONTROL].update(BUTTON_PRESSED, BUTTON_PRESSED);
+        let listens = BUTTON_ENABLE | HOT_PLUG_INTERRUPT;
+        self.registers[SLOT_CONTROL].get() & listens == listens
+    }
+
+    /// Whether the guest has not switched the slot off.
+    #[must_use]
+    pub const fn slot_is_on(&self) -> bool {
+        self.registers[SLOT_CONTROL].get() & POWER_OFF == 0
+    }
+
+    /// Whether there is an event of the slot that the guest wants to be interrupted for (6.7.3.4).
+    #[must_use]
+    pub fn interrupts(&self) -> bool {
+        let slot = self.registers[SLOT_CONTROL].get();
+        let events = [
+            (BUTTON_ENABLE, BUTTON_PRESSED),
+            (PRESENCE_ENABLE, PRESENCE_CHANGED),
+            (LINK_ENABLE, LINK_CHANGED),
+        ];
+        let wanted = |(enable, event)| slot & enable != 0 && slot & event != 0;
+        slot & HOT_PLUG_INTERRUPT != 0 && events.into_iter().any(wanted)
+    }
+
+    /// Whether configuration requests and memory requests reach what is below: a device is there, and the guest neither
+    /// disabled the link nor switched the slot off.
     #[must_use]
     pub const fn link_is_active(&self) -> bool {
-        self.occupied && self.registers[LINK_CONTROL].get() & LINK_DISABLE == 0
+        self.occupied && self.slot_is_on() && self.registers[LINK_CONTROL].get() & LINK_DISABLE == 0
     }
 
     /// Whether the guest lets the device behind this port use the device number as part of its function
@@ -227,6 +298,15 @@ impl Express {
     #[must_use]
     pub fn blocks_prefixes(&self) -> bool {
         self.port == PortType::UpstreamPort && self.registers[DEVICE_CONTROL_2].get() & PREFIX_BLOCKING != 0
+    }
+
+    fn link_may_have_changed(&mut self) {
+        let before = self.registers[LINK_CONTROL].get();
+        self.show_link();
+        let changed = (before ^ self.registers[LINK_CONTROL].get()) & LINK_ACTIVE != 0;
+        if changed && self.is_hot_plug() {
+            self.registers[SLOT_CONTROL].update(LINK_CHANGED, LINK_CHANGED);
+        }
     }
 
     fn show_link(&mut self) {
@@ -275,8 +355,12 @@ impl Capability for Express {
                 effect
             }
             LINK_CONTROL if changed & LINK_DISABLE != 0 => {
-                self.show_link();
+                self.link_may_have_changed();
                 // A link that goes down resets what is behind it (6.6.1).
+                ConfigEffect::ROUTING | ConfigEffect::SECONDARY_RESET
+            }
+            SLOT_CONTROL if changed & POWER_OFF != 0 => {
+                self.link_may_have_changed();
                 ConfigEffect::ROUTING | ConfigEffect::SECONDARY_RESET
             }
             _ => ConfigEffect::empty(),
@@ -341,6 +425,53 @@ mod tests {
             express.read(dword(LINK_CONTROL)),
             SLOT_CLOCK | LINK_ACTIVE | SPEED_AND_WIDTH << 16
         );
+    }
+
+    #[test]
+    fn a_slot_that_can_be_emptied_asks_by_its_button_and_tells_of_the_link() {
+        let mut express = Express::root_port(Some(3), 0);
+        express.set_occupied(true);
+        assert!(!express.press_attention_button() && !express.is_hot_plug());
+        assert!(express.set_hot_plug());
+        assert_eq!(express.read(dword(SLOT_CAPABILITIES)), HOT_PLUG_SLOT | 3 << 19);
+        assert_eq!(express.read(dword(SLOT_CONTROL)), PRESENCE_DETECT);
+        // Nobody listens yet.
+        assert!(!express.press_attention_button() && !express.interrupts());
+        let listening = BUTTON_ENABLE | HOT_PLUG_INTERRUPT | LINK_ENABLE;
+        let _ = express.write(dword(SLOT_CONTROL), DwordWrite::whole(listening | BUTTON_PRESSED));
+        assert!(!express.interrupts());
+        assert!(express.press_attention_button() && express.interrupts());
+        let off = listening | BUTTON_PRESSED | POWER_OFF;
+        let effect = express.write(dword(SLOT_CONTROL), DwordWrite::whole(off));
+        assert_eq!(effect, ConfigEffect::ROUTING | ConfigEffect::SECONDARY_RESET);
+        assert!(!express.slot_is_on() && !express.link_is_active() && express.interrupts());
+        let _ = express.write(
+            dword(SLOT_CONTROL),
+            DwordWrite::whole(listening | POWER_OFF | LINK_CHANGED),
+        );
+        express.set_occupied(false);
+        assert_eq!(
+            express.read(dword(SLOT_CONTROL)) & (PRESENCE_DETECT | PRESENCE_CHANGED),
+            PRESENCE_CHANGED
+        );
+        // The guest did not want to hear of that.
+        assert!(!express.interrupts());
+        express.reset();
+        assert_eq!(
+            (express.read(dword(SLOT_CONTROL)), express.is_hot_plug()),
+            (0, true)
+        );
+    }
+
+    #[test]
+    fn a_port_without_a_slot_has_nothing_to_switch_off() {
+        let mut express = Express::root_port(None, 0);
+        assert!(!express.set_hot_plug());
+        assert_eq!(
+            express.write(dword(SLOT_CONTROL), DwordWrite::whole(POWER_OFF)),
+            ConfigEffect::empty()
+        );
+        assert!(express.slot_is_on() && !express.press_attention_button());
     }
 
     #[test]

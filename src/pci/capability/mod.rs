@@ -21,7 +21,7 @@ mod vendor;
 
 pub use access_control::AccessControl;
 pub use alternative_routing::AlternativeRouting;
-pub use error_reporting::ErrorReporting;
+pub use error_reporting::{ErrorReporting, Severity};
 pub use express::{Express, PortType};
 pub use msi::Msi;
 pub use msix::{Msix, MsixLayout, MsixTable, Raised, VectorChanged};

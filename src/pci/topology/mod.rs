@@ -9,6 +9,7 @@
 
 mod build;
 mod decoding;
+mod removal;
 
 use std::ops::{Range, RangeInclusive};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
