@@ -305,9 +305,9 @@ say wrote "$(sha256sum </tmp/data | cut -c 1-64)"
 }
 
 #[test]
-fn the_hosts_nic_works_after_each_of_three_reboots() {
+fn the_hosts_nic_behind_an_iommu_works_after_each_of_five_reboots() {
     let nic = Given::nic();
-    let machine = machine("lab", &nic, "");
+    let machine = machine("lab", &nic, "").arguments(BEHIND_AN_IOMMU);
     let count = machine.disk("count.img", 4);
     let ended = machine
         .arguments(["--disk".to_owned(), format!("path={}", count.display())])
@@ -319,13 +319,13 @@ printf %s "$count" >/tmp/count
 truncate -s 512 /tmp/count
 dd if=/tmp/count of=/dev/vda bs=512 conv=fsync 2>/dev/null
 # As it is: the interface up, its rings in memory.
-[ "$count" -gt 3 ] || exit {REBOOT}
-"#
+[ "$count" -gt 5 ] || exit {REBOOT}
+{BEHIND}"#
         ))
-        .deadline(4 * DEADLINE)
+        .deadline(7 * DEADLINE)
         .run()
         .well();
-    assert_eq!(ended.console.said_each("address"), ["10.0.2.15"; 4]);
+    assert_eq!(ended.console.said_each("address"), ["10.0.2.15"; 6]);
     nic.works_on_the_host();
 }
 
@@ -408,6 +408,10 @@ ip link set "$nic" down
 echo "$address" >/sys/bus/pci/drivers/e1000e/unbind
 check resets sh -c "echo 1 >/sys/bus/pci/devices/$address/reset"
 echo "$address" >/sys/bus/pci/drivers/e1000e/bind
+{NETWORK}
+ip link set "$nic" down
+ip addr flush dev "$nic"
+# Down and up again.
 {NETWORK}{BEHIND}
 "#
         ))
@@ -417,7 +421,7 @@ echo "$address" >/sys/bus/pci/drivers/e1000e/bind
 }
 
 #[test]
-fn a_disk_behind_an_iommu_of_the_guest_reads_what_the_host_wrote() {
+fn a_disk_behind_an_iommu_of_the_guest_reads_what_the_host_wrote_and_is_formatted() {
     let block = Path::new("/dev/nvme0n1");
     wait_for(block);
     shell(&format!(
@@ -429,10 +433,15 @@ fn a_disk_behind_an_iommu_of_the_guest_reads_what_the_host_wrote() {
     let ended = machine("lab", &disk, ",id=disk")
         .arguments(BEHIND_AN_IOMMU)
         .arguments(["--memory", "384M"])
+        .guest_program("/usr/sbin/mke2fs")
+        .guest_program("/usr/sbin/e2fsck")
         .script(&format!(
             r#"
 at=$(readlink -f /sys/block/nvme0n1/device/device)
 say read "$(dd if=/dev/nvme0n1 bs=1M count={AMOUNT} iflag=direct 2>/dev/null | sha256sum | cut -c 1-64)"
+check formats mke2fs -q -F -t ext4 /dev/nvme0n1
+check is_whole e2fsck -f -n /dev/nvme0n1
+say wrote "$(dd if=/dev/nvme0n1 bs=1M count={AMOUNT} iflag=direct 2>/dev/null | sha256sum | cut -c 1-64)"
 {BEHIND}"#
         ))
         .run()
@@ -440,7 +449,8 @@ say read "$(dd if=/dev/nvme0n1 bs=1M count={AMOUNT} iflag=direct 2>/dev/null | s
     assert_eq!(ended.console.said("read"), by_host);
     let _returned = disk.back();
     wait_for(block);
-    assert_eq!(hash_of(block), by_host);
+    assert_eq!(hash_of(block), ended.console.said("wrote"));
+    shell(&format!("e2fsck -f -n {}", block.display()));
 }
 
 #[test]
