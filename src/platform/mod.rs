@@ -3,6 +3,7 @@
 //! The lowest layer; it uses nothing of the rest of the crate.
 
 pub mod addr;
+pub mod assigned;
 pub mod bus;
 pub mod device_memory;
 pub mod dma;

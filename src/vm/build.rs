@@ -65,7 +65,7 @@ impl<'a> Machine<'a> {
         let ram = ram::allocate(&plan.memory.regions, &ram_options(&plan.memory))?;
         let vm = KvmVm::new(&kvm, &ram)?;
         kvm::allow_kicks()?;
-        let passed = Passed::open(plan, &ram)?;
+        let passed = Passed::open(plan, &ram, &*vm.assigned_devices())?;
 
         // The operator's way in, before devices that may make their terminal raw.
         let signals = Signals::stop()?;

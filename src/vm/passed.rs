@@ -9,6 +9,7 @@ use crate::devices::vfio::hot_reset::{HotResetMember, HotResetSet};
 use crate::devices::vfio::lent::Lent;
 use crate::iommu::iommufd::{Ioas, Memlock, Requests};
 use crate::platform::addr::Sbdf;
+use crate::platform::assigned::AssignedDevices;
 use crate::platform::host::HostError;
 use crate::platform::memory::GuestRam;
 
@@ -23,7 +24,11 @@ pub(super) struct Passed {
 
 impl Passed {
     /// Those of `plan`. Nothing of the host's is opened when there are none.
-    pub(super) fn open(plan: &Plan, ram: &GuestRam) -> Result<Self, HostError> {
+    pub(super) fn open(
+        plan: &Plan,
+        ram: &GuestRam,
+        hypervisor: &dyn AssignedDevices,
+    ) -> Result<Self, HostError> {
         let addresses = addresses(plan);
         if addresses.iter().all(Option::is_none) {
             return Ok(Self {
@@ -35,7 +40,16 @@ impl Passed {
         let mut host = Opening::of(plan)?;
         let requests = host.requests();
         let open = |at: Sbdf| -> Result<Arc<dyn HostFunction>, HostError> { Ok(Arc::new(host.open(at)?)) };
-        Self::attach(&addresses, ram, requests, open, Memlock::here())
+        let passed = Self::attach(&addresses, ram, requests, open, Memlock::here())?;
+        for (at, function) in addresses.iter().zip(&passed.functions) {
+            if let (Some(at), Some(function)) = (at, function)
+                && let Err(error) = function.tell(hypervisor)
+            {
+                // A host without KVM's list of them, for one.
+                tracing::info!(function = %at, %error, reason = %error.source, "the hypervisor does not know of the function, which works all the same");
+            }
+        }
+        Ok(passed)
     }
 
     /// Open each of `addresses` by `open`, attach it, and give all of them `ram`.

@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -321,6 +321,10 @@ impl HostFunction for Cdev {
         };
         let flags = abi::VFIO_IRQ_SET_DATA_EVENTFD | abi::VFIO_IRQ_SET_ACTION_TRIGGER;
         self.set_irqs(index, flags, 0, 1, &[eventfd.as_raw_fd().cast_unsigned()])
+    }
+
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.device.as_fd())
     }
 
     fn reset(&self) -> io::Result<()> {

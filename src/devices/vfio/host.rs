@@ -4,6 +4,7 @@
 //! they choose.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
@@ -108,6 +109,11 @@ pub trait HostFunction: Attach {
 
     /// Signal `eventfd` when the host has `notice` to give.
     fn notify(&self, notice: Notice, eventfd: &EventFd) -> io::Result<()>;
+
+    /// The file by which the kernel's VFIO knows it, for a hypervisor to be told; `None` where there is none.
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 
     /// Back to the state after power-on.
     fn reset(&self) -> io::Result<()>;

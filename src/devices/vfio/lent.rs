@@ -10,22 +10,50 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::host::{Companion, HostFunction, Interrupt, InterruptInfo, Notice, Region, RegionInfo};
 use crate::iommu::iommufd::Attach;
+use crate::platform::assigned::{Assigned, AssignedDevices};
 use crate::platform::device_memory::DeviceMemory;
+use crate::platform::host::HostError;
 
 /// A function of the host until it is returned.
-pub struct Lent(RwLock<Option<Arc<dyn HostFunction>>>);
+pub struct Lent(RwLock<Option<Held>>);
+
+struct Held {
+    /// What the hypervisor holds open until it is dropped.
+    assigned: Option<Box<dyn Assigned>>,
+    function: Arc<dyn HostFunction>,
+}
 
 impl Lent {
     /// `function` from now on.
     #[must_use]
     pub fn new(function: Arc<dyn HostFunction>) -> Arc<Self> {
-        Arc::new(Self(RwLock::new(Some(function))))
+        Arc::new(Self(RwLock::new(Some(Held {
+            assigned: None,
+            function,
+        }))))
+    }
+
+    /// Tell `hypervisor` of it until it is returned.
+    ///
+    /// # Errors
+    /// What the hypervisor refused; the function works all the same.
+    pub fn tell(&self, hypervisor: &dyn AssignedDevices) -> Result<(), HostError> {
+        let mut held = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Held { assigned, function }) = &mut *held
+            && let Some(file) = function.file()
+        {
+            *assigned = Some(hypervisor.add(file)?);
+        }
+        Ok(())
     }
 
     /// Let go of it. It is closed once requests under way have ended and memory of it that was mapped is gone.
     pub fn give_back(&self) {
-        let function = self.0.write().unwrap_or_else(PoisonError::into_inner).take();
-        drop(function);
+        let held = self.0.write().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Held { assigned, function }) = held {
+            drop(assigned);
+            drop(function);
+        }
     }
 
     /// Whether it was returned.
@@ -35,9 +63,9 @@ impl Lent {
     }
 
     fn host(&self) -> io::Result<Arc<dyn HostFunction>> {
-        let host = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        host.clone()
-            .ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
+        let held = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let function = held.as_ref().map(|held| held.function.clone());
+        function.ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
     }
 }
 
@@ -110,6 +138,8 @@ impl Attach for Lent {
 mod tests {
     use super::*;
     use crate::devices::vfio::testing::{Asked, Device, Told};
+    use std::os::fd::BorrowedFd;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     #[test]
     fn a_function_that_was_returned_is_closed_and_answers_nothing() {
@@ -132,6 +162,66 @@ mod tests {
         lent.attach(8).expect("as good as attached");
         lent.detach().expect("as good as detached");
         assert_eq!((device.attached(), device.told()), (vec![7], Vec::<Told>::new()));
+    }
+
+    /// A hypervisor that counts what it knows, or refuses.
+    #[derive(Default)]
+    struct Hypervisor {
+        known: Arc<AtomicUsize>,
+        refuses: bool,
+    }
+
+    struct Known(Arc<AtomicUsize>);
+
+    impl Assigned for Known {}
+
+    impl Drop for Known {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    impl AssignedDevices for Hypervisor {
+        fn add(&self, _file: BorrowedFd<'_>) -> Result<Box<dyn Assigned>, HostError> {
+            if self.refuses {
+                return Err(HostError::new("tell of a file", io::ErrorKind::Unsupported));
+            }
+            self.known.fetch_add(1, Ordering::Relaxed);
+            Ok(Box::new(Known(self.known.clone())))
+        }
+    }
+
+    #[test]
+    fn the_hypervisor_knows_of_a_function_until_it_is_returned() {
+        let (device, hypervisor) = (Device::nic(), Hypervisor::default());
+        let lent = Lent::new(device.clone());
+        lent.tell(&hypervisor).expect("told");
+        assert_eq!(hypervisor.known.load(Ordering::Relaxed), 1);
+        lent.give_back();
+        assert_eq!(
+            (
+                hypervisor.known.load(Ordering::Relaxed),
+                Arc::strong_count(&device)
+            ),
+            (0, 1)
+        );
+        // Nothing is left to tell of.
+        lent.tell(&hypervisor).expect("nothing");
+        assert_eq!(hypervisor.known.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_function_that_the_hypervisor_does_not_want_to_know_works() {
+        let lent = Lent::new(Device::nic());
+        let hypervisor = Hypervisor {
+            refuses: true,
+            ..Hypervisor::default()
+        };
+        assert_eq!(
+            lent.tell(&hypervisor).expect_err("refused").to_string(),
+            "cannot tell of a file"
+        );
+        lent.reset().expect("it works");
     }
 
     #[test]

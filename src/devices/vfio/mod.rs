@@ -452,8 +452,14 @@ impl Function for VfioFunction {
         if let (true, Some(member)) = (allowed, &self.reset_with) {
             member.used();
         }
-        let contained = self.contained.load(Ordering::Acquire);
-        if let Err(error) = self.write_command(allowed && !contained) {
+        let contained = || self.contained.load(Ordering::Acquire);
+        let open = allowed && !contained();
+        let mut written = self.write_command(open);
+        if open && contained() {
+            // The error came in between.
+            written = self.write_command(false);
+        }
+        if let Err(error) = written {
             guest_warn!(name = self.name, allowed, %error, "the function does not take Bus Master Enable");
         }
     }

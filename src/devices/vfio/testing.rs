@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -68,6 +69,8 @@ pub struct Device {
     interrupts: BTreeMap<Interrupt, InterruptInfo>,
     resets: bool,
     companions: Vec<Companion>,
+    /// What stands for its node.
+    file: std::fs::File,
     state: Mutex<State>,
 }
 
@@ -128,6 +131,7 @@ impl Device {
             interrupts: interrupts.into(),
             resets: true,
             companions: Vec::new(),
+            file: std::fs::File::open("/dev/null").expect("every host has it"),
             state: Mutex::new(State {
                 config: config.to_vec(),
                 told: Vec::new(),
@@ -338,6 +342,10 @@ impl HostFunction for Device {
         let eventfd = eventfd.try_clone()?;
         self.asked(Asked::Notify)?.notices.insert(notice, eventfd);
         Ok(())
+    }
+
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
     }
 
     fn reset(&self) -> io::Result<()> {

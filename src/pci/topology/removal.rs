@@ -13,11 +13,14 @@ use crate::pci::function::{ConfigEffect, Function};
 use crate::pci::port::Port;
 
 impl Topology {
-    /// What is in the slot of `function` can leave while the guest runs. Nothing where it has no slot. Before the guest
-    /// runs.
+    /// What is in the slot of `function` can be asked for while the guest runs. Nothing where it has no slot, or where a
+    /// window of its port is closed: Linux looks for addresses for whatever might come into such a slot, and complains
+    /// where the root complex has none to spare. Before the guest runs.
     pub fn make_removable(&self, function: &Arc<dyn Function>) {
         if let Some((_, port)) = self.port_above(function) {
-            let _has_a_slot = port.set_hot_plug();
+            let windows = port.state().windows;
+            let open = windows.io.is_some() && windows.memory.is_some() && windows.prefetchable.is_some();
+            let _has_a_slot = open && port.set_hot_plug();
         }
     }
 

@@ -4,6 +4,7 @@
 //! remapping), and there is neither PIC nor PIT. Every exit is a value, every kernel object a handle, and a
 //! kick makes a running processor return. Nothing above this module looks at `kvm_run`.
 
+mod assigned;
 mod cmpxchg16b;
 mod coalesced;
 mod device_memory;

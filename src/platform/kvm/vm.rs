@@ -12,6 +12,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::assigned::VfioFiles;
 use super::coalesced::KvmCoalescedWrites;
 use super::device_memory::DeviceSlots;
 use super::doorbell::Ioeventfds;
@@ -22,6 +23,7 @@ use super::vcpu::Vcpu;
 use super::watched::WatchedPages;
 use super::{Kvm, KvmError, os, page, sys};
 use crate::platform::addr::Gpa;
+use crate::platform::assigned::AssignedDevices;
 use crate::platform::device_memory::DeviceMemoryHost;
 use crate::platform::doorbell::{CoalescedWrites, DoorbellHost};
 use crate::platform::host::HostError;
@@ -193,6 +195,15 @@ impl KvmVm {
     pub fn device_memory(&self) -> Arc<dyn DeviceMemoryHost> {
         Arc::new(DeviceSlots {
             machine: self.machine.clone(),
+        })
+    }
+
+    /// Who is told which devices of the host the machine has.
+    #[must_use]
+    pub fn assigned_devices(&self) -> Arc<dyn AssignedDevices> {
+        Arc::new(VfioFiles {
+            machine: self.machine.clone(),
+            list: Mutex::default(),
         })
     }
 

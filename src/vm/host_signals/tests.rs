@@ -12,6 +12,7 @@ use crate::pci::assign::Parent;
 use crate::pci::bar::BarSpec;
 use crate::pci::testing::{Machine, Messages, function, plan};
 use crate::pci::tree::{BarKind, NodeKind, PciTree};
+use crate::platform::addr::{Gpa, GpaRange};
 use crate::platform::memory::GuestRam;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -48,23 +49,23 @@ fn bars() -> [BarSpec; 3] {
     })
 }
 
-/// The function behind a root port, with a slot or without; or beside it on the root bus.
-fn tree(parent: Parent, slot: bool) -> PciTree {
+/// The function behind a root port whose windows are all open, or not; or beside it on the root bus.
+fn tree(parent: Parent, open: bool) -> PciTree {
     let port = function("rp0", NodeKind::RootPort, Parent::Root(0), &[]);
     let nic = function("nic", NodeKind::Endpoint(0), parent, &bars());
     let mut tree = plan(&[("rc0", 0..=255)], vec![port, nic]);
     for node in &mut tree.segments[0].roots[0].functions {
-        if let Some(bridge) = node.bridge.as_mut().filter(|_| !slot) {
-            bridge.slot = None;
+        if let Some(bridge) = node.bridge.as_mut().filter(|_| open) {
+            bridge.windows.mem64 = GpaRange::new(Gpa(0x40_0000_0000), 1 << 20);
         }
     }
     tree
 }
 
-fn bench(parent: Parent, slot: bool) -> Bench {
+fn bench(parent: Parent, open: bool) -> Bench {
     let (device, space) = (Device::nic(), GuestSpace::new());
     let mut made = None;
-    let machine = Machine::with_devices(tree(parent, slot), |node| {
+    let machine = Machine::with_devices(tree(parent, open), |node| {
         let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("a page");
         let function = VfioFunction::new(VfioParts {
             name: "nic".to_owned(),
@@ -195,7 +196,7 @@ fn a_guest_that_cannot_be_asked_loses_the_function_at_once() {
 }
 
 #[test]
-fn where_there_is_no_slot_the_root_port_reports_the_link_that_went_down() {
+fn a_port_with_a_closed_window_reports_the_link_that_went_down() {
     let bench = bench(Parent::Port(0), false);
     bench.given(Notice::Wanted);
     bench.is_gone();

@@ -52,7 +52,9 @@ fn refuse_all(device: &Device) {
         Asked::HotReset,
         Asked::Detach,
     ];
-    asked.map(|asked| device.refuse(asked, libc::EIO));
+    for asked in asked {
+        device.refuse(asked, libc::EIO);
+    }
 }
 
 #[test]
