@@ -112,6 +112,32 @@ fn unknown_names_are_refused_with_the_nearest() {
 }
 
 #[test]
+fn versions_of_amds_interface_that_cannot_be_are_refused() {
+    let folder = folder();
+    let files = [
+        ("no-toml", "base = \n"),
+        ("no-base", "viommu-type = 3\n"),
+        ("unknown-base", "base = \"v-z\"\n"),
+        ("unknown-key", "base = \"v-e\"\nviommu-typ = 3\n"),
+        (
+            "impossible",
+            "base = \"v-e\"\n[user-data]\nlen = 8\nmmap-offset = 4\n",
+        ),
+    ];
+    let mut commands = vec![
+        vec!["host", "--abi", "v-b"],
+        vec!["host", "--abi", "."],
+        vec!["host", "--abi", "v-e", "--host-root", "."],
+    ];
+    for (name, text) in files {
+        fs::write(folder.path().join(name), text).expect("written");
+        commands.push(vec!["host", "--abi", name]);
+    }
+    let commands: Vec<&[&str]> = commands.iter().map(Vec::as_slice).collect();
+    compare("versions-of-the-interface", &refusals(folder.path(), &commands));
+}
+
+#[test]
 fn impossible_topologies_are_refused_with_what_would_fit() {
     let files = file_refusals(&[
         (

@@ -78,13 +78,19 @@ pub(super) enum Command {
         host_root: PathBuf,
     },
     /// Print what this host offers: KVM, IOMMUs, groups, drivers, and what is missing for each mode
+    ///
+    /// Where a function is bound to vfio-pci, the running kernel is also asked for each step of AMD's vIOMMU with
+    /// it. Nothing is left of that. It takes root, or a user who may open the function's node.
     Host {
         /// Print it as JSON
         #[arg(long)]
         json: bool,
-        /// Read sysfs, /proc and /dev below this folder: a recorded host
-        #[arg(long, value_name = "FOLDER", default_value = "/")]
-        host_root: PathBuf,
+        /// Ask for this version of AMD's interface only: v-a, v-c, v-d, v-e, or a TOML table over one of them
+        #[arg(long, value_name = "NAME|FILE", conflicts_with = "host_root")]
+        abi: Option<PathBuf>,
+        /// Read sysfs, /proc and /dev below this folder: a recorded host, whose kernel is not asked
+        #[arg(long, value_name = "FOLDER")]
+        host_root: Option<PathBuf>,
     },
     /// Print completions for a shell
     Completions {

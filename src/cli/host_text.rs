@@ -1,7 +1,10 @@
 //! What a host offers, for people.
 
+use ravelin::iommu::iommufd::viommu::{Answer, Step};
 use ravelin::vm::config::values::size_text;
-use ravelin::vm::host_report::{HostFunction, HostIommu, HostReport, IommuGroup, IommuKind, Mode};
+use ravelin::vm::host_report::{
+    HostFunction, HostIommu, HostReport, IommuGroup, IommuKind, Mode, UnitTrial, verdict,
+};
 
 /// The whole report.
 pub(super) fn text(report: &HostReport) -> String {
@@ -12,10 +15,15 @@ pub(super) fn text(report: &HostReport) -> String {
             "not there".to_owned()
         }
     };
+    let iommufd = match report.kernel.unsafe_interrupts {
+        Some(true) => "/dev/iommu, allow_unsafe_interrupts",
+        Some(false) | None => "/dev/iommu",
+    };
     let mut lines = vec![
         row("processor", report.processor.as_deref().unwrap_or("unknown")),
+        row("kernel", report.kernel.release.as_deref().unwrap_or("unknown")),
         row("KVM", &kvm(report)),
-        row("iommufd", &yes(report.iommufd, "/dev/iommu")),
+        row("iommufd", &yes(report.iommufd, iommufd)),
         row("VFIO groups", &yes(report.vfio_groups, "/dev/vfio/vfio")),
         row("vfio-pci", &yes(report.vfio_pci, "loaded")),
         row(
@@ -36,6 +44,11 @@ pub(super) fn text(report: &HostReport) -> String {
         lines.extend(report.ungrouped.iter().flat_map(function));
     }
     lines.push(String::new());
+    match &report.trials {
+        Ok(trials) => lines.extend(trials.iter().flat_map(trial)),
+        Err(why) => lines.push(row("AMD's vIOMMU", &format!("not asked for: {why}"))),
+    }
+    lines.push(String::new());
     for mode in &report.modes {
         lines.extend(self::mode(mode));
     }
@@ -53,9 +66,14 @@ fn kvm(report: &HostReport) -> String {
         Some(false) => ", not nested",
         None => "",
     };
+    let avic = match report.kvm.avic {
+        Some(true) => ", avic",
+        Some(false) => ", no avic",
+        None => "",
+    };
     match &report.kvm.usable {
-        Ok(()) => format!("usable ({module}{nested})"),
-        Err(why) => format!("not usable ({module}{nested}): {why}"),
+        Ok(()) => format!("usable ({module}{nested}{avic})"),
+        Err(why) => format!("not usable ({module}{nested}{avic}): {why}"),
     }
 }
 
@@ -129,12 +147,154 @@ fn passing(function: &HostFunction) -> String {
         .join("; ")
 }
 
-fn mode(mode: &Mode) -> Vec<String> {
-    if mode.missing.is_empty() {
-        return vec![row(mode.name, &format!("ready: {}", mode.gives))];
+/// What the kernel answered for one IOMMU: every step of the version it answers to, or of the first that was tried.
+fn trial(trial: &UnitTrial) -> Vec<String> {
+    let of = format!("{} asked for with {}", trial.iommu, trial.function);
+    let tried = match &trial.answers {
+        Ok(tried) => tried,
+        Err(why) => return vec![row("AMD's vIOMMU", &format!("{of}: {why}"))],
+    };
+    let mut lines = vec![row("AMD's vIOMMU", &format!("{of}, of which nothing is left"))];
+    lines.extend(tried.steps.iter().map(step));
+    let shown = tried.version().or(tried.versions.first());
+    for version in &tried.versions {
+        if shown == Some(version) {
+            lines.push(row("", &format!("by version {}:", version.name)));
+            lines.extend(version.steps.iter().map(step));
+        } else {
+            let refused = version
+                .first_refusal()
+                .map_or("every step ok".to_owned(), |step| {
+                    format!("{} is the first that fails: {}", step.name, answer(&step.answer))
+                });
+            lines.push(row("", &format!("by version {}: {refused}", version.name)));
+        }
     }
-    let head = row(mode.name, &format!("not ready: {}; it needs", mode.gives));
-    std::iter::once(head)
+    lines.push(row("", &format!("version it answers to: {}", verdict(tried))));
+    lines
+}
+
+fn step(step: &Step) -> String {
+    row("", &format!("  {:<33} {}", step.name, answer(&step.answer)))
+}
+
+fn answer(answer: &Answer) -> String {
+    match answer {
+        Answer::Ok => "ok".to_owned(),
+        Answer::NotWritten => "not written".to_owned(),
+        Answer::NotAsked => "not asked".to_owned(),
+        Answer::Refused { errno, hint } if hint.is_empty() => errno.clone(),
+        Answer::Refused { errno, hint } => format!("{errno}: {hint}"),
+    }
+}
+
+fn mode(mode: &Mode) -> Vec<String> {
+    let without = mode
+        .without
+        .iter()
+        .map(|what| row("", &format!("- better with {what}")));
+    let head = if mode.missing.is_empty() {
+        format!("ready: {}", mode.gives)
+    } else {
+        format!("not ready: {}; it needs", mode.gives)
+    };
+    std::iter::once(row(mode.name, &head))
         .chain(mode.missing.iter().map(|what| row("", &format!("- {what}"))))
+        .chain(without)
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use ravelin::iommu::iommufd::viommu::{Tried, VIOMMU_ALLOC, Version};
+
+    use super::*;
+
+    fn version(name: &'static str, answers: bool, steps: &[(&'static str, Answer)]) -> Version {
+        let steps = steps.iter().map(|(name, answer)| Step {
+            name,
+            answer: answer.clone(),
+        });
+        Version {
+            name,
+            answers,
+            steps: steps.collect(),
+        }
+    }
+
+    fn text(versions: Vec<Version>) -> String {
+        let unit = UnitTrial {
+            iommu: "ivhd0".to_owned(),
+            function: "0000:01:00.0".parse().expect("an address"),
+            answers: Ok(Tried {
+                features: None,
+                steps: vec![Step {
+                    name: "GET_HW_INFO",
+                    answer: Answer::Ok,
+                }],
+                versions,
+            }),
+        };
+        trial(&unit).join("\n")
+    }
+
+    #[test]
+    fn a_kernel_that_answers_to_nothing_is_told_by_each_step_of_the_first_version() {
+        let refused = Answer::Refused {
+            errno: "EOPNOTSUPP".to_owned(),
+            hint: "it has none".to_owned(),
+        };
+        let first = [
+            (VIOMMU_ALLOC, Answer::Ok),
+            ("offset of the VF page", Answer::NotWritten),
+            ("mmap of the VF page", Answer::NotAsked),
+            ("HW_QUEUE_ALLOC", refused.clone()),
+        ];
+        let text = text(vec![
+            version("v-e", false, &first),
+            version("v-d", false, &[(VIOMMU_ALLOC, refused)]),
+        ]);
+        assert_eq!(
+            text,
+            "AMD's vIOMMU ivhd0 asked for with 0000:01:00.0, of which nothing is left\n\
+             \x20              GET_HW_INFO                       ok\n\
+             \x20            by version v-e:\n\
+             \x20              VIOMMU_ALLOC                      ok\n\
+             \x20              offset of the VF page             not written\n\
+             \x20              mmap of the VF page               not asked\n\
+             \x20              HW_QUEUE_ALLOC                    EOPNOTSUPP: it has none\n\
+             \x20            by version v-d: VIOMMU_ALLOC is the first that fails: EOPNOTSUPP: it has none\n\
+             \x20            version it answers to: none: a stock kernel, which makes a vIOMMU of any type and does \
+             nothing about it"
+        );
+    }
+
+    #[test]
+    fn the_version_that_the_kernel_answers_to_is_the_one_that_is_shown() {
+        let text = text(vec![
+            version("v-e", false, &[(VIOMMU_ALLOC, Answer::NotAsked)]),
+            version("v-d", true, &[(VIOMMU_ALLOC, Answer::Ok)]),
+        ]);
+        assert!(
+            text.contains("by version v-e: VIOMMU_ALLOC is the first that fails: not asked\n"),
+            "{text}"
+        );
+        assert!(text.contains("by version v-d:\n"), "{text}");
+        assert!(text.ends_with("version it answers to: v-d"), "{text}");
+    }
+
+    #[test]
+    fn a_function_that_could_not_be_had_says_why() {
+        let unit = UnitTrial {
+            iommu: "ivhd0".to_owned(),
+            function: "0000:01:00.0".parse().expect("an address"),
+            answers: Err("cannot open /dev/vfio/devices/vfio0: Permission denied".to_owned()),
+        };
+        assert_eq!(
+            trial(&unit),
+            [
+                "AMD's vIOMMU ivhd0 asked for with 0000:01:00.0: cannot open /dev/vfio/devices/vfio0: Permission denied"
+            ]
+        );
+    }
 }

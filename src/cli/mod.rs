@@ -6,12 +6,15 @@ mod machine;
 mod plan_text;
 mod topology;
 
+use std::fs;
 use std::io::{self, Write};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Parser;
 
+use ravelin::iommu::iommufd::Abi;
 use ravelin::vm::config::images;
 use ravelin::vm::config::said::{ConfigError, Place};
 use ravelin::vm::host_functions::{self, HostFunctions};
@@ -89,8 +92,11 @@ pub(crate) fn run(started: Instant) -> Result<u8, Failure> {
                 (false, false) => topology::tree(&plan),
             })
         }
-        Command::Host { json, host_root } => {
-            let report = HostReport::read(host_root, &Probed::here());
+        Command::Host { json, abi, host_root } => {
+            let report = match host_root {
+                Some(root) => HostReport::read(root, &Probed::here()),
+                None => HostReport::here(&abis(abi.as_deref())?),
+            };
             print(&if *json {
                 pretty(&report)?
             } else {
@@ -100,6 +106,30 @@ pub(crate) fn run(started: Instant) -> Result<u8, Failure> {
         Command::Completions { shell } => print(&arguments::completions(*shell)),
         Command::Man => print(&arguments::manual().context("cannot write the manual page")?),
     }
+}
+
+/// The versions of AMD's interface to ask a kernel for: the one that was said by name or by a file, or all there are.
+fn abis(said: Option<&Path>) -> Result<Vec<Abi>, ConfigError> {
+    let Some(said) = said else {
+        return Ok(Abi::built_in().into());
+    };
+    if let Some(abi) = said.to_str().and_then(Abi::named) {
+        return Ok(vec![abi]);
+    }
+    let wrong = |problem: String| {
+        let flag = Place::Flag(format!("--abi {}", said.display()).into());
+        ConfigError::at(&flag, problem)
+    };
+    let text = fs::read_to_string(said).map_err(|error| {
+        wrong(format!(
+            "it is no version (v-a, v-c, v-d, v-e), and as a file it cannot be read: {error}"
+        ))
+    })?;
+    let abi = Abi::from_toml(&text).map_err(|error| match error.line(&text) {
+        Some(line) => wrong(format!("line {line}: {error}")),
+        None => wrong(error.to_string()),
+    })?;
+    Ok(vec![abi])
 }
 
 /// The plan of a machine whose files, and whose functions of `host`, can be used.

@@ -37,3 +37,23 @@ fn the_report_as_json_says_the_same_of_each_function() {
     assert_eq!(nic["resets"], serde_json::json!(["flr", "bus"]));
     assert_eq!(nic["passable"], serde_json::json!({ "Ok": null }));
 }
+
+#[test]
+fn the_kernel_of_a_recorded_host_is_not_asked() {
+    let host = server();
+    let text = session(&host, host.root(), &["host"]);
+    let why = "not asked for: only the running kernel can be asked, and this is a copy of a host";
+    assert!(text.contains(&format!("AMD's vIOMMU {why}\n")), "{text}");
+    let modes: Vec<_> = text.lines().skip_while(|line| !line.starts_with("hw ")).collect();
+    let needs = |what: &str| modes.iter().any(|line| line.contains(what));
+    assert!(
+        needs("- GCR3TRPMode (EFR2 bit 3): v2 tables over the host's; ivhd"),
+        "{text}"
+    );
+    assert!(
+        needs("- vIOMMUSup (EFR bit 55): a guest's own rings; ivhd"),
+        "{text}"
+    );
+    assert!(needs("- a kernel with AMD's vIOMMU: not asked: only"), "{text}");
+    assert!(!text.contains("this one does not"), "{text}");
+}

@@ -156,6 +156,16 @@ pub enum AbiError {
     },
 }
 
+impl AbiError {
+    /// The line of `text`, which was read, that is no TOML or not of this form, counted from 1.
+    #[must_use]
+    pub fn line(&self, text: &str) -> Option<usize> {
+        let Self::Toml(error) = self else { return None };
+        let before = text.get(..error.span()?.start)?;
+        Some(before.matches('\n').count() + 1)
+    }
+}
+
 fn wrong(key: impl Into<String>, value: &impl ToString, problem: &'static str) -> AbiError {
     AbiError::Value {
         key: key.into(),
@@ -501,7 +511,13 @@ mod tests {
         assert!(error.contains("viommu-typ"), "{error}");
         let error = refused("base = 'v-e'\n[queues]\ncomand = 4");
         assert!(error.contains("comand"), "{error}");
-        let error = refused("base = 'v-e'\nviommu-type = -1");
-        assert!(error.contains("-1"), "{error}");
+        let text = "base = 'v-e'\nviommu-type = -1";
+        let error = Abi::from_toml(text).expect_err("refused");
+        assert!(error.to_string().contains("-1"), "{error}");
+        assert_eq!(error.line(text), Some(2));
+        assert_eq!(
+            Abi::from_toml("base = 'v-b'").expect_err("refused").line(""),
+            None
+        );
     }
 }

@@ -20,10 +20,11 @@ mod vm;
 mod watched;
 
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
-use kvm_ioctls::Cap;
+use kvm_ioctls::{Cap, VmFd};
 
 use super::addr::PAGE_SIZE;
 use super::host::HostError;
@@ -96,6 +97,15 @@ pub enum KvmError {
     },
 }
 
+/// A guest that never runs, for requests that take one.
+pub struct BlankVm(VmFd);
+
+impl AsRawFd for BlankVm {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
 /// An open /dev/kvm that has what this program needs.
 pub struct Kvm {
     fd: kvm_ioctls::Kvm,
@@ -126,6 +136,16 @@ impl Kvm {
             .get_vcpu_mmap_size()
             .map_err(|error| HostError::new("ask KVM for the size of a processor's run area", os(error)))?;
         Ok(Self { fd, run_area })
+    }
+
+    /// A guest without anything: neither memory nor processors.
+    ///
+    /// # Errors
+    /// What the host refused.
+    pub fn blank_vm(&self) -> Result<BlankVm, HostError> {
+        let fd = self.fd.create_vm();
+        fd.map(BlankVm)
+            .map_err(|error| HostError::new("create a virtual machine", os(error)))
     }
 
     /// What KVM and this host's processor can show a guest.

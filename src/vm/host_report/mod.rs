@@ -3,11 +3,15 @@
 //! The facts come from sysfs, /proc and /dev below a root path, so that a recorded tree stands for a host that
 //! is not at hand; what only a system call tells (KVM's capabilities, the memlock limit) is passed in.
 //! A host that lacks something is not an error here: it is what the report is for.
+//!
+//! Of AMD's vIOMMU no file tells whether the kernel has it. The running kernel is asked, step by step, with a function
+//! that is bound to vfio-pci and that nobody uses; nothing is left of that.
 
 mod modes;
 mod sysfs;
 #[cfg(test)]
 mod tests;
+mod trial;
 
 use std::path::{Path, PathBuf};
 
@@ -15,16 +19,20 @@ use rustix::process::{Resource, getrlimit};
 use serde::{Serialize, Serializer};
 
 use crate::iommu::amd::spec::registers::{Efr, Efr2};
+use crate::iommu::iommufd::Abi;
 use crate::platform::addr::Sbdf;
 use crate::platform::kvm::Kvm;
 
-pub use modes::Mode;
+pub use modes::{Mode, verdict};
+pub use trial::UnitTrial;
 
 /// Everything that was found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct HostReport {
     /// The processor's model, as /proc/cpuinfo names it.
     pub processor: Option<String>,
+    /// The kernel.
+    pub kernel: KernelReport,
     /// The hypervisor.
     pub kvm: KvmReport,
     /// Whether /dev/iommu exists.
@@ -41,8 +49,21 @@ pub struct HostReport {
     pub groups: Vec<IommuGroup>,
     /// The functions in no group, ascending: nothing confines what they access.
     pub ungrouped: Vec<HostFunction>,
+    /// What the running kernel answers for mode `hw`, by IOMMU, or why it was not asked.
+    pub trials: Result<Vec<UnitTrial>, String>,
     /// Each way of serving a guest, and what it lacks.
     pub modes: Vec<Mode>,
+}
+
+/// The kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct KernelReport {
+    /// Its release: 7.3.4-amd64.
+    pub release: Option<String>,
+    /// What counts here and its configuration below /boot says is not built; empty also where there is none.
+    pub not_built: Vec<String>,
+    /// Whether iommufd takes functions whose interrupts nothing confines (its option `allow_unsafe_interrupts`).
+    pub unsafe_interrupts: Option<bool>,
 }
 
 /// The hypervisor.
@@ -52,6 +73,8 @@ pub struct KvmReport {
     pub module: Option<String>,
     /// Whether guests can be hypervisors.
     pub nested: Option<bool>,
+    /// Whether interrupts reach running processors without an exit (kvm_amd's option `avic`).
+    pub avic: Option<bool>,
     /// Whether it has what Ravelin needs, or why not.
     pub usable: Result<(), String>,
 }
@@ -198,17 +221,35 @@ pub struct HostFunction {
 }
 
 impl HostReport {
-    /// Read the host whose file systems begin at `root`.
+    /// Read the host whose file systems begin at `root`: a copy, whose kernel is not asked anything.
     #[must_use]
     pub fn read(root: &Path, probed: &Probed) -> Self {
+        let mut report = Self::facts(root, probed);
+        report.trials = Err(trial::RECORDED.to_owned());
+        report.modes = modes::judge(&report);
+        report
+    }
+
+    /// This host; its kernel is asked which of `abis` is its own.
+    #[must_use]
+    pub fn here(abis: &[Abi]) -> Self {
+        let mut report = Self::facts(Path::new("/"), &Probed::here());
+        report.trials = trial::of_this_host(&report, abis);
+        report.modes = modes::judge(&report);
+        report
+    }
+
+    fn facts(root: &Path, probed: &Probed) -> Self {
         let host = sysfs::Host::new(root);
-        let (module, nested) = host.kvm_module();
+        let module = host.kvm_module();
         let (groups, ungrouped) = host.functions();
-        let mut report = Self {
+        Self {
             processor: host.processor(),
+            kernel: host.kernel(),
             kvm: KvmReport {
+                nested: module.as_ref().and_then(|module| host.option(module, "nested")),
+                avic: module.as_ref().and_then(|module| host.option(module, "avic")),
                 module,
-                nested,
                 usable: probed.kvm.clone(),
             },
             iommufd: host.exists("dev/iommu"),
@@ -218,10 +259,9 @@ impl HostReport {
             iommus: host.iommus(),
             groups,
             ungrouped,
+            trials: Ok(Vec::new()),
             modes: Vec::new(),
-        };
-        report.modes = modes::judge(&report);
-        report
+        }
     }
 }
 

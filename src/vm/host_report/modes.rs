@@ -2,12 +2,11 @@
 
 use serde::Serialize;
 
-use crate::iommu::amd::spec::registers::{Efr, Efr2};
+use super::{HostReport, IommuKind, UnitTrial};
+use crate::iommu::iommufd::viommu::{Answer, Tried, VIOMMU_ALLOC, Version};
+use crate::iommu::viommu::features::{Missing, missing};
+use crate::iommu::viommu::host::HostFeatures;
 
-use super::{HostReport, IommuKind};
-
-/// What is said of everything that no code does yet.
-const NOT_BUILT: &str = "a version of Ravelin that has it: this one does not";
 /// The driver a function must be bound to before it can be given away.
 const VFIO_PCI: &str = "vfio-pci";
 
@@ -20,50 +19,46 @@ pub struct Mode {
     pub gives: &'static str,
     /// What it needs and the host lacks; ready when empty.
     pub missing: Vec<String>,
+    /// What it can do without, and how it is then.
+    pub without: Vec<String>,
 }
 
 /// Each mode, and what this host lacks for it.
 pub(super) fn judge(host: &HostReport) -> Vec<Mode> {
-    let mut passing = machine(host);
-    passing.extend(passthrough(host));
-    let mut shadowed = passing.clone();
-    shadowed.push(NOT_BUILT.to_owned());
-    let mut hardware = passing.clone();
-    hardware.extend(hardware_unit(host));
-    hardware.push(NOT_BUILT.to_owned());
-    let mut modelled = machine(host);
-    modelled.push(NOT_BUILT.to_owned());
+    let mode = |name, gives, missing| Mode {
+        name,
+        gives,
+        missing,
+        without: Vec::new(),
+    };
+    let passed = || [machine(host), passthrough(host)].concat();
+    let hardware = [passed(), hardware_unit(host), kernel(host)].concat();
     vec![
+        mode("machine", "guests with emulated devices", machine(host)),
+        mode(
+            "passed",
+            "functions of the host, without an IOMMU of the guest",
+            passed(),
+        ),
+        mode(
+            "emulated",
+            "an emulated IOMMU before emulated devices",
+            machine(host),
+        ),
+        mode(
+            "shadowed",
+            "an emulated IOMMU before functions of the host",
+            passed(),
+        ),
         Mode {
-            name: "machine",
-            gives: "guests with emulated devices",
-            missing: machine(host),
+            without: avic(host),
+            ..mode(
+                "hw",
+                "the host IOMMU's vIOMMU hardware for passed-through functions",
+                hardware,
+            )
         },
-        Mode {
-            name: "passed",
-            gives: "functions of the host, without an IOMMU of the guest",
-            missing: passing,
-        },
-        Mode {
-            name: "emulated",
-            gives: "an emulated IOMMU before emulated devices",
-            missing: machine(host),
-        },
-        Mode {
-            name: "shadowed",
-            gives: "an emulated IOMMU before functions of the host",
-            missing: shadowed,
-        },
-        Mode {
-            name: "hw",
-            gives: "the host IOMMU's vIOMMU hardware for passed-through functions",
-            missing: hardware,
-        },
-        Mode {
-            name: "sim",
-            gives: "a model of that hardware",
-            missing: modelled,
-        },
+        mode("sim", "a model of that hardware", machine(host)),
     ]
 }
 
@@ -106,32 +101,83 @@ fn passthrough(host: &HostReport) -> Vec<String> {
     missing
 }
 
-/// What the unit itself must offer, unless one of the host's does.
-fn hardware_unit(host: &HostReport) -> Option<String> {
+/// What the unit itself must offer, unless one of the host's does: of the one that comes nearest.
+fn hardware_unit(host: &HostReport) -> Vec<String> {
+    let told = |name: &str| {
+        let trials = host.trials.iter().flatten();
+        let mut of_unit = trials.filter(|trial| trial.iommu == name);
+        of_unit.find_map(|trial| trial.answers.as_ref().ok()?.features)
+    };
     let lacks = host.iommus.iter().filter_map(|iommu| match iommu.kind {
         IommuKind::Amd { efr, efr2 } => {
-            Some((&iommu.name, lacking(Efr::from_bits(efr), Efr2::from_bits(efr2))))
+            // The kernel lends what all of its units have, which is what counts.
+            let features = told(&iommu.name).unwrap_or(HostFeatures { efr, efr2 });
+            Some((&iommu.name, missing(features)))
         }
         IommuKind::Intel { .. } | IommuKind::Other => None,
     });
-    let best = lacks.min_by_key(|(_, lacks)| lacks.len());
-    match best {
-        None => Some("an AMD IOMMU: there is none".to_owned()),
-        Some((_, lacks)) if lacks.is_empty() => None,
-        Some((name, lacks)) => Some(format!("{} of the IOMMU: {name} comes nearest", lacks.join(", "))),
+    let Some((name, lacks)) = lacks.min_by_key(|(_, lacks)| lacks.len()) else {
+        return vec!["an AMD IOMMU: there is none".to_owned()];
+    };
+    let lacking = |missing: &Missing| format!("{missing}; {name} has it not");
+    lacks.iter().map(lacking).collect()
+}
+
+/// What the kernel must offer.
+fn kernel(host: &HostReport) -> Vec<String> {
+    let release = host.kernel.release.as_deref().unwrap_or("unknown");
+    let not_built = host.kernel.not_built.iter();
+    let mut missing: Vec<String> = not_built
+        .map(|option| format!("a kernel with {option}: /boot/config-{release} is without"))
+        .collect();
+    let why = match &host.trials {
+        Err(why) => Some(format!("not asked: {why}")),
+        Ok(trials) => {
+            let mut reasons: Vec<_> = trials.iter().map(refusal).collect();
+            reasons.sort_by_key(Option::is_some);
+            reasons.into_iter().next().flatten()
+        }
+    };
+    missing.extend(why.map(|why| format!("a kernel with AMD's vIOMMU: {why}")));
+    missing
+}
+
+/// Why the kernel cannot serve a guest by the unit of `trial`, if it cannot.
+fn refusal(trial: &UnitTrial) -> Option<String> {
+    let tried = match &trial.answers {
+        Err(why) => return Some(format!("not asked with {}: {why}", trial.function)),
+        Ok(tried) => tried,
+    };
+    let Some(version) = tried.version() else {
+        return Some(format!("the version it answers to is {}", verdict(tried)));
+    };
+    let step = version.first_refusal()?;
+    let answer = match &step.answer {
+        Answer::Refused { errno, .. } => errno,
+        Answer::Ok | Answer::NotWritten | Answer::NotAsked => "nothing",
+    };
+    Some(format!(
+        "{} of {} is answered with {answer}",
+        step.name, version.name
+    ))
+}
+
+/// Which version of AMD's interface the kernel answers to, or how it is told that it is none.
+#[must_use]
+pub fn verdict(tried: &Tried) -> &'static str {
+    let stock = |version: &Version| version.answer(VIOMMU_ALLOC) == Some(&Answer::Ok);
+    match tried.version() {
+        Some(version) => version.name,
+        None if tried.versions.iter().any(stock) => {
+            "none: a stock kernel, which makes a vIOMMU of any type and does nothing about it"
+        }
+        None => "none",
     }
 }
 
-fn lacking(efr: Efr, efr2: Efr2) -> Vec<&'static str> {
-    let needed = [
-        (efr.viommu(), "vIOMMU"),
-        (efr.gt(), "GT"),
-        (efr.gio(), "GIO"),
-        (efr2.gcr3_trp_mode(), "GCR3TRP"),
-    ];
-    needed
-        .into_iter()
-        .filter(|(has, _)| !has)
-        .map(|(_, name)| name)
-        .collect()
+/// What is lost without AVIC, where it is known to be off.
+fn avic(host: &HostReport) -> Vec<String> {
+    let off = host.kvm.avic == Some(false);
+    let lost = "kvm_amd with avic=1: it is off, and the event log's interrupts do not reach a guest";
+    off.then(|| lost.to_owned()).into_iter().collect()
 }

@@ -7,7 +7,14 @@ use std::path::{Path, PathBuf};
 use crate::platform::addr::Sbdf;
 use crate::vm::host_functions::HostFunctions;
 
-use super::{HostFunction, HostIommu, IommuGroup, IommuKind};
+use super::{HostFunction, HostIommu, IommuGroup, IommuKind, KernelReport};
+
+/// What functions of the host, and AMD's vIOMMU before them, need of a kernel.
+const NEEDED_OPTIONS: [&str; 3] = [
+    "CONFIG_IOMMUFD",
+    "CONFIG_VFIO_DEVICE_CDEV",
+    "CONFIG_AMD_IOMMU_IOMMUFD",
+];
 
 /// A host's file systems.
 pub(super) struct Host {
@@ -37,15 +44,37 @@ impl Host {
         line.split_once(':').map(|(_, name)| name.trim().to_owned())
     }
 
-    /// The KVM module for this processor, and whether it nests.
-    pub(super) fn kvm_module(&self) -> (Option<String>, Option<bool>) {
-        let modules = names(&self.path("sys/module"));
-        let Some(module) = modules.into_iter().find(|name| name.starts_with("kvm_")) else {
-            return (None, None);
+    /// The kernel, as far as it tells.
+    pub(super) fn kernel(&self) -> KernelReport {
+        let release = word(&self.path("proc/sys/kernel/osrelease"));
+        let config = release
+            .as_ref()
+            .and_then(|release| fs::read_to_string(self.path(&format!("boot/config-{release}"))).ok());
+        let built = |option: &str, config: &str| {
+            let lines = config.lines().filter_map(|line| line.strip_prefix(option));
+            lines.into_iter().any(|rest| matches!(rest, "=y" | "=m"))
         };
-        let nested = word(&self.path(&format!("sys/module/{module}/parameters/nested")));
-        let nested = nested.map(|value| matches!(value.as_str(), "1" | "Y"));
-        (Some(module), nested)
+        let not_built = config.map(|config| {
+            let absent = NEEDED_OPTIONS.iter().filter(|option| !built(option, &config));
+            absent.map(|option| (*option).to_owned()).collect()
+        });
+        KernelReport {
+            not_built: not_built.unwrap_or_default(),
+            release,
+            unsafe_interrupts: self.option("iommufd", "allow_unsafe_interrupts"),
+        }
+    }
+
+    /// The KVM module for this processor.
+    pub(super) fn kvm_module(&self) -> Option<String> {
+        let modules = names(&self.path("sys/module"));
+        modules.into_iter().find(|name| name.starts_with("kvm_"))
+    }
+
+    /// An option of a module that is on or off; options that the kernel decides itself count as on.
+    pub(super) fn option(&self, module: &str, option: &str) -> Option<bool> {
+        let value = word(&self.path(&format!("sys/module/{module}/parameters/{option}")))?;
+        Some(matches!(value.as_str(), "1" | "Y" | "-1"))
     }
 
     pub(super) fn iommus(&self) -> Vec<HostIommu> {

@@ -5,6 +5,8 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use super::*;
+use crate::iommu::iommufd::viommu::{Answer, Step, Tried, VIOMMU_ALLOC, Version};
+use crate::iommu::viommu::host::HostFeatures;
 
 /// A tree that looks like a host's file systems.
 struct Recorded(tempfile::TempDir);
@@ -213,19 +215,135 @@ fn the_machine_itself_is_known() {
 }
 
 #[test]
-fn a_host_that_has_everything_lacks_only_the_code() {
+fn a_host_that_has_everything_is_asked_for_the_rest() {
     let report = server().read(&usable());
-    assert_eq!(missing(&report, "machine"), "");
-    for mode in ["passed", "emulated"] {
+    for mode in ["machine", "passed", "emulated", "shadowed", "sim"] {
         assert_eq!(missing(&report, mode), "", "{mode}");
     }
-    for mode in ["shadowed", "hw", "sim"] {
-        assert_eq!(
-            missing(&report, mode),
-            "a version of Ravelin that has it: this one does not",
-            "{mode}"
-        );
+    assert_eq!(
+        missing(&report, "hw"),
+        "a kernel with AMD's vIOMMU: not asked: only the running kernel can be asked, and this is a copy of a host"
+    );
+}
+
+/// What the kernel would have said with the function behind ivhd1 of [`server`].
+fn judged(answers: Result<Tried, String>) -> HostReport {
+    let mut report = server().read(&usable());
+    report.trials = Ok(vec![UnitTrial {
+        iommu: "ivhd1".to_owned(),
+        function: "0000:21:00.0".parse().expect("an address"),
+        answers,
+    }]);
+    report.modes = modes::judge(&report);
+    report
+}
+
+fn step(name: &'static str, answer: Answer) -> Step {
+    Step { name, answer }
+}
+
+fn refused(errno: &str) -> Answer {
+    Answer::Refused {
+        errno: errno.to_owned(),
+        hint: String::new(),
     }
+}
+
+fn tried(answers: bool, steps: Vec<Step>) -> Tried {
+    Tried {
+        features: None,
+        steps: Vec::new(),
+        versions: vec![Version {
+            name: "v-e",
+            answers,
+            steps,
+        }],
+    }
+}
+
+#[test]
+fn what_the_kernel_answered_decides_about_the_hardware() {
+    let says = |answers| missing(&judged(answers), "hw");
+    assert_eq!(says(Ok(tried(true, vec![step(VIOMMU_ALLOC, Answer::Ok)]))), "");
+    assert_eq!(
+        says(Err("cannot open /dev/iommu".to_owned())),
+        "a kernel with AMD's vIOMMU: not asked with 0000:21:00.0: cannot open /dev/iommu"
+    );
+    assert_eq!(
+        says(Ok(tried(false, vec![step(VIOMMU_ALLOC, Answer::Ok)]))),
+        "a kernel with AMD's vIOMMU: the version it answers to is none: a stock kernel, which makes a vIOMMU of any type \
+         and does nothing about it"
+    );
+    assert_eq!(
+        says(Ok(tried(false, vec![step(VIOMMU_ALLOC, refused("EOPNOTSUPP"))]))),
+        "a kernel with AMD's vIOMMU: the version it answers to is none"
+    );
+    let half = vec![
+        step(VIOMMU_ALLOC, Answer::Ok),
+        step("VDEVICE_ALLOC", refused("EINVAL")),
+    ];
+    assert_eq!(
+        says(Ok(tried(true, half))),
+        "a kernel with AMD's vIOMMU: VDEVICE_ALLOC of v-e is answered with EINVAL"
+    );
+}
+
+#[test]
+fn what_the_kernel_tells_of_its_units_counts_more_than_sysfs() {
+    let features = HostFeatures { efr: 1 << 4, efr2: 8 };
+    let answers = Tried {
+        features: Some(features),
+        ..tried(true, Vec::new())
+    };
+    assert_eq!(
+        missing(&judged(Ok(answers)), "hw"),
+        "GIOSup (EFR bit 48): v2 tables for requests without PASID; ivhd1 has it not\n\
+         vIOMMUSup (EFR bit 55): a guest's own rings; ivhd1 has it not"
+    );
+}
+
+#[test]
+fn options_of_modules_and_of_the_kernels_build_are_told() {
+    let host = server();
+    host.file("proc/sys/kernel/osrelease", "7.3.4-amd64\n")
+        .file(
+            "boot/config-7.3.4-amd64",
+            "CONFIG_IOMMUFD=m\n# CONFIG_AMD_IOMMU_IOMMUFD is not set\nCONFIG_VFIO_DEVICE_CDEV=y\n",
+        )
+        .file("sys/module/kvm_amd/parameters/avic", "N\n")
+        .file("sys/module/iommufd/parameters/allow_unsafe_interrupts", "Y\n");
+    let report = host.read(&usable());
+    assert_eq!(
+        (report.kvm.avic, report.kernel.unsafe_interrupts),
+        (Some(false), Some(true))
+    );
+    assert_eq!(report.kernel.not_built, ["CONFIG_AMD_IOMMU_IOMMUFD"]);
+    assert!(
+        missing(&report, "hw")
+            .starts_with("a kernel with CONFIG_AMD_IOMMU_IOMMUFD: /boot/config-7.3.4-amd64 is without\n")
+    );
+    let hw = report
+        .modes
+        .iter()
+        .find(|mode| mode.name == "hw")
+        .expect("a mode");
+    assert_eq!(hw.without.len(), 1);
+    host.file("sys/module/kvm_amd/parameters/avic", "1\n");
+    let report = host.read(&usable());
+    assert!(report.modes.iter().all(|mode| mode.without.is_empty()));
+}
+
+#[test]
+fn a_host_is_not_asked_without_a_node_or_a_function() {
+    let mut report = server().read(&usable());
+    let why = trial::of_this_host(&report, &[]).expect_err("none has a node");
+    assert!(
+        why.starts_with("no function is bound to vfio-pci; `scripts/bind-vfio"),
+        "{why}"
+    );
+    report.iommufd = false;
+    let why = trial::of_this_host(&report, &[]).expect_err("no node");
+    assert_eq!(why, "/dev/iommu is not there");
 }
 
 #[test]
@@ -257,7 +375,7 @@ fn the_nearest_unit_is_named_with_what_it_lacks() {
         .ivhd(1, "0000:20:00.2", "0\n", &[]);
     let hardware = missing(&host.read(&usable()), "hw");
     assert!(
-        hardware.contains("vIOMMU, GIO, GCR3TRP of the IOMMU: ivhd0 comes nearest"),
+        hardware.contains("GIOSup (EFR bit 48): v2 tables for requests without PASID; ivhd0 has it not"),
         "{hardware}"
     );
 }

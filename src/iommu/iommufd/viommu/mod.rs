@@ -20,7 +20,7 @@ mod trial;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::abi::{Abi, Rings};
@@ -38,7 +38,7 @@ use crate::platform::host::HostError;
 
 pub use requests::NestParent;
 use requests::{Made, Route, refusal};
-pub use trial::Step;
+pub use trial::{Answer, PAGE_OFFSET, Step, Trial, Tried, VIOMMU_ALLOC, Version};
 
 /// A function of the host's behind the unit.
 pub struct HwDevice {
@@ -254,43 +254,12 @@ impl HwHost {
         self.devices.first().expect("a host has a device").id
     }
 
-    /// What goes with VIOMMU_ALLOC, by the table.
     fn user_data(&self) -> io::Result<Fields> {
-        let abi::UserData {
-            len,
-            host_iommu,
-            guest_iommu,
-            translate_device,
-            kvm,
-            ..
-        } = self.abi.user_data;
-        let Functions {
-            host_iommu: host,
-            guest_iommu: guest,
-            translate_device: translate,
-        } = self.functions;
-        let mut data = Fields::data(len as usize);
-        for (at, function) in [
-            (host_iommu, host),
-            (guest_iommu, guest),
-            (translate_device, translate),
-        ] {
-            if let Some(at) = at {
-                data = data.u32(at as usize, function.requester_id().into());
-            }
-        }
-        if let Some(at) = kvm {
-            let Some(processors) = &self.processors else {
-                return Err(refusal(
-                    "VIOMMU_ALLOC",
-                    io::ErrorKind::InvalidInput.into(),
-                    "; it takes a guest of KVM's",
-                ));
-            };
-            let vm = u32::try_from(processors.vm().as_raw_fd()).map_err(io::Error::other)?;
-            data = data.u32(at as usize, vm);
-        }
-        Ok(data)
+        let vm = self
+            .processors
+            .as_ref()
+            .map(|processors| processors.vm().as_raw_fd());
+        user_data(&self.abi, &self.functions, vm)
     }
 
     /// Whether the vIOMMU that the kernel made is one: it told the `offset` of its page, and knows queues where it has
@@ -319,6 +288,39 @@ impl HwHost {
             guest_id,
         }
     }
+}
+
+/// What goes with VIOMMU_ALLOC, by the table.
+fn user_data(abi: &Abi, functions: &Functions, vm: Option<RawFd>) -> io::Result<Fields> {
+    let abi::UserData {
+        len,
+        host_iommu,
+        guest_iommu,
+        translate_device,
+        kvm,
+        ..
+    } = abi.user_data;
+    let mut data = Fields::data(len as usize);
+    for (at, function) in [
+        (host_iommu, functions.host_iommu),
+        (guest_iommu, functions.guest_iommu),
+        (translate_device, functions.translate_device),
+    ] {
+        if let Some(at) = at {
+            data = data.u32(at as usize, function.requester_id().into());
+        }
+    }
+    if let Some(at) = kvm {
+        let Some(vm) = vm else {
+            return Err(refusal(
+                "VIOMMU_ALLOC",
+                io::ErrorKind::InvalidInput.into(),
+                "; it takes a guest of KVM's",
+            ));
+        };
+        data = data.u32(at as usize, u32::try_from(vm).map_err(io::Error::other)?);
+    }
+    Ok(data)
 }
 
 impl State {
@@ -490,11 +492,10 @@ impl ViommuHost for HwHost {
             UnitInterrupt::Event => layout.event,
             UnitInterrupt::Ppr => layout.ppr,
         };
-        let vm = processors.vm();
         let route = Route {
             viommu: viommu.0,
             kind,
-            vm,
+            vm: processors.vm().as_raw_fd(),
             vcpu,
             vector,
         };

@@ -1,7 +1,7 @@
 //! The requests that mode `hw` makes, each with its structure (include/uapi/linux/iommufd.h, and AMD's by the table).
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use crate::iommu::amd::spec::dte::Dte;
@@ -10,7 +10,7 @@ use crate::iommu::iommufd::abi::{ExtInterrupt, Forwarding};
 use crate::iommu::iommufd::kernel::Fields;
 use crate::iommu::viommu::host::HostFeatures;
 use crate::platform::addr::{Bdf, Gpa};
-use crate::platform::host::HostError;
+use crate::platform::host::{HostError, errno_name};
 
 const DESTROY: u32 = 0x80;
 const IOAS_ALLOC: u32 = 0x81;
@@ -49,6 +49,15 @@ pub(super) fn refusal(step: &'static str, reason: io::Error, hint: &'static str)
         reason.kind()
     };
     io::Error::new(kind, Refusal { step, reason, hint })
+}
+
+/// What the kernel answered, by the errno's name, and what that may be for.
+pub(super) fn said(error: &io::Error) -> (String, String) {
+    let refusal = error.get_ref().and_then(|inner| inner.downcast_ref::<Refusal>());
+    let (reason, hint) = refusal.map_or((error, ""), |refusal| (&refusal.reason, refusal.hint));
+    let name = reason.raw_os_error().map(errno_name);
+    let errno = name.unwrap_or_else(|| reason.to_string());
+    (errno, hint.trim_start_matches("; ").to_owned())
 }
 
 /// [`refusal`] with a hint for what the kernel does not support.
@@ -231,18 +240,18 @@ pub(super) fn forward(
 }
 
 /// Where an interrupt of the unit's goes, as the kernel takes it: vector 0 is nowhere.
-pub(super) struct Route<'a> {
+pub(super) struct Route {
     pub(super) viommu: u32,
     /// By the table.
     pub(super) kind: u32,
-    pub(super) vm: BorrowedFd<'a>,
+    pub(super) vm: RawFd,
     pub(super) vcpu: u32,
     pub(super) vector: u8,
 }
 
 /// Send an interrupt of the unit's to a vCPU.
-pub(super) fn route(kernel: &dyn Kernel, layout: &ExtInterrupt, route: &Route<'_>) -> io::Result<()> {
-    let vm = u32::try_from(route.vm.as_raw_fd()).map_err(io::Error::other)?;
+pub(super) fn route(kernel: &dyn Kernel, layout: &ExtInterrupt, route: &Route) -> io::Result<()> {
+    let vm = u32::try_from(route.vm).map_err(io::Error::other)?;
     let fields = Fields::structure(layout.len)
         .u32(layout.viommu as usize, route.viommu)
         .u32(layout.kind as usize, route.kind);

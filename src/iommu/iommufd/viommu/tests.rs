@@ -7,7 +7,7 @@ use super::*;
 use crate::iommu::iommufd::fake::{EFR, EFR2, EXT_INT, Fake, Object as Kept, Version};
 use crate::platform::addr::Gpa;
 
-const FUNCTIONS: Functions = Functions {
+pub(super) const FUNCTIONS: Functions = Functions {
     host_iommu: Bdf::from_requester_id(0x4002),
     guest_iommu: Bdf::from_requester_id(0x2008),
     translate_device: Bdf::from_requester_id(0x4800),
@@ -16,7 +16,7 @@ const NIC: HostDevice = HostDevice(0);
 const DISK: HostDevice = HostDevice(1);
 
 /// A VM with vCPUs by APIC ID 0, 2 and 4.
-struct Vm(File);
+pub(super) struct Vm(File);
 
 impl Processors for Vm {
     fn vm(&self) -> BorrowedFd<'_> {
@@ -34,16 +34,16 @@ fn vm() -> Arc<Vm> {
 }
 
 /// A kernel with two devices behind one unit, and an address space.
-struct Bench {
-    fake: Arc<Fake>,
-    kernel: Arc<dyn Kernel>,
-    devices: [u32; 2],
+pub(super) struct Bench {
+    pub(super) fake: Arc<Fake>,
+    pub(super) kernel: Arc<dyn Kernel>,
+    pub(super) devices: [u32; 2],
     ioas: u32,
-    vm: Arc<Vm>,
+    pub(super) vm: Arc<Vm>,
 }
 
 impl Bench {
-    fn new(version: Version) -> Self {
+    pub(super) fn new(version: Version) -> Self {
         let fake = Fake::new(version);
         let kernel: Arc<dyn Kernel> = fake.clone();
         let devices = [fake.bind(0), fake.bind(0)];
@@ -79,19 +79,19 @@ impl Bench {
     }
 
     /// Only what the bench made is left.
-    fn assert_empty(&self, when: &str) {
+    pub(super) fn assert_empty(&self, when: &str) {
         assert_eq!(self.fake.objects(), [Kept::Ioas], "{when}");
         let attached = self.devices.map(|device| self.fake.attached(device));
         assert_eq!(attached, [None, None], "{when}");
     }
 }
 
-fn named(name: &str) -> Abi {
+pub(super) fn named(name: &str) -> Abi {
     Abi::named(name).expect("built in")
 }
 
 /// V-E with a request for interrupts.
-fn routing() -> Abi {
+pub(super) fn routing() -> Abi {
     let text = format!(
         "base = 'v-e'\n[ext-int]\nrequest = {EXT_INT}\nlen = 32\nviommu = 4\nkind = 8\nkvm = 12\nvcpu = 16\n\
          vector = 20\nevent = 0\nppr = 1"
@@ -571,57 +571,4 @@ fn a_stock_kernel_says_at_each_step_what_linux_7_3_says() {
     }
     let none = requests::viommu_alloc(kernel, 0, nic, parent.id(), &mut data);
     assert_eq!(said(none).0, io::ErrorKind::Unsupported);
-}
-
-#[test]
-fn a_trial_tells_each_step_and_leaves_nothing_behind() {
-    let bench = Bench::new(Version::Stock);
-    let host = bench.made("v-e");
-    let steps = host.trial().expect("no guest");
-    let told: Vec<_> = steps
-        .iter()
-        .map(|step| (step.name, step.outcome.is_ok()))
-        .collect();
-    drop(host);
-    bench.assert_empty("trial");
-    assert_eq!(
-        told,
-        [
-            ("VIOMMU_ALLOC", true),
-            ("mmap of the VF page", false),
-            ("VDEVICE_ALLOC", true),
-            ("HWPT_ALLOC of the guest's tables", false),
-            ("HW_QUEUE_ALLOC", false),
-        ]
-    );
-    let bench = Bench::new(Version::E);
-    let host = bench.made("v-e");
-    let steps = host.trial().expect("no guest");
-    assert_eq!(steps.len(), 5);
-    for Step { name, outcome } in steps {
-        assert!(outcome.is_ok(), "{name}: {outcome:?}");
-    }
-    let viommu = host.viommu_alloc().expect("nothing is left of the trial");
-    let busy = host.trial().map(|steps| steps.len());
-    assert_eq!(errno(busy), Some(libc::EBUSY));
-    drop(viommu);
-}
-
-#[test]
-fn a_trial_survives_every_failure() {
-    let bench = Bench::new(Version::E);
-    let host = bench.made("v-e");
-    let before = bench.fake.asked();
-    host.trial().expect("no guest");
-    let made = 5;
-    let requests = bench.fake.asked() - before;
-    for request in 0..requests.min(made) {
-        bench.fake.fail(request, libc::ENOMEM);
-        let steps = host.trial().expect("no guest");
-        let failed = steps.iter().filter(|step| step.outcome.is_err()).count();
-        assert_eq!(failed, 1, "request {request}");
-        host.trial().expect("again");
-    }
-    drop(host);
-    bench.assert_empty("trial");
 }
