@@ -10,7 +10,7 @@
 //! | `v-e` | third posting, June 2026, and two series of July 2026 | a HW queue object each |
 //!
 //! What no published text settles can be set in a TOML table over one of them ([`Abi::from_toml`]): the type number of the
-//! vIOMMU, the user data, the types and flags of HW queues, and the request that routes interrupts.
+//! vIOMMU, the user data, the types and flags of HW queues, the request that routes interrupts, and the type of event queues.
 
 use std::ops::Range;
 
@@ -31,6 +31,8 @@ pub struct Abi {
     pub rings: Rings,
     /// VIOMMU_EXT_INT_REMAP, where its number and layout are known.
     pub interrupts: Option<ExtInterrupt>,
+    /// Event queues, where the kernel has any for AMD's vIOMMU; no published version has.
+    pub events: Option<EventQueues>,
 }
 
 /// The user data of VIOMMU_ALLOC: bytes, and offsets of its fields. All but one are `u32`.
@@ -138,6 +140,23 @@ pub struct ExtInterrupt {
     pub ppr: u32,
 }
 
+/// Event queues: their type, not 0, and bytes of a record, 4 to 256 in whole words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct EventQueues {
+    /// What VEVENTQ_ALLOC calls them.
+    #[serde(rename = "type")]
+    pub queue_type: u32,
+    /// Without the header; the record of AMD's manual is at the beginning.
+    #[serde(default = "amds_record")]
+    pub record: u32,
+}
+
+/// Bytes of a record by the manual.
+const fn amds_record() -> u32 {
+    16
+}
+
 /// Why a table is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum AbiError {
@@ -188,6 +207,7 @@ const V_A: Abi = Abi {
     },
     rings: Rings::Registers(Forwarding::MmioAccess),
     interrupts: None,
+    events: None,
 };
 
 const V_C: Abi = Abi {
@@ -204,6 +224,7 @@ const V_C: Abi = Abi {
     },
     rings: Rings::Registers(Forwarding::Option(2)),
     interrupts: None,
+    events: None,
 };
 
 const V_D: Abi = Abi {
@@ -220,6 +241,7 @@ const V_D: Abi = Abi {
     },
     rings: Rings::Registers(Forwarding::Command),
     interrupts: None,
+    events: None,
 };
 
 /// What is said over a built-in version.
@@ -232,6 +254,7 @@ struct Said {
     queues: Option<Queues>,
     option: Option<u32>,
     ext_int: Option<ExtInterrupt>,
+    events: Option<EventQueues>,
 }
 
 impl Abi {
@@ -248,6 +271,7 @@ impl Abi {
             },
             rings: Rings::Queues(Queues::default()),
             interrupts: None,
+            events: None,
         };
         [newest, V_D, V_C, V_A]
     }
@@ -260,8 +284,9 @@ impl Abi {
 
     /// What the TOML table `text` says over the built-in version that its key `base` names.
     ///
-    /// Further keys: `viommu-type`, `option` (`v-c` only), and the tables `user-data`, `queues` (`v-e` only) and `ext-int`,
-    /// with the fields of [`UserData`], [`Queues`] and [`ExtInterrupt`]. What is absent stays as built in.
+    /// Further keys: `viommu-type`, `option` (`v-c` only), and the tables `user-data`, `queues` (`v-e` only), `ext-int` and
+    /// `events` (`type` and `record`), with the fields of [`UserData`], [`Queues`], [`ExtInterrupt`] and [`EventQueues`].
+    /// What is absent stays as built in.
     ///
     /// # Errors
     /// Names the key and the value that cannot be.
@@ -309,6 +334,10 @@ impl Abi {
         if let Some(interrupts) = said.ext_int {
             interrupts.check()?;
             abi.interrupts = Some(interrupts);
+        }
+        if let Some(events) = said.events {
+            events.check()?;
+            abi.events = Some(events);
         }
         Ok(abi)
     }
@@ -419,6 +448,19 @@ impl ExtInterrupt {
     }
 }
 
+impl EventQueues {
+    fn check(self) -> Result<(), AbiError> {
+        if self.queue_type == 0 {
+            return Err(wrong("events.type", &0, "the kernel keeps 0 for none"));
+        }
+        if !(4..=256).contains(&self.record) || !self.record.is_multiple_of(4) {
+            let problem = "a record has 4 to 256 bytes, in whole words";
+            return Err(wrong("events.record", &self.record, problem));
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -455,6 +497,12 @@ mod tests {
         assert_eq!((abi.viommu_type, abi.rings), (4, Rings::Queues(queues)));
         assert_eq!((abi.user_data.len, abi.user_data.mmap_offset), (16, 8));
         assert_eq!(abi.interrupts.map(|interrupts| interrupts.request), Some(0x98));
+        let abi = Abi::from_toml("base = 'v-d'\n[events]\ntype = 3").expect("of any version");
+        let events = EventQueues {
+            queue_type: 3,
+            record: 16,
+        };
+        assert_eq!(abi.events, Some(events));
         let abi = Abi::from_toml("base = 'v-c'\noption = 7").expect("of this version");
         assert_eq!(abi.rings, Rings::Registers(Forwarding::Option(7)));
     }
@@ -489,6 +537,11 @@ mod tests {
         begins(
             "base = 'v-e'\n[user-data]\nlen = 16\nmmap-offset = 0\nkvm = 4",
             "user-data.kvm = 4: ",
+        );
+        begins("base = 'v-e'\n[events]\ntype = 0", "events.type = 0: ");
+        begins(
+            "base = 'v-e'\n[events]\ntype = 3\nrecord = 6",
+            "events.record = 6: ",
         );
         let base = "base = 'v-e'\n";
         begins(

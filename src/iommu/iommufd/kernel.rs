@@ -4,6 +4,7 @@
 //! the kernel is told bytes. A fake that stands below this seam sees all that the kernel would.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::{Iommufd, uapi};
@@ -20,6 +21,13 @@ pub trait Kernel: Send + Sync {
     /// The kernel's errno; `InvalidInput` for a request that is none of those known here.
     fn request(&self, number: u32, argument: &mut [u8], data: &mut [u8]) -> io::Result<()>;
 
+    /// Issue VEVENTQ_ALLOC (93h) with its structure of 32 bytes; the descriptor that the kernel made. The queue itself, whose
+    /// number the kernel wrote, can be destroyed once that is closed.
+    ///
+    /// # Errors
+    /// The kernel's errno; `InvalidInput` for a structure of another size.
+    fn event_queue(&self, argument: &mut [u8]) -> io::Result<OwnedFd>;
+
     /// Map `len` bytes that the kernel offered at `offset`. The object they belong to stays until they are unmapped.
     ///
     /// # Errors
@@ -30,6 +38,10 @@ pub trait Kernel: Send + Sync {
 impl Kernel for Iommufd {
     fn request(&self, number: u32, argument: &mut [u8], data: &mut [u8]) -> io::Result<()> {
         uapi::request(&self.file, number, argument, data)
+    }
+
+    fn event_queue(&self, argument: &mut [u8]) -> io::Result<OwnedFd> {
+        uapi::event_queue(&self.file, argument)
     }
 
     fn map(&self, offset: u64, len: u64) -> io::Result<Arc<DeviceMemory>> {

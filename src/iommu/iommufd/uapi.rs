@@ -11,7 +11,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::RangeInclusive;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 
 use iommufd_bindings::iommufd as abi;
@@ -250,6 +250,33 @@ pub(super) fn request(iommufd: &File, number: u32, argument: &mut [u8], data: &m
     Ok(())
 }
 
+/// Ask for an event queue; the descriptor it is read from.
+///
+/// # Errors
+/// The kernel's, and `InvalidInput` for a structure that is not of this request.
+pub(super) fn event_queue(iommufd: &File, argument: &mut [u8]) -> io::Result<OwnedFd> {
+    const LEN: u32 = 32;
+    const OUT_FD: usize = 24;
+    let field = |argument: &[u8], at: usize| {
+        let field = argument.get(at..at + 4).and_then(|field| field.try_into().ok());
+        field.map(i32::from_le_bytes)
+    };
+    if argument.len() != LEN as usize || field(argument, 0) != Some(LEN.cast_signed()) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let number = libc::c_ulong::from(u32::from(abi::IOMMUFD_TYPE) << 8 | abi::IOMMUFD_CMD_VEVENTQ_ALLOC);
+    // SAFETY: the descriptor is open for as long as `iommufd` lives; `argument` is live and exclusive, and its first field
+    // is its length, past which the kernel does not go. There is no address in it.
+    let result = unsafe { libc::ioctl(iommufd.as_raw_fd(), number, argument.as_mut_ptr()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let fd = field(argument, OUT_FD).filter(|fd| *fd >= 0);
+    let fd = fd.ok_or_else(|| io::Error::other("the kernel made an event queue without a descriptor"))?;
+    // SAFETY: the kernel has just made this descriptor for this request and gave it to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -309,6 +336,12 @@ mod tests {
         invalid(0x91, &mut structure[..24], &mut []);
         invalid(0x91, &mut [], &mut []);
         invalid(0x90, &mut [8, 0, 0, 0, 0, 0, 0, 0], &mut [0; 8]);
+        let error = event_queue(&file, &mut structure).expect_err("not made");
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        let mut structure = vec![0; 32];
+        structure[0] = 32;
+        let error = event_queue(&file, &mut structure).expect_err("no iommufd");
+        assert_eq!(error.raw_os_error(), Some(libc::ENOTTY));
     }
 
     #[test]

@@ -7,9 +7,11 @@
 //! and exists for as long as the host; queues, nested tables and vDevices hang on the vIOMMU and go before it.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use crate::iommu::amd::spec::dte::Dte;
+use crate::iommu::amd::spec::event::Record;
 use crate::platform::addr::{Bdf, Gpa};
 use crate::platform::bus::BusDevice;
 use crate::platform::device_memory::DeviceMemory;
@@ -93,6 +95,25 @@ pub struct Viommu {
     pub page: VfPage,
 }
 
+/// What the host tells about a guest's unit: records that its own log would have had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostEvent {
+    /// One of them.
+    Record(Record),
+    /// So many are missing between the one before and the one behind: nobody took them in time.
+    Lost(u32),
+}
+
+/// Where the host puts what it tells about a guest's unit.
+pub trait HostEvents: AsFd + Send + Sync {
+    /// Take what has come, in its order: some hundred at a time, and nothing where nothing has. The descriptor is readable
+    /// while there is more.
+    ///
+    /// # Errors
+    /// The host's reason, or `InvalidData` for what is no record.
+    fn take(&self) -> io::Result<Vec<HostEvent>>;
+}
+
 /// A unit of the host's that can serve a unit of the guest's.
 ///
 /// Errors are the host's reasons (errno). A request that failed changed nothing.
@@ -138,6 +159,13 @@ pub trait ViommuHost: Send + Sync {
 
     /// Put heads, tails and Status of page 3 back to 0 (RESET_VMMIO). `Unsupported` where the host has no such request.
     fn reset_page(&self, viommu: ObjectId) -> io::Result<()>;
+
+    /// Have the host tell what happens to the guest's unit and is not in the guest's own log. Once at a time; the number
+    /// can be destroyed after the reader is gone. `Unsupported` where the host has no such request.
+    fn events_alloc(&self, viommu: ObjectId) -> io::Result<(ObjectId, Box<dyn HostEvents>)> {
+        let _ = viommu;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Destroy what was made here and what nothing uses any more.
     fn destroy(&self, id: ObjectId) -> io::Result<()>;

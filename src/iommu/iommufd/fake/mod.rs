@@ -8,6 +8,8 @@ mod structure;
 
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::{Attach, Kernel};
@@ -58,6 +60,8 @@ struct State {
     /// Interrupts that were routed: kind, VM, vCPU, vector.
     routes: Vec<[u32; 4]>,
     mapped: Vec<(u32, Weak<DeviceMemory>)>,
+    /// The ends of event queues that the kernel has, by number.
+    events: Vec<(u32, UnixDatagram)>,
 }
 
 /// The error of a kernel that answers `errno`.
@@ -81,6 +85,7 @@ impl Fake {
                 registers: Vec::new(),
                 routes: Vec::new(),
                 mapped: Vec::new(),
+                events: Vec::new(),
             }),
         })
     }
@@ -147,6 +152,13 @@ impl Fake {
         self.state().routes.clone()
     }
 
+    /// Put `bytes`, headers and records, into the event queue there is; `false` where nobody can read them any more.
+    pub(super) fn tell(&self, bytes: &[u8]) -> bool {
+        let state = self.state();
+        let (_, queue) = state.events.first().expect("an event queue");
+        queue.send(bytes).is_ok()
+    }
+
     /// Begin to answer a request.
     fn ask(&self) -> io::Result<MutexGuard<'_, State>> {
         let mut state = self.state();
@@ -184,6 +196,32 @@ impl Kernel for Fake {
         }
     }
 
+    fn event_queue(&self, argument: &mut [u8]) -> io::Result<OwnedFd> {
+        let mut state = self.ask()?;
+        let mut structure = Structure::read(argument, 32, 32)?;
+        let (viommu, queue_type, depth) = (structure.u32(8), structure.u32(12), structure.u32(16));
+        structure.zero(4..8, libc::EOPNOTSUPP)?;
+        structure.zero(28..32, libc::EOPNOTSUPP)?;
+        if queue_type == 0 {
+            return refuse(libc::EOPNOTSUPP);
+        }
+        if !(1..=1 << 19).contains(&depth) {
+            return refuse(libc::EINVAL);
+        }
+        state.objects.viommu(viommu)?;
+        let same = |object: &Object| *object == Object::Events { viommu };
+        if state.objects.all().any(same) {
+            return refuse(libc::EEXIST);
+        }
+        let (read, write) = UnixDatagram::pair()?;
+        read.set_nonblocking(true)?;
+        let id = state.objects.add(Object::Events { viommu });
+        structure.set_u32(20, id);
+        structure.set_u32(24, u32::try_from(read.as_raw_fd()).expect("open"));
+        state.events.push((id, write));
+        Ok(read.into())
+    }
+
     fn map(&self, offset: u64, len: u64) -> io::Result<Arc<DeviceMemory>> {
         let mut state = self.ask()?;
         let owner = state
@@ -204,9 +242,15 @@ impl State {
         if matches!(self.objects.get(id)?, Object::Device { .. }) {
             return refuse(libc::ENOENT);
         }
-        if self.objects.is_used(id) || self.mapped.iter().any(|(owner, _)| *owner == id) {
+        // Whoever reads a queue keeps it.
+        let read = |(queue, end): &(u32, UnixDatagram)| *queue == id && end.send(&[]).is_ok();
+        if self.objects.is_used(id)
+            || self.mapped.iter().any(|(owner, _)| *owner == id)
+            || self.events.iter().any(read)
+        {
             return refuse(libc::EBUSY);
         }
+        self.events.retain(|(queue, _)| *queue != id);
         self.objects.remove(id);
         Ok(())
     }

@@ -33,6 +33,8 @@ pub(in super::super) enum Object {
         base: u64,
         length: u64,
     },
+    /// An event queue.
+    Events { viommu: u32 },
 }
 
 impl Object {
@@ -43,7 +45,9 @@ impl Object {
             Self::Device { attached, .. } => [attached, None],
             Self::Hwpt { ioas, .. } => [Some(ioas), None],
             Self::Viommu { parent, .. } => [Some(parent), None],
-            Self::Nested { viommu } | Self::Queue { viommu, .. } => [Some(viommu), None],
+            Self::Nested { viommu } | Self::Queue { viommu, .. } | Self::Events { viommu } => {
+                [Some(viommu), None]
+            }
             Self::Vdevice { viommu, device, .. } => [Some(viommu), Some(device)],
         }
     }

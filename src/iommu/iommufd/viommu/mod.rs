@@ -6,7 +6,7 @@
 //! address space with guest RAM, the caller's
 //!   nest parent
 //!     vIOMMU, with the VF page mapped
-//!       HW queues, nested tables, vDevices
+//!       HW queues, nested tables, vDevices, an event queue
 //! empty address space
 //!   tables that map nothing
 //! ```
@@ -14,6 +14,7 @@
 //! A stock kernel takes the request for a vIOMMU of any type and does nothing about it. So success proves nothing: the
 //! offset of the VF page must have been written, and HW queues must be known.
 
+mod events;
 mod requests;
 mod rings;
 mod trial;
@@ -30,12 +31,13 @@ use crate::iommu::amd::spec::dte::{Dte, Guest, Host, Interrupt};
 use crate::iommu::amd::spec::registers::Control;
 use crate::iommu::viommu::features::missing;
 use crate::iommu::viommu::host::{
-    HostDevice, HostFeatures, InterruptTarget, ObjectId, Queue, QueueKind, UnitInterrupt, VfPage, Viommu,
-    ViommuHost,
+    HostDevice, HostEvents, HostFeatures, InterruptTarget, ObjectId, Queue, QueueKind, UnitInterrupt, VfPage,
+    Viommu, ViommuHost,
 };
 use crate::platform::addr::{Bdf, PAGE_SIZE};
 use crate::platform::host::HostError;
 
+use events::EventQueue;
 pub use requests::NestParent;
 use requests::{Made, Route, refusal};
 pub use trial::{Answer, PAGE_OFFSET, Step, Trial, Tried, VIOMMU_ALLOC, Version};
@@ -88,8 +90,8 @@ pub struct HwParts {
 
 /// A unit of the host's that serves a unit of the guest's.
 ///
-/// Dropping it destroys what was made here; whoever has the VF page gives it back before that, and devices are attached
-/// to nothing then.
+/// Dropping it destroys what was made here; whoever has the VF page or reads events gives that back before, and devices
+/// are attached to nothing then.
 pub struct HwHost {
     name: String,
     kernel: Arc<dyn Kernel>,
@@ -124,7 +126,11 @@ enum Object {
     Queue(QueueKind),
     /// A ring for which there is no object but registers that were forwarded.
     Ring(QueueKind),
+    Events,
 }
+
+/// Records that an event queue keeps: a log of the default size of a driver of Linux's.
+const EVENTS: u32 = 512;
 
 /// What it means that no offset was written.
 const NO_PAGE: &str =
@@ -514,6 +520,22 @@ impl ViommuHost for HwHost {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    fn events_alloc(&self, viommu: ObjectId) -> io::Result<(ObjectId, Box<dyn HostEvents>)> {
+        let mut state = self.state();
+        state.viommu(viommu)?;
+        let Some(abi::EventQueues { queue_type, record }) = self.abi.events else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        if state.has(Object::Events) {
+            return errno(libc::EEXIST);
+        }
+        let (id, fd) = requests::events_alloc(&*self.kernel, viommu.0, queue_type, EVENTS)?;
+        Ok((
+            state.keep(id, Object::Events),
+            Box::new(EventQueue::new(fd, record)),
+        ))
+    }
+
     fn destroy(&self, id: ObjectId) -> io::Result<()> {
         let mut state = self.state();
         if id == self.parent() || id == self.blocked() {
@@ -567,7 +589,7 @@ impl Drop for HwHost {
             }
         };
         destroy(made(|object| {
-            matches!(object, Object::Queue(_) | Object::Ring(_))
+            matches!(object, Object::Queue(_) | Object::Ring(_) | Object::Events)
         }));
         for (device, HwDevice { function, .. }) in self.devices.iter().enumerate() {
             let mut state = self.state();

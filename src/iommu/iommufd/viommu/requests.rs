@@ -1,7 +1,7 @@
 //! The requests that mode `hw` makes, each with its structure (include/uapi/linux/iommufd.h, and AMD's by the table).
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 
 use crate::iommu::amd::spec::dte::Dte;
@@ -262,6 +262,22 @@ pub(super) fn route(kernel: &dyn Kernel, layout: &ExtInterrupt, route: &Route) -
     kernel
         .request(layout.request, fields.bytes(), &mut [])
         .map_err(refused("VIOMMU_EXT_INT_REMAP", "; it needs kvm_amd with avic=1"))
+}
+
+/// A queue for what the kernel tells of a vIOMMU, `depth` records deep; its number and its descriptor.
+pub(super) fn events_alloc(
+    kernel: &dyn Kernel,
+    viommu: u32,
+    queue_type: u32,
+    depth: u32,
+) -> io::Result<(u32, OwnedFd)> {
+    let argument = Fields::structure(32).u32(8, viommu);
+    let mut argument = argument.u32(12, queue_type).u32(16, depth);
+    let fd = kernel.event_queue(argument.bytes()).map_err(refused(
+        "VEVENTQ_ALLOC",
+        "; the host's kernel has no event queues, or not of this type",
+    ))?;
+    Ok((argument.get_u32(20), fd))
 }
 
 /// Destroy the object `id`.

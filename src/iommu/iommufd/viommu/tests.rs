@@ -4,7 +4,9 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 
 use super::*;
+use crate::iommu::amd::spec::event::Record;
 use crate::iommu::iommufd::fake::{EFR, EFR2, EXT_INT, Fake, Object as Kept, Version};
+use crate::iommu::viommu::host::HostEvent;
 use crate::platform::addr::Gpa;
 
 pub(super) const FUNCTIONS: Functions = Functions {
@@ -90,11 +92,11 @@ pub(super) fn named(name: &str) -> Abi {
     Abi::named(name).expect("built in")
 }
 
-/// V-E with a request for interrupts.
+/// V-E with a request for interrupts, and an event queue.
 pub(super) fn routing() -> Abi {
     let text = format!(
         "base = 'v-e'\n[ext-int]\nrequest = {EXT_INT}\nlen = 32\nviommu = 4\nkind = 8\nkvm = 12\nvcpu = 16\n\
-         vector = 20\nevent = 0\nppr = 1"
+         vector = 20\nevent = 0\nppr = 1\n[events]\ntype = 9"
     );
     Abi::from_toml(&text).expect("a table")
 }
@@ -165,6 +167,13 @@ fn live(bench: &Bench, abi: &Abi) -> Arc<HwHost> {
         };
         again(|| host.route(viommu, UnitInterrupt::Event, Some(target)));
         again(|| host.route(viommu, UnitInterrupt::Event, None));
+    }
+    if abi.events.is_some() {
+        let (events, reader) = again(|| host.events_alloc(viommu));
+        drop(reader);
+        again(|| host.destroy(events));
+        let (_, reader) = again(|| host.events_alloc(viommu));
+        drop(reader);
     }
     // The guest is reset, and starts anew.
     again(|| host.destroy(event));
@@ -479,6 +488,57 @@ fn interrupts_are_routed_where_the_request_is_known() {
     ] {
         assert_eq!(said(absent).0, io::ErrorKind::Unsupported);
     }
+}
+
+#[test]
+fn what_the_kernel_tells_is_read_in_its_order_with_what_was_lost() {
+    let bench = Bench::new(Version::E);
+    let host = bench.host(vec![routing()]).expect("made");
+    let Viommu { id: viommu, .. } = host.viommu_alloc().expect("made");
+    let (events, reader) = host.events_alloc(viommu).expect("made");
+    assert_eq!(reader.take().expect("open"), []);
+    let fault = Record::new().with_code(12).with_domain(1).with_address(0x1000);
+    let header = |flags: u32, number: u32| [flags.to_le_bytes(), number.to_le_bytes()].concat();
+    let record = fault.into_bits().to_le_bytes().to_vec();
+    assert!(
+        bench
+            .fake
+            .tell(&[header(0, 2), record.clone(), header(1, 4)].concat())
+    );
+    assert!(bench.fake.tell(&[header(0, 5), record].concat()));
+    let mut told = reader.take().expect("open");
+    told.extend(reader.take().expect("open"));
+    let fault = HostEvent::Record(fault);
+    assert_eq!(told, [HostEvent::Lost(2), fault, HostEvent::Lost(2), fault]);
+    assert_eq!(reader.take().expect("open"), []);
+    assert!(bench.fake.tell(&header(4, 6)));
+    let error = reader.take().expect_err("no such flag");
+    assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    assert_eq!(
+        host.events_alloc(viommu)
+            .err()
+            .and_then(|error| error.raw_os_error()),
+        Some(libc::EEXIST)
+    );
+    let (kind, _) = said(host.destroy(events));
+    assert_eq!(kind, io::ErrorKind::ResourceBusy, "somebody reads it");
+    drop(reader);
+    host.destroy(events).expect("nobody reads it");
+    host.destroy(viommu).expect("unused");
+    let gone = host
+        .events_alloc(viommu)
+        .err()
+        .and_then(|error| error.raw_os_error());
+    assert_eq!(gone, Some(libc::ENOENT));
+}
+
+#[test]
+fn without_a_type_for_them_there_are_no_events() {
+    let bench = Bench::new(Version::E);
+    let host = bench.made("v-e");
+    let Viommu { id: viommu, .. } = host.viommu_alloc().expect("made");
+    let error = host.events_alloc(viommu).err().expect("refused");
+    assert_eq!(error.kind(), io::ErrorKind::Unsupported);
 }
 
 #[test]

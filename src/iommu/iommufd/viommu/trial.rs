@@ -271,6 +271,14 @@ impl Trial<'_> {
             });
             asked.step("VIOMMU_EXT_INT_REMAP", route);
         }
+        if let Some(events) = abi.events {
+            let queue = viommu.map(|viommu| {
+                let (id, fd) = requests::events_alloc(kernel, viommu, events.queue_type, 1)?;
+                drop(fd);
+                Ok(id)
+            });
+            asked.object("VEVENTQ_ALLOC", queue);
+        }
         Version {
             name: abi.name,
             answers: mapped.is_some() && ring.is_some(),
