@@ -114,6 +114,8 @@ pub struct HostIommu {
     pub function: Option<Sbdf>,
     /// What it is and can do.
     pub kind: IommuKind,
+    /// Whether the firmware has enabled the BARs of its vIOMMU extension; `None` where there are none, or nobody tells.
+    pub viommu_bars: Option<bool>,
     /// The functions it translates for, ascending.
     pub devices: Vec<Sbdf>,
 }

@@ -112,15 +112,21 @@ fn hardware_unit(host: &HostReport) -> Vec<String> {
         IommuKind::Amd { efr, efr2 } => {
             // The kernel lends what all of its units have, which is what counts.
             let features = told(&iommu.name).unwrap_or(HostFeatures { efr, efr2 });
-            Some((&iommu.name, missing(features)))
+            Some((iommu, missing(features)))
         }
         IommuKind::Intel { .. } | IommuKind::Other => None,
     });
-    let Some((name, lacks)) = lacks.min_by_key(|(_, lacks)| lacks.len()) else {
+    let Some((iommu, lacks)) = lacks.min_by_key(|(_, lacks)| lacks.len()) else {
         return vec!["an AMD IOMMU: there is none".to_owned()];
     };
+    let name = &iommu.name;
     let lacking = |missing: &Missing| format!("{missing}; {name} has it not");
-    lacks.iter().map(lacking).collect()
+    let mut lacking: Vec<String> = lacks.iter().map(lacking).collect();
+    if iommu.viommu_bars == Some(false) {
+        let firmware = "a firmware that enables the BARs of the vIOMMU extension";
+        lacking.push(format!("{firmware}: those of {name} are off"));
+    }
+    lacking
 }
 
 /// What the kernel must offer.

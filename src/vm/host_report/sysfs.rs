@@ -83,8 +83,30 @@ impl Host {
         names.sort_by_key(|name| numbered(name));
         names
             .into_iter()
-            .map(|name| iommu(&class.join(&name), name))
+            .map(|name| self.iommu(&class.join(&name), name))
             .collect()
+    }
+
+    fn iommu(&self, path: &Path, name: String) -> HostIommu {
+        let mut devices: Vec<Sbdf> = names(&path.join("devices"))
+            .iter()
+            .filter_map(|name| name.parse().ok())
+            .collect();
+        devices.sort_unstable();
+        // The class folder links to .../FUNCTION/iommu/NAME; units that are no PCI function have none on the way.
+        let function: Option<Sbdf> = fs::read_link(path).ok().and_then(|target| {
+            let parts = target.iter().rev().filter_map(|part| part.to_str());
+            parts.filter_map(|part| part.parse().ok()).next()
+        });
+        let config =
+            function.and_then(|at| fs::read(self.path(&format!("sys/bus/pci/devices/{at}/config"))).ok());
+        HostIommu {
+            kind: kind(path),
+            viommu_bars: config.and_then(|config| viommu_bars(&config)),
+            name,
+            function,
+            devices,
+        }
     }
 
     /// The groups, and the functions that are in none: those that no IOMMU translates for.
@@ -135,23 +157,24 @@ impl Host {
     }
 }
 
-fn iommu(path: &Path, name: String) -> HostIommu {
-    let mut devices: Vec<Sbdf> = names(&path.join("devices"))
-        .iter()
-        .filter_map(|name| name.parse().ok())
-        .collect();
-    devices.sort_unstable();
-    // The class folder links to .../FUNCTION/iommu/NAME; units that are no PCI function have none on the way.
-    let function = fs::read_link(path).ok().and_then(|target| {
-        let parts = target.iter().rev().filter_map(|part| part.to_str());
-        parts.filter_map(|part| part.parse().ok()).next()
-    });
-    HostIommu {
-        kind: kind(path),
-        name,
-        function,
-        devices,
+/// Whether both BARs in the vendor-specific capability of an AMD IOMMU's configuration space are enabled: VF MMIO and VF
+/// control MMIO (bit 0 of the dwords 8 and 16 bytes behind its header). `None` where there is no such capability.
+fn viommu_bars(config: &[u8]) -> Option<bool> {
+    const CAPABILITIES: usize = 0x34;
+    const VENDOR_SPECIFIC: u8 = 9;
+    const MOST_CAPABILITIES: usize = 48;
+    let byte = |at: usize| config.get(at).copied();
+    let mut at = usize::from(byte(CAPABILITIES)? & !3);
+    for _ in 0..MOST_CAPABILITIES {
+        if at < 0x40 {
+            return None;
+        }
+        if byte(at)? == VENDOR_SPECIFIC {
+            return Some(byte(at + 0x8)? & byte(at + 0x10)? & 1 != 0);
+        }
+        at = usize::from(byte(at + 1)? & !3);
     }
+    None
 }
 
 fn kind(path: &Path) -> IommuKind {

@@ -303,6 +303,37 @@ fn what_the_kernel_tells_of_its_units_counts_more_than_sysfs() {
 }
 
 #[test]
+fn bars_of_the_viommu_extension_are_enabled_by_the_firmware_or_missing() {
+    let host = server();
+    let mut config = [0_u8; 256];
+    let bars = |config: &[u8]| {
+        let path = host.root().join("sys/bus/pci/devices/0000:20:00.2/config");
+        fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+        fs::write(path, config).expect("written");
+        let report = host.read(&usable());
+        (report.iommus[1].viommu_bars, missing(&report, "hw"))
+    };
+    let needed = "a firmware that enables the BARs of the vIOMMU extension: those of ivhd1 are off\n";
+    assert_eq!(bars(&config).0, None, "no capabilities");
+    // The IOMMU's own capability, then the vendor-specific one.
+    config[0x34] = 0x40;
+    config[0x40..0x42].copy_from_slice(&[0x0f, 0x60]);
+    assert_eq!(bars(&config).0, None, "a chain that ends");
+    config[0x60] = 9;
+    config[0x68] = 1;
+    let (enabled, hw) = bars(&config);
+    assert_eq!(enabled, Some(false), "one of two");
+    assert!(hw.starts_with(needed), "{hw}");
+    config[0x70] = 1;
+    let (enabled, hw) = bars(&config);
+    assert_eq!(enabled, Some(true));
+    assert!(!hw.contains("firmware"), "{hw}");
+    config[0x60..0x62].copy_from_slice(&[1, 0x40]);
+    assert_eq!(bars(&config).0, None, "a chain without end");
+    assert_eq!(bars(&config[..64]).0, None, "what anybody may read");
+}
+
+#[test]
 fn options_of_modules_and_of_the_kernels_build_are_told() {
     let host = server();
     host.file("proc/sys/kernel/osrelease", "7.3.4-amd64\n")
