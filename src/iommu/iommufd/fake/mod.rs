@@ -390,8 +390,11 @@ impl State {
         if queue_type == 0 || version != Version::E && flags != 0 {
             return refuse(libc::EOPNOTSUPP);
         }
-        if length == 0 || base.checked_add(length - 1).is_none() {
+        let Some(more) = length.checked_sub(1) else {
             return refuse(libc::EINVAL);
+        };
+        if base.checked_add(more).is_none() {
+            return refuse(libc::EOVERFLOW);
         }
         self.objects.viommu(viommu)?;
         if version != Version::E || !(2..=4).contains(&queue_type) {
