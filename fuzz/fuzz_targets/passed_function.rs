@@ -134,6 +134,10 @@ impl Watched {
 }
 
 impl HostFunction for Watched {
+    fn id(&self) -> u32 {
+        self.device.id()
+    }
+
     fn region(&self, region: Region) -> RegionInfo {
         HostFunction::region(&*self.device, region)
     }

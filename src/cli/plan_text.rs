@@ -5,7 +5,7 @@ use std::path::Path;
 use ravelin::vm::config::values::size_text;
 use ravelin::vm::plan::{
     BlockPlan, BootPlan, BootProtocol, CharBackend, DeviceKind, Doorbell, MemoryBacking, MemoryPlan,
-    NetBackend, NetPlan, OnReboot, PageTable, Plan, ViommuMode, ViommuOffer, ViommuPlan,
+    NetBackend, NetPlan, OnReboot, PageTable, Plan, ViommuOffer, ViommuPlan,
 };
 
 use super::topology;
@@ -157,12 +157,10 @@ fn viommu(viommu: &ViommuPlan) -> String {
         // What follows from it is told piece by piece.
         served: _,
     } = viommu.offer;
-    let mode = match viommu.mode {
-        ViommuMode::Emulated => "emulated",
-        ViommuMode::Simulated => "sim",
-    };
+    let mode = viommu.mode.name();
     let because = viommu
         .because
+        .as_ref()
         .map_or_else(String::new, |because| format!(" ({because})"));
     let tables = match page_table {
         PageTable::V1 => "v1 tables",

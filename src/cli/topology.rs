@@ -53,9 +53,9 @@ fn branches(text: &mut String, plan: &Plan, functions: &[Node], indent: &str) {
 }
 
 fn root_text(plan: &Plan, root: &RootComplex) -> String {
-    let viommu = plan
-        .viommu_of(root)
-        .map_or(String::new(), |viommu| format!(", behind {}", viommu.name));
+    let viommu = plan.viommu_of(root).map_or(String::new(), |viommu| {
+        format!(", behind {} ({})", viommu.name, viommu.mode.name())
+    });
     format!(
         "{}: root complex, buses {:02x}-{:02x}{}{viommu}",
         root.name,

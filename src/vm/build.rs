@@ -41,8 +41,10 @@ pub struct Machine<'a> {
     pub(super) host_ram: Vec<RangeInclusive<u64>>,
     images: Images,
     topology: Arc<Topology>,
-    pub(super) viommus: Viommus<'a>,
     pub(super) board: Board,
+    /// After all that knows them: where the host serves one, what the guest reaches of it goes first, then what the
+    /// host made for it.
+    pub(super) viommus: Viommus<'a>,
     ram: GuestRam,
     plan: &'a Plan,
     _vm: KvmVm,
@@ -65,7 +67,7 @@ impl<'a> Machine<'a> {
         let ram = ram::allocate(&plan.memory.regions, &ram_options(&plan.memory))?;
         let vm = KvmVm::new(&kvm, &ram)?;
         kvm::allow_kicks()?;
-        let passed = Passed::open(plan, &ram, &*vm.assigned_devices())?;
+        let passed = Passed::open(plan, &ram, &vm)?;
 
         // The operator's way in, before devices that may make their terminal raw.
         let signals = Signals::stop()?;
@@ -82,7 +84,7 @@ impl<'a> Machine<'a> {
         // everything in it is in its place.
         let delivery = Arc::new(vm.delivery().clone());
         let messages: Arc<dyn MsiSink> = delivery.clone();
-        let mut viommus = Viommus::new(plan, &ram, &messages, &vm, &mut events)?;
+        let mut viommus = Viommus::new(plan, &ram, &messages, &vm, &passed, &mut events)?;
         let mut board = Board::new(viommus.ioapic_host(delivery), requests.clone(), &mut events)?;
         board.populate(plan, &mut events)?;
         viommus.place(&mut board, &vm)?;
@@ -127,8 +129,8 @@ impl<'a> Machine<'a> {
             host_ram: host_ranges(&ram),
             images,
             topology,
-            viommus,
             board,
+            viommus,
             ram,
             plan,
             _vm: vm,

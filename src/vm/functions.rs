@@ -216,7 +216,7 @@ fn host_function(
         .passed
         .function(index)
         .expect("every function of the host in a plan is opened");
-    let requester = Arc::new(Requester::new(place.of(node)));
+    let requester = place.upstream.requester(place.of(node));
     let spec = |bar: &Bar| BarSpec {
         index: bar.index,
         kind: bar.kind,

@@ -3,16 +3,21 @@
 //! A plan needs what a function decodes, and nothing is opened for that; whether it can be used now is looked at
 //! apart ([`check`]). All is read below a root path, so that a recorded tree stands for a host that is not at hand.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::config::Config;
 use super::config::said::ConfigError;
 use super::config::section::Section;
 use super::config::sections::VfioDevice;
+use super::hardware;
 use super::plan::{DeviceKind, Plan, ViommuPlan};
-use crate::iommu::{container, iommufd};
+use crate::iommu::container;
+use crate::iommu::iommufd::{self, Abi};
+use crate::iommu::viommu::host::HostFeatures;
 use crate::pci::bar::BarSpec;
 use crate::pci::tree::{BarKind, Identity};
 use crate::platform::addr::Sbdf;
@@ -21,7 +26,17 @@ use crate::platform::addr::Sbdf;
 #[derive(Debug, Clone)]
 pub struct HostFunctions {
     root: PathBuf,
+    /// How its kernel is asked; `None` for a host that is not at hand.
+    ask: Option<Ask>,
+    /// What it answered, by the function it was asked with and the versions: it is asked once.
+    answers: Arc<Mutex<BTreeMap<Asked, Result<(), String>>>>,
 }
+
+/// Ask a host's kernel whether the unit of a function serves guests by one of these versions of its interface.
+type Ask = fn(&HostFunctions, Sbdf, &[Abi]) -> Result<(), String>;
+
+/// A function, and versions by their names.
+type Asked = (Sbdf, Vec<&'static str>);
 
 /// How a function shows itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,6 +99,18 @@ impl HostFunctions {
     pub fn below(root: &Path) -> Self {
         Self {
             root: root.to_owned(),
+            // Only the file systems of this host begin there.
+            ask: (root == Path::new("/")).then_some(hardware::ask),
+            answers: Arc::default(),
+        }
+    }
+
+    /// The same, whose kernel answers what `ask` says.
+    #[cfg(test)]
+    pub(super) fn answering(self, ask: Ask) -> Self {
+        Self {
+            ask: Some(ask),
+            ..self
         }
     }
 
@@ -94,6 +121,12 @@ impl HostFunctions {
 
     fn folder(&self, at: Sbdf) -> PathBuf {
         self.found(&folder(at))
+    }
+
+    /// Whether the host has a function at `at`.
+    #[must_use]
+    pub fn has(&self, at: Sbdf) -> bool {
+        self.folder(at).exists()
     }
 
     /// How the function at `at` shows itself; else what is wrong with it.
@@ -198,6 +231,33 @@ impl HostFunctions {
         link_name(&self.folder(at).join("iommu"))
     }
 
+    /// What the IOMMU that the kernel calls `name` has, if it is AMD's.
+    #[must_use]
+    pub fn iommu_features(&self, name: &str) -> Option<HostFeatures> {
+        amd_features(&self.iommu_folder(name))
+    }
+
+    /// The PCI function of the IOMMU that the kernel calls `name`, where it has one.
+    #[must_use]
+    pub fn iommu_function(&self, name: &str) -> Option<Sbdf> {
+        unit_function(&self.iommu_folder(name))
+    }
+
+    fn iommu_folder(&self, name: &str) -> PathBuf {
+        self.root.join("sys/class/iommu").join(name)
+    }
+
+    /// Whether the kernel has the unit of the function at `at` serve guests by one of `abis`; else what it says to which
+    /// step. `None` for a host that is not at hand. Asking takes the function for a moment.
+    #[must_use]
+    pub fn answers(&self, at: Sbdf, abis: &[Abi]) -> Option<Result<(), String>> {
+        let ask = self.ask?;
+        let asked = (at, abis.iter().map(|abi| abi.name).collect());
+        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let answer = answers.entry(asked).or_insert_with(|| ask(self, at, abis));
+        Some(answer.clone())
+    }
+
     /// The IOMMU group of the function at `at`: the kernel's number.
     #[must_use]
     pub fn iommu_group(&self, at: Sbdf) -> Option<String> {
@@ -282,6 +342,25 @@ fn is_given(folder: &Path) -> bool {
 /// Where the host tells about the function at `at`.
 fn folder(at: Sbdf) -> PathBuf {
     PathBuf::from(format!("/sys/bus/pci/devices/{at}"))
+}
+
+/// What the IOMMU of `folder` has, by AMD's extended feature registers: one on older kernels, EFR:EFR2 on newer ones.
+pub(super) fn amd_features(folder: &Path) -> Option<HostFeatures> {
+    let hex = |text: &str| u64::from_str_radix(text.trim().trim_start_matches("0x"), 16).ok();
+    let text = fs::read_to_string(folder.join("amd-iommu/features")).ok()?;
+    let (efr, efr2) = text.split_once(':').unwrap_or((&text, "0"));
+    Some(HostFeatures {
+        efr: hex(efr)?,
+        efr2: hex(efr2)?,
+    })
+}
+
+/// The PCI function of the IOMMU of `folder`: the class folder links to .../FUNCTION/iommu/NAME, and units that are no
+/// function have none on the way.
+pub(super) fn unit_function(folder: &Path) -> Option<Sbdf> {
+    let target = fs::read_link(folder).ok()?;
+    let mut parts = target.iter().rev().filter_map(|part| part.to_str());
+    parts.find_map(|part| part.parse().ok())
 }
 
 /// What drives the function of `folder`, as half a sentence.

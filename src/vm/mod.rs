@@ -6,6 +6,7 @@ pub mod build;
 pub mod config;
 pub mod events;
 mod functions;
+mod hardware;
 pub mod host_functions;
 pub mod host_report;
 mod host_signals;

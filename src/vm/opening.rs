@@ -14,7 +14,7 @@ use super::plan::{DeviceKind, Plan};
 use crate::devices::vfio::cdev::Cdev;
 use crate::devices::vfio::group::Group;
 use crate::iommu::container::{self, Container};
-use crate::iommu::iommufd::{self, Iommufd, Requests};
+use crate::iommu::iommufd::{self, Iommufd, Kernel, Requests};
 use crate::platform::addr::Sbdf;
 use crate::platform::host::HostError;
 
@@ -80,22 +80,31 @@ impl Opening {
         }
     }
 
+    /// Whom units of the host's are asked of; `None` where the host has no iommufd for its functions.
+    pub(super) fn kernel(&self) -> Option<Arc<dyn Kernel>> {
+        match &self.means {
+            Means::Iommufd(iommufd) => Some(iommufd.clone()),
+            Means::Groups { .. } => None,
+        }
+    }
+
+    /// Whose functions they are.
+    pub(super) fn host(&self) -> &HostFunctions {
+        &self.host
+    }
+
     /// Open the function at `at`.
     ///
     /// # Errors
     /// What the host refused, or that what was handed over is not this function.
     pub(super) fn open(&mut self, at: Sbdf) -> Result<Cdev, HostError> {
-        let absent = || {
-            let action = format!("find the VFIO node of {at}; is it bound to vfio-pci?");
-            HostError::new(action, io::ErrorKind::NotFound)
-        };
         match &mut self.means {
             Means::Iommufd(iommufd) => match self.descriptors.get(&at) {
                 Some(number) => Cdev::of_descriptor(at, handed_function(&self.host, at, *number)?, iommufd),
-                None => Cdev::open(at, &self.host.node(at).ok_or_else(absent)?, iommufd),
+                None => open_node(&self.host, at, iommufd),
             },
             Means::Groups { container, groups } => {
-                let group = match groups.entry(self.host.group_node(at).ok_or_else(absent)?) {
+                let group = match groups.entry(self.host.group_node(at).ok_or_else(|| no_node(at))?) {
                     Entry::Occupied(open) => open.into_mut(),
                     Entry::Vacant(new) => {
                         let group = Group::open(new.key(), container)?;
@@ -106,6 +115,19 @@ impl Opening {
             }
         }
     }
+}
+
+/// The function at `at` of `host` by its own node, bound to `iommufd`.
+///
+/// # Errors
+/// When it has no node, or for what the host refused.
+pub(super) fn open_node(host: &HostFunctions, at: Sbdf, iommufd: &Arc<Iommufd>) -> Result<Cdev, HostError> {
+    Cdev::open(at, &host.node(at).ok_or_else(|| no_node(at))?, iommufd)
+}
+
+fn no_node(at: Sbdf) -> HostError {
+    let action = format!("find the VFIO node of {at}; is it bound to vfio-pci?");
+    HostError::new(action, io::ErrorKind::NotFound)
 }
 
 /// The functions of the host in `plan`, and what of each was handed over.

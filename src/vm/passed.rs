@@ -2,88 +2,116 @@
 
 use std::sync::Arc;
 
+use super::hardware::{self, GuestProcessors, Serving};
 use super::opening::Opening;
 use super::plan::{DeviceKind, Plan};
 use crate::devices::vfio::host::{Companion, HostFunction};
 use crate::devices::vfio::hot_reset::{HotResetMember, HotResetSet};
 use crate::devices::vfio::lent::Lent;
-use crate::iommu::iommufd::{Ioas, Memlock, Requests};
+use crate::iommu::iommufd::viommu::HwHost;
+use crate::iommu::iommufd::{Attach as _, Ioas, Memlock, Requests};
 use crate::platform::addr::Sbdf;
-use crate::platform::assigned::AssignedDevices;
 use crate::platform::host::HostError;
+use crate::platform::kvm::KvmVm;
 use crate::platform::memory::GuestRam;
 
-/// The functions that are passed through, all attached to one address space with guest RAM in it.
+/// The functions that are passed through, all reaching one address space with guest RAM in it: attached to it, or where
+/// a unit of the host's serves the guest's before them, to the parent of the guest's tables over it.
 pub(super) struct Passed {
     /// By the device's index in the plan. They go before what they are attached to.
     functions: Vec<Option<Arc<Lent>>>,
+    /// By the unit's index in the plan.
+    hosts: Vec<Option<Arc<HwHost>>>,
     space: Option<Arc<Ioas>>,
     /// By the device's index, those that are reset with others.
     reset_with: Vec<Option<HotResetMember>>,
 }
 
+/// A device of a plan that is a function of the host.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted {
+    at: Sbdf,
+    /// A unit of the host's serves the guest's before it.
+    served: bool,
+}
+
 impl Passed {
-    /// Those of `plan`. Nothing of the host's is opened when there are none.
-    pub(super) fn open(
-        plan: &Plan,
-        ram: &GuestRam,
-        hypervisor: &dyn AssignedDevices,
-    ) -> Result<Self, HostError> {
-        let addresses = addresses(plan);
-        if addresses.iter().all(Option::is_none) {
+    /// Those of `plan`, which becomes `vm`. Nothing of the host's is opened when there are none.
+    pub(super) fn open(plan: &Plan, ram: &GuestRam, vm: &KvmVm) -> Result<Self, HostError> {
+        let wanted = wanted(plan);
+        if wanted.iter().all(Option::is_none) {
             return Ok(Self {
                 functions: Vec::new(),
+                hosts: Vec::new(),
                 space: None,
                 reset_with: Vec::new(),
             });
         }
-        let mut host = Opening::of(plan)?;
-        let requests = host.requests();
-        let open = |at: Sbdf| -> Result<Arc<dyn HostFunction>, HostError> { Ok(Arc::new(host.open(at)?)) };
-        let passed = Self::attach(&addresses, ram, requests, open, Memlock::here())?;
-        for (at, function) in addresses.iter().zip(&passed.functions) {
-            if let (Some(at), Some(function)) = (at, function)
-                && let Err(error) = function.tell(hypervisor)
+        let mut opening = Opening::of(plan)?;
+        let requests = opening.requests();
+        let serving = Serving {
+            plan,
+            kernel: opening.kernel(),
+            processors: Arc::new(GuestProcessors::new(vm.descriptor(), plan.cpus.apic_ids.clone())),
+            host: opening.host().clone(),
+        };
+        let serve = |functions: &[_], space: &Ioas| serving.hosts(functions, space);
+        let open = |at: Sbdf| -> Result<Arc<dyn HostFunction>, HostError> { Ok(Arc::new(opening.open(at)?)) };
+        let passed = Self::attach(&wanted, ram, requests, open, serve, Memlock::here())?;
+        let hypervisor = vm.assigned_devices();
+        for (wanted, function) in wanted.iter().zip(&passed.functions) {
+            if let (Some(wanted), Some(function)) = (wanted, function)
+                && let Err(error) = function.tell(&*hypervisor)
             {
                 // A host without KVM's list of them, for one.
-                tracing::info!(function = %at, %error, reason = %error.source, "the hypervisor does not know of the function, which works all the same");
+                tracing::info!(function = %wanted.at, %error, reason = %error.source, "the hypervisor does not know of the function, which works all the same");
             }
         }
         Ok(passed)
     }
 
-    /// Open each of `addresses` by `open`, attach it, and give all of them `ram`.
-    fn attach(
-        addresses: &[Option<Sbdf>],
+    /// Open each of `wanted` by `open`, attach it, or have `serve` do that for those that are served, and give all of
+    /// them `ram`.
+    pub(super) fn attach(
+        wanted: &[Option<Wanted>],
         ram: &GuestRam,
         requests: Arc<dyn Requests>,
         mut open: impl FnMut(Sbdf) -> Result<Arc<dyn HostFunction>, HostError>,
+        serve: impl FnOnce(&[Option<Arc<Lent>>], &Ioas) -> Result<Vec<Option<Arc<HwHost>>>, HostError>,
         limit: Memlock,
     ) -> Result<Self, HostError> {
         // Dropped in reverse where a step fails: the functions, then what they are attached to.
         let space = Arc::new(Ioas::new(requests, ram.clone())?);
-        let mut functions = Vec::with_capacity(addresses.len());
-        for at in addresses {
-            let function = at.map(&mut open).transpose()?.map(Lent::new);
-            if let (Some(function), Some(at)) = (&function, at) {
+        let mut functions = Vec::with_capacity(wanted.len());
+        for wanted in wanted {
+            let function = wanted.map(|wanted| open(wanted.at)).transpose()?.map(Lent::new);
+            if let (Some(function), Some(Wanted { at, served: false })) = (&function, *wanted) {
                 function
                     .attach(space.id())
                     .map_err(|source| HostError::new(format!("attach {at} to the guest's RAM"), source))?;
             }
             functions.push(function);
         }
+        let hosts = serve(&functions, &space)?;
         space.map_ram(limit)?;
         Ok(Self {
-            reset_with: reset_together(addresses, &functions),
+            reset_with: reset_together(wanted, &functions),
             functions,
+            hosts,
             space: Some(space),
         })
     }
 
-    /// The function of device number `index` of the plan, and what it is attached to.
+    /// The function of device number `index` of the plan, and what its requests reach.
     pub(super) fn function(&self, index: usize) -> Option<(Arc<Lent>, Arc<Ioas>)> {
         let function = self.functions.get(index)?.clone()?;
         Some((function, self.space.clone()?))
+    }
+
+    /// The unit of the host's that serves unit number `index` of the plan, and what it is over, which goes after it.
+    pub(super) fn host(&self, index: usize) -> Option<(Arc<HwHost>, Arc<Ioas>)> {
+        let host = self.hosts.get(index)?.clone()?;
+        Some((host, self.space.clone()?))
     }
 
     /// Whether the function of device number `index` of the plan is reset with others.
@@ -92,15 +120,12 @@ impl Passed {
     }
 }
 
-/// Which of `functions`, those at `addresses`, are reset together, because the host cannot reset one of them alone. Why
+/// Which of `functions`, those of `all`, are reset together, because the host cannot reset one of them alone. Why
 /// one cannot be reset at all is logged.
-fn reset_together(
-    addresses: &[Option<Sbdf>],
-    functions: &[Option<Arc<Lent>>],
-) -> Vec<Option<HotResetMember>> {
+fn reset_together(all: &[Option<Wanted>], functions: &[Option<Arc<Lent>>]) -> Vec<Option<HotResetMember>> {
     let mut members: Vec<Option<HotResetMember>> = vec![None; functions.len()];
-    for (index, (at, function)) in addresses.iter().zip(functions).enumerate() {
-        let (Some(at), Some(function)) = (at, function) else {
+    for (index, (wanted, function)) in all.iter().zip(functions).enumerate() {
+        let (Some(Wanted { at, .. }), Some(function)) = (wanted, function) else {
             continue;
         };
         if function.resets() || members[index].is_some() {
@@ -122,9 +147,9 @@ fn reset_together(
             );
             continue;
         }
-        let concerned = |at: &Option<Sbdf>| companions.iter().any(|companion| Some(companion.at) == *at);
-        let set: Vec<usize> = (0..addresses.len())
-            .filter(|other| concerned(&addresses[*other]))
+        let concerned = |other: &Wanted| companions.iter().any(|companion| companion.at == other.at);
+        let set: Vec<usize> = (0..all.len())
+            .filter(|other| all[*other].as_ref().is_some_and(concerned))
             .collect();
         for (other, member) in set.iter().zip(HotResetSet::of(set.len())) {
             members[*other] = Some(member);
@@ -133,13 +158,22 @@ fn reset_together(
     members
 }
 
-/// Where each device of `plan` is on the host, if it is the host's.
-fn addresses(plan: &Plan) -> Vec<Option<Sbdf>> {
-    let host = |kind: &DeviceKind| match kind {
-        DeviceKind::Vfio(vfio) => Some(vfio.host),
+/// What each device of `plan` is on the host, if it is the host's.
+pub(super) fn wanted(plan: &Plan) -> Vec<Option<Wanted>> {
+    let hardware = plan.viommus.iter().filter(|unit| unit.hardware.is_some());
+    let served: Vec<usize> = hardware
+        .flat_map(|unit| hardware::behind(plan, unit))
+        .map(|(index, _)| index)
+        .collect();
+    let devices = plan.devices.iter().enumerate();
+    let wanted = devices.map(|(index, device)| match &device.kind {
+        DeviceKind::Vfio(vfio) => Some(Wanted {
+            at: vfio.host,
+            served: served.contains(&index),
+        }),
         _ => None,
-    };
-    plan.devices.iter().map(|device| host(&device.kind)).collect()
+    });
+    wanted.collect()
 }
 
 #[cfg(test)]
@@ -155,19 +189,26 @@ mod tests {
         GuestRam::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("a MiB"))
     }
 
-    fn two() -> [Option<Sbdf>; 3] {
-        [
-            Some("41:00.0".parse().expect("valid")),
-            None,
-            Some("41:00.1".parse().expect("valid")),
-        ]
+    fn two() -> [Option<Wanted>; 3] {
+        let wanted = |at: &str| {
+            Some(Wanted {
+                at: at.parse().expect("valid"),
+                served: false,
+            })
+        };
+        [wanted("41:00.0"), None, wanted("41:00.1")]
+    }
+
+    /// No unit of the host's serves any of the guest's.
+    fn none(_: &[Option<Arc<Lent>>], _: &Ioas) -> Result<Vec<Option<Arc<HwHost>>>, HostError> {
+        Ok(Vec::new())
     }
 
     #[test]
     fn every_function_is_attached_before_ram_is_mapped_for_all_of_them() {
         let (host, device) = (Host::new(), Device::nic());
         let open = |_| -> Result<Arc<dyn HostFunction>, HostError> { Ok(device.clone()) };
-        let passed = Passed::attach(&two(), &ram(), host.clone(), open, ANY).expect("attached");
+        let passed = Passed::attach(&two(), &ram(), host.clone(), open, none, ANY).expect("attached");
         let (_, space) = passed.function(0).expect("the first");
         assert!(passed.function(1).is_none() && passed.function(2).is_some() && passed.function(3).is_none());
         assert_eq!(device.attached(), [space.id(), space.id()]);
@@ -186,7 +227,7 @@ mod tests {
             let alone = asked == at("41:00.0");
             Ok(Arc::new(if alone { device } else { device.without_reset() }))
         };
-        Passed::attach(&two(), &ram(), Host::new(), open, ANY).expect("attached")
+        Passed::attach(&two(), &ram(), Host::new(), open, none, ANY).expect("attached")
     }
 
     #[test]
@@ -210,7 +251,7 @@ mod tests {
         let open = |_| -> Result<Arc<dyn HostFunction>, HostError> {
             Ok(Arc::new(Device::with(&nic_config()).without_reset()))
         };
-        let passed = Passed::attach(&two(), &ram(), Host::new(), open, ANY).expect("attached");
+        let passed = Passed::attach(&two(), &ram(), Host::new(), open, none, ANY).expect("attached");
         assert!(passed.reset_with(0).is_none());
     }
 
@@ -219,7 +260,7 @@ mod tests {
         let (host, device) = (Host::new(), Device::nic());
         device.refuse(Asked::Attach, libc::EINVAL);
         let open = |_| -> Result<Arc<dyn HostFunction>, HostError> { Ok(device.clone()) };
-        let error = Passed::attach(&two(), &ram(), host.clone(), open, ANY)
+        let error = Passed::attach(&two(), &ram(), host.clone(), open, none, ANY)
             .err()
             .expect("refused");
         assert_eq!(error.to_string(), "cannot attach 0000:41:00.0 to the guest's RAM");
@@ -230,7 +271,7 @@ mod tests {
     fn a_function_that_cannot_be_opened_ends_it_and_nothing_stays_mapped() {
         let host = Host::new();
         let open = |_| Err(HostError::new("open it", std::io::ErrorKind::PermissionDenied));
-        let error = Passed::attach(&two(), &ram(), host.clone(), open, ANY)
+        let error = Passed::attach(&two(), &ram(), host.clone(), open, none, ANY)
             .err()
             .expect("refused");
         assert_eq!(error.to_string(), "cannot open it");
@@ -242,7 +283,7 @@ mod tests {
         let (host, device) = (Host::new(), Device::nic());
         host.refuse(Call::Map, libc::ENOMEM);
         let open = |_| -> Result<Arc<dyn HostFunction>, HostError> { Ok(device.clone()) };
-        assert!(Passed::attach(&two(), &ram(), host.clone(), open, ANY).is_err());
+        assert!(Passed::attach(&two(), &ram(), host.clone(), open, none, ANY).is_err());
         assert!(host.spaces().is_empty());
     }
 }

@@ -1,5 +1,6 @@
 //! The guest's IOMMUs: made from the plan before anything that passes them.
 
+mod hardware;
 mod unit;
 mod upstream;
 
@@ -54,6 +55,7 @@ impl<'a> Viommus<'a> {
         ram: &GuestRam,
         messages: &Arc<dyn MsiSink>,
         vm: &KvmVm,
+        passed: &Passed,
         events: &mut EventLoop,
     ) -> Result<Self, HostError> {
         let served = plan.viommus.iter().any(|planned| planned.mode.is_served());
@@ -63,10 +65,10 @@ impl<'a> Viommus<'a> {
             protection: served.then(|| vm.write_protection()).transpose()?,
         };
         let mut units = Vec::with_capacity(plan.viommus.len());
-        for planned in &plan.viommus {
+        for (index, planned) in plan.viommus.iter().enumerate() {
             let root = plan.pci.roots().find(|root| root.name == planned.root_complex);
             let root = root.expect("a planned IOMMU covers a planned root complex");
-            units.push(Unit::new(planned, root, &around, events)?);
+            units.push(Unit::new(planned, root, &around, passed.host(index), events)?);
         }
         Ok(Self {
             doorbells: Vec::new(),
@@ -152,17 +154,27 @@ impl<'a> Viommus<'a> {
             .expect("every machine has an ISA bridge");
         match &self.units[index] {
             Unit::Emulated(unit) => Arc::new(RemappingIoApic::new(unit.clone(), sender.1.bdf, host)),
-            Unit::Simulated(_) => unreachable!("a plan has served units remap nothing"),
+            Unit::Hardware(_) | Unit::Simulated(_) => unreachable!("a plan has served units remap nothing"),
         }
     }
 
     /// Make every unit's registers reachable on `board`, and those that change while it runs readable in `vm`
-    /// without an exit.
+    /// without an exit; or written as well, where they are a page of a unit of the host's.
     pub(super) fn place(&self, board: &mut Board, vm: &KvmVm) -> Result<(), RunError> {
         for (unit, planned) in self.units.iter().zip(&self.plan.viommus) {
             board.claim_mmio(unit.name(), planned.mmio, unit.registers())?;
-            let page = vm.read_only_page(unit.name(), Gpa(planned.mmio.start().0 + Reg::RUNNING_AT))?;
-            unit.show_registers(Box::new(Window(page)));
+            let at = Gpa(planned.mmio.start().0 + Reg::RUNNING_AT);
+            match unit {
+                Unit::Hardware(hardware) => hardware.map_page(at, &*vm.device_memory())?,
+                Unit::Emulated(unit) => {
+                    let page = vm.read_only_page(unit.name(), at)?;
+                    unit.show_registers(Box::new(Window(page)));
+                }
+                Unit::Simulated(simulated) => {
+                    let page = vm.read_only_page(unit.name(), at)?;
+                    simulated.show_registers(Box::new(Window(page)));
+                }
+            }
         }
         Ok(())
     }

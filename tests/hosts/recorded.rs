@@ -104,11 +104,11 @@ impl Recorded {
         self
     }
 
-    /// An IOMMU of AMD's.
-    fn iommu(&self, unit: &str, name: &str) -> &Self {
+    /// An IOMMU of AMD's with these features.
+    fn iommu(&self, unit: &str, name: &str, features: &str) -> &Self {
         self.file(
             &format!("sys/devices/{unit}/iommu/{name}/amd-iommu/features"),
-            "246577efa2254afa:0\n",
+            features,
         )
         .link(
             &format!("sys/class/iommu/{name}"),
@@ -119,6 +119,15 @@ impl Recorded {
 
 /// An EPYC server with three IOMMUs, most of its NICs given to vfio-pci.
 pub(crate) fn server() -> Recorded {
+    server_with("246577efa2254afa:0\n")
+}
+
+/// The same of a generation whose IOMMUs serve guests: vIOMMUSup, and GCR3TRPMode.
+pub(crate) fn serving() -> Recorded {
+    server_with("24e577efa2254afa:8\n")
+}
+
+fn server_with(features: &str) -> Recorded {
     const FIRST: (&str, &str) = ("0000:00:00.2", "ivhd2");
     const SECOND: (&str, &str) = ("0000:40:00.2", "ivhd1");
     const THIRD: (&str, &str) = ("0000:c0:00.2", "ivhd3");
@@ -131,7 +140,7 @@ pub(crate) fn server() -> Recorded {
     .file("sys/bus/pci/drivers/vfio-pci/new_id", "")
     .file("dev/iommu", "");
     for (unit, name) in [FIRST, SECOND, THIRD] {
-        host.iommu(unit, name);
+        host.iommu(unit, name, features);
     }
     let on = |(unit, name): (&'static str, &'static str), group| Some((group, unit, name));
     let nic = |address, iommu, group, vfio| Function {

@@ -22,6 +22,7 @@ mod backends;
 mod boot;
 mod debugfs;
 mod devices;
+mod hardware;
 mod host;
 mod hostile;
 mod kernel_tests;

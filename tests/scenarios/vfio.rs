@@ -187,7 +187,7 @@ fn nic_works(nic: &Returned) {
 }
 
 /// What finds the NIC in the guest and asks for an address; `packets` counts what it received.
-const NETWORK: &str = r#"
+pub(crate) const NETWORK: &str = r#"
 at=$(ls -d /sys/bus/pci/drivers/e1000e/0000:* | head -n 1)
 nic=$(ls "$at/net")
 ip link set "$nic" up

@@ -149,16 +149,6 @@ impl Cdev {
         Ok(cdev)
     }
 
-    /// The number of its binding, by which requests for objects of IOMMUs name the function; 0, which names nothing, for
-    /// one of a group.
-    #[must_use]
-    pub fn id(&self) -> u32 {
-        match &self.way {
-            Way::Iommufd { id, .. } => *id,
-            Way::Group { .. } => 0,
-        }
-    }
-
     fn place(&self, region: Region) -> Option<&Place> {
         match region {
             Region::Bar(index) => self.regions.get(..6)?.get(usize::from(index)),
@@ -264,6 +254,13 @@ fn interrupt_info(device: &File, index: u32) -> io::Result<InterruptInfo> {
 }
 
 impl HostFunction for Cdev {
+    fn id(&self) -> u32 {
+        match &self.way {
+            Way::Iommufd { id, .. } => *id,
+            Way::Group { .. } => 0,
+        }
+    }
+
     fn region(&self, region: Region) -> RegionInfo {
         self.place(region)
             .map(|place| place.info.clone())

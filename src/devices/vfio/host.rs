@@ -76,6 +76,10 @@ pub struct Companion {
 ///
 /// Dropping it detaches, resets and closes it. Every refusal leaves the function as it was.
 pub trait HostFunction: Attach {
+    /// The number of its binding, by which requests for objects of IOMMUs name it; 0, which names
+    /// nothing, for one of a group. Never changes.
+    fn id(&self) -> u32;
+
     /// What `region` is. Never changes.
     fn region(&self, region: Region) -> RegionInfo;
 

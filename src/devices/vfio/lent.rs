@@ -70,6 +70,10 @@ impl Lent {
 }
 
 impl HostFunction for Lent {
+    fn id(&self) -> u32 {
+        self.host().map_or(0, |host| host.id())
+    }
+
     fn region(&self, region: Region) -> RegionInfo {
         self.host().map(|host| host.region(region)).unwrap_or_default()
     }

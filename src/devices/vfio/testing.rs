@@ -71,6 +71,8 @@ pub struct Device {
     companions: Vec<Companion>,
     /// What stands for its node.
     file: std::fs::File,
+    /// What its binding calls it, and who else is to know what it is attached to.
+    bound: Option<(u32, Arc<dyn Attach>)>,
     state: Mutex<State>,
 }
 
@@ -132,6 +134,7 @@ impl Device {
             resets: true,
             companions: Vec::new(),
             file: std::fs::File::open("/dev/null").expect("every host has it"),
+            bound: None,
             state: Mutex::new(State {
                 config: config.to_vec(),
                 told: Vec::new(),
@@ -155,6 +158,13 @@ impl Device {
     #[must_use]
     pub fn region(mut self, region: Region, info: RegionInfo) -> Self {
         self.regions.insert(region, info);
+        self
+    }
+
+    /// The same that its binding calls `id`, and that is attached where `kernel` lets it.
+    #[must_use]
+    pub fn bound(mut self, id: u32, kernel: Arc<dyn Attach>) -> Self {
+        self.bound = Some((id, kernel));
         self
     }
 
@@ -259,6 +269,10 @@ pub fn nic_config() -> Vec<u8> {
 }
 
 impl HostFunction for Device {
+    fn id(&self) -> u32 {
+        self.bound.as_ref().map_or(0, |(id, _)| *id)
+    }
+
     fn region(&self, region: Region) -> RegionInfo {
         self.regions.get(&region).cloned().unwrap_or_default()
     }
@@ -369,11 +383,17 @@ impl HostFunction for Device {
 
 impl Attach for Device {
     fn attach(&self, ioas: u32) -> io::Result<()> {
+        if let Some((_, kernel)) = &self.bound {
+            kernel.attach(ioas)?;
+        }
         self.asked(Asked::Attach)?.attached.push(ioas);
         Ok(())
     }
 
     fn detach(&self) -> io::Result<()> {
+        if let Some((_, kernel)) = &self.bound {
+            kernel.detach()?;
+        }
         self.asked(Asked::Detach)?.told.push(Told::Detached);
         Ok(())
     }

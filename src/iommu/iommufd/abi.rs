@@ -176,12 +176,25 @@ pub enum AbiError {
 }
 
 impl AbiError {
-    /// The line of `text`, which was read, that is no TOML or not of this form, counted from 1.
+    /// The line of `text`, counted from 1, that it is about, if it is about one.
     #[must_use]
     pub fn line(&self, text: &str) -> Option<usize> {
-        let Self::Toml(error) = self else { return None };
-        let before = text.get(..error.span()?.start)?;
-        Some(before.matches('\n').count() + 1)
+        let of_byte = |at: usize| text.bytes().take(at).filter(|byte| *byte == b'\n').count() + 1;
+        match self {
+            Self::Toml(error) => error.span().map(|span| of_byte(span.start)),
+            Self::Value { key, .. } => {
+                let (table, key) = key.rsplit_once('.').unwrap_or(("", key));
+                let mut within = "";
+                let is_key = |line: &str| line.split_once('=').is_some_and(|(name, _)| name.trim() == key);
+                let at = text.lines().map(str::trim).position(|line| {
+                    if let Some(head) = line.strip_prefix('[') {
+                        within = head.split(']').next().unwrap_or(head).trim();
+                    }
+                    within == table && is_key(line)
+                });
+                at.map(|line| line + 1)
+            }
+        }
     }
 }
 
@@ -556,6 +569,20 @@ mod tests {
             &format!("{base}{}", EXT_INT.replace("ppr = 1", "ppr = 0")),
             "ext-int.ppr = 0: ",
         );
+    }
+
+    #[test]
+    fn an_error_knows_its_line() {
+        let line = |text: &str| Abi::from_toml(text).expect_err("refused").line(text);
+        assert_eq!(
+            line("base = 'v-e'\n\n[queues]\ncommand = 2\nevent = 2\n"),
+            Some(4)
+        );
+        assert_eq!(line("# of mine\nbase = 'v-z'\n"), Some(2));
+        assert_eq!(line("base = 'v-e'\nviommu-typ = 4\n"), Some(2));
+        assert_eq!(line("base = 'v-e'\nviommu-type = 4\n]"), Some(3));
+        // What is built in clashes with what was said elsewhere.
+        assert_eq!(line("base = 'v-e'\nqueues.command = 3"), None);
     }
 
     #[test]

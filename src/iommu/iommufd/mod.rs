@@ -5,7 +5,7 @@
 
 pub mod abi;
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 mod ioas;
 mod kernel;
 #[cfg(any(test, fuzzing))]

@@ -67,6 +67,20 @@ pub fn offer(hosts: &[HostFeatures], wanted: &Wanted) -> Features {
     }
 }
 
+/// What `one` and `other` both have, as if it were one unit: [`offer`] makes the same of it as of the two.
+#[must_use]
+pub fn common(one: HostFeatures, other: HostFeatures) -> HostFeatures {
+    let (first, second) = (Efr::from(one.efr), Efr::from(other.efr));
+    let both = Efr::from(one.efr & other.efr)
+        .with_gats(first.gats().min(second.gats()))
+        .with_glx(first.glx().min(second.glx()))
+        .with_pas_max(first.pas_max().min(second.pas_max()));
+    HostFeatures {
+        efr: both.into_bits(),
+        efr2: one.efr2 & other.efr2,
+    }
+}
+
 /// Control bits that change something where the host's unit serves: the others read as 0.
 ///
 /// How entries of tables are updated, and whether GCR3 roots and rings of guests are translated, is set in the host's
@@ -171,6 +185,17 @@ mod tests {
         // Without page requests Linux has no use for PASIDs.
         let efr = lacks(1 << 50);
         assert_eq!((efr.ppr(), efr.eph(), efr.pas_max()), (false, false, 0));
+    }
+
+    #[test]
+    fn two_units_offer_as_one_with_what_both_have() {
+        let levels = |efr: u64| HostFeatures { efr, ..ALL };
+        // GLX 1 and 2 have no bit in common; the least is 1.
+        let (one, other) = (levels(!(2 << 14)), levels(!(1 << 14) & !(1 << 2)));
+        let offered = offer(&[common(one, other)], &Wanted::EVERYTHING);
+        assert_eq!(offered, offer(&[one, other], &Wanted::EVERYTHING));
+        assert!(offered.efr.glx() == 1 && !offered.efr.xt());
+        assert_eq!(common(ALL, ALL), ALL);
     }
 
     #[test]

@@ -174,6 +174,12 @@ pub(super) struct InternalError {
     pub(super) valid: usize,
 }
 
+/// The descriptor of `vm`.
+pub(super) fn borrowed(vm: &VmFd) -> BorrowedFd<'_> {
+    // SAFETY: `vm` is open for as long as it is borrowed, which is how long the result lives.
+    unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) }
+}
+
 /// Map `len` bytes of `vcpu`'s file from byte `offset` on, to be read and written.
 fn map(vcpu: &VcpuFd, len: usize, offset: u64) -> io::Result<NonNull<u8>> {
     // SAFETY: `vcpu` is open and stays so until this function returns, which is how long the borrow lives.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -55,6 +56,12 @@ impl SlotHost for Machine {
         sys::remove_slot(&self.fd, slot, piece.range.start())?;
         self.slots().give_back(slot);
         Ok(())
+    }
+}
+
+impl AsFd for Machine {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        sys::borrowed(&self.fd)
     }
 }
 
@@ -162,6 +169,12 @@ impl KvmVm {
             .map_err(failed)?;
         memory.push(page.clone());
         Ok(ReadOnlyPage { page, at })
+    }
+
+    /// The machine's descriptor, for requests to the kernel that take one.
+    #[must_use]
+    pub fn descriptor(&self) -> Arc<dyn AsFd + Send + Sync> {
+        self.machine.clone()
     }
 
     /// How messages and the IOAPIC reach the processors.

@@ -236,13 +236,14 @@ section! {
     /// An AMD IOMMU for the guest, which covers a root complex and all behind it. What one of several does not
     /// offer, none does.
     pub struct Viommu is several "viommu", main "mode" {
-        /// auto, emulated, or sim for a model of a host's unit that serves guests (default auto, which is emulated); hw is
-        /// not built in this version.
+        /// emulated; hw, by the host's own unit, for functions of the host; sim, by a model of such a unit; auto, hw where
+        /// host and kernel have what it takes and emulated else; per-host, one as auto for each IOMMU of the host that
+        /// serves functions of the host without a place (default auto).
         mode = "mode": Option<ViommuMode>,
         /// What it is called (default iommu0, iommu1, ...).
         id = "id": Option<Name>,
-        /// The root complex it covers, which has no other (default: the first; with auto, and functions of the host
-        /// that say no place, one for each IOMMU of the host that serves them).
+        /// The root complex it covers, which has no other (default: the first; with auto or hw, and functions of the
+        /// host that say no place, one for each IOMMU of the host that serves them).
         on = "on": Option<Name>,
         /// Whether interrupts reach APIC IDs above 255 (default on).
         xt = "xt": Option<Switch>,
@@ -260,6 +261,9 @@ section! {
         /// How it hears of commands: by an exit each time, or by poll, with a host thread that polls while the guest
         /// is busy (default exit).
         doorbell = "doorbell": Option<Doorbell>,
+        /// Mode hw: the version of the kernel's interface, v-a, v-c, v-d or v-e, or a TOML file with changes to one
+        /// (default: the version that the kernel answers to).
+        abi = "abi": Option<Text>,
     }
 }
 

@@ -416,6 +416,8 @@ pub enum ViommuMode {
     Emulated,
     /// A model of the hardware.
     Simulated,
+    /// One for each IOMMU of the host that serves functions without a place, each as [`ViommuMode::Auto`].
+    PerHost,
 }
 
 choice!(ViommuMode {
@@ -423,6 +425,7 @@ choice!(ViommuMode {
     "hw" => Self::Hardware,
     "emulated" => Self::Emulated,
     "sim" => Self::Simulated,
+    "per-host" => Self::PerHost,
 });
 
 #[cfg(test)]

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::iommu::viommu::host::HostFeatures;
 use crate::platform::addr::Sbdf;
-use crate::vm::host_functions::HostFunctions;
+use crate::vm::host_functions::{HostFunctions, amd_features, unit_function};
 
 use super::{HostFunction, HostIommu, IommuGroup, IommuKind, KernelReport};
 
@@ -93,11 +94,7 @@ impl Host {
             .filter_map(|name| name.parse().ok())
             .collect();
         devices.sort_unstable();
-        // The class folder links to .../FUNCTION/iommu/NAME; units that are no PCI function have none on the way.
-        let function: Option<Sbdf> = fs::read_link(path).ok().and_then(|target| {
-            let parts = target.iter().rev().filter_map(|part| part.to_str());
-            parts.filter_map(|part| part.parse().ok()).next()
-        });
+        let function = unit_function(path);
         let config =
             function.and_then(|at| fs::read(self.path(&format!("sys/bus/pci/devices/{at}/config"))).ok());
         HostIommu {
@@ -179,12 +176,8 @@ fn viommu_bars(config: &[u8]) -> Option<bool> {
 
 fn kind(path: &Path) -> IommuKind {
     let register = |path: PathBuf| word(&path).and_then(|text| hex(&text));
-    // One register on older kernels, EFR:EFR2 on newer ones.
-    if let Some(features) = word(&path.join("amd-iommu/features")) {
-        let (efr, efr2) = features.split_once(':').unwrap_or((&features, "0"));
-        if let (Some(efr), Some(efr2)) = (hex(efr), hex(efr2)) {
-            return IommuKind::Amd { efr, efr2 };
-        }
+    if let Some(HostFeatures { efr, efr2 }) = amd_features(path) {
+        return IommuKind::Amd { efr, efr2 };
     }
     let (cap, ecap) = (
         register(path.join("intel-iommu/cap")),

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::{HostFunction, HostIommu, HostReport, chain};
 use crate::devices::vfio::cdev::Cdev;
+use crate::devices::vfio::host::HostFunction as _;
 use crate::iommu::iommufd::viommu::{Functions, HwDevice, Trial, Tried};
 use crate::iommu::iommufd::{Abi, Iommufd, Kernel};
 use crate::platform::addr::{Bdf, Sbdf};

@@ -15,7 +15,9 @@ use std::path::PathBuf;
 use serde::{Serialize, Serializer};
 
 use crate::iommu::amd::features::{Features, Wanted};
-use crate::iommu::{sim, viommu};
+use crate::iommu::iommufd::Abi;
+use crate::iommu::viommu;
+use crate::iommu::viommu::host::HostFeatures;
 use crate::pci::tree::{PciTree, RootComplex};
 use crate::platform::addr::{Bdf, GpaRange, Sbdf};
 
@@ -188,8 +190,11 @@ pub struct ViommuPlan {
     pub name: String,
     /// What it is.
     pub mode: ViommuMode,
-    /// Why it is that, where the choice was left to us.
-    pub because: Option<&'static str>,
+    /// Why it is that, where the choice was left to us, or what is against it.
+    pub because: Option<String>,
+    /// The unit of the host's that serves it, in mode `hw` and in no other.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hardware: Option<HardwarePlan>,
     /// The root complex it covers.
     pub root_complex: String,
     /// The PCI segment of that.
@@ -239,9 +244,50 @@ pub struct ViommuOffer {
     /// The guest announces new mappings as well, because its tables are copied. They then have four levels, which is
     /// as far as hosts let devices reach, and leave no marks of what was used, which copies could not.
     pub np_cache: bool,
-    /// One of the units is served by a host's, so none offers what those leave to the hypervisor: only tables of the
-    /// processors' format, and no remapped interrupts.
-    pub served: bool,
+    /// Where units are served by a host's or a model of one: what all of those have. None of the guest's then offers
+    /// what they leave to the hypervisor: only tables of the processors' format, and no remapped interrupts.
+    #[serde(serialize_with = "is_some")]
+    pub served: Option<HostFeatures>,
+}
+
+/// A unit of the host's that serves one of the guest's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct HardwarePlan {
+    /// The kernel's name of it.
+    pub iommu: String,
+    /// Its own function, where the host tells.
+    pub function: Option<Sbdf>,
+    /// What it has, as the host tells before anything is opened.
+    #[serde(serialize_with = "registers")]
+    pub features: HostFeatures,
+    /// The version of AMD's interface; `None` for whichever the kernel answers to.
+    #[serde(serialize_with = "abi_name")]
+    pub abi: Option<Abi>,
+}
+
+impl HardwarePlan {
+    /// The versions that the kernel may have, the likeliest first.
+    #[must_use]
+    pub fn abis(&self) -> Vec<Abi> {
+        self.abi
+            .clone()
+            .map_or_else(|| Abi::built_in().into(), |abi| vec![abi])
+    }
+}
+
+fn is_some<T, S: Serializer>(value: &Option<T>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_bool(value.is_some())
+}
+
+fn registers<S: Serializer>(features: &HostFeatures, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{:#x}:{:#x}", features.efr, features.efr2))
+}
+
+fn abi_name<S: Serializer>(abi: &Option<Abi>, serializer: S) -> Result<S::Ok, S::Error> {
+    match abi {
+        Some(abi) => serializer.serialize_some(abi.name),
+        None => serializer.serialize_none(),
+    }
 }
 
 impl ViommuPlan {
@@ -269,10 +315,10 @@ impl ViommuOffer {
             host_tracking: !self.np_cache,
             ..Wanted::DEFAULT
         };
-        if !self.served {
+        let Some(hosts) = self.served else {
             return Features::offer(wanted);
-        }
-        let served = viommu::features::offer(&[sim::features()], &wanted);
+        };
+        let served = viommu::features::offer(&[hosts], &wanted);
         Features {
             header: served.header.with_np_cache(self.np_cache),
             ..served
@@ -281,12 +327,22 @@ impl ViommuOffer {
 }
 
 impl ViommuMode {
+    /// As the operator says it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Emulated => "emulated",
+            Self::Hardware => "hw",
+            Self::Simulated => "sim",
+        }
+    }
+
     /// Whether a unit of a host's, or a model of one, works it.
     #[must_use]
     pub const fn is_served(self) -> bool {
         match self {
             Self::Emulated => false,
-            Self::Simulated => true,
+            Self::Hardware | Self::Simulated => true,
         }
     }
 }
@@ -297,6 +353,9 @@ impl ViommuMode {
 pub enum ViommuMode {
     /// By Ravelin.
     Emulated,
+    /// By a unit of the host's.
+    #[serde(rename = "hw")]
+    Hardware,
     /// By a model of a host's unit that serves guests.
     #[serde(rename = "sim")]
     Simulated,

@@ -9,8 +9,10 @@ use vmm_sys_util::epoll::EventSet;
 use crate::iommu::amd::counters::Counts;
 use crate::iommu::amd::window::RegisterWindow;
 use crate::iommu::emulated::{EmulatedUnit, UnitParts};
+use crate::iommu::iommufd::Ioas;
+use crate::iommu::iommufd::viommu::HwHost;
 use crate::iommu::sim::{SimHost, SimParts};
-use crate::iommu::viommu::host::HostDevice;
+use crate::iommu::viommu::host::{HostDevice, ViommuHost};
 use crate::iommu::viommu::{Counts as Asked, ServedParts, ServedUnit};
 use crate::pci::Function;
 use crate::pci::tree::{NodeKind, RootComplex};
@@ -24,11 +26,15 @@ use crate::platform::protection::WriteProtection;
 use crate::vm::events::EventLoop;
 use crate::vm::plan::{ViommuMode, ViommuPlan};
 
+use super::hardware::Hardware;
+
 /// A unit, by who works it.
 #[derive(Clone)]
 pub(in crate::vm) enum Unit {
     /// Ravelin.
     Emulated(Arc<EmulatedUnit>),
+    /// A unit of the host's.
+    Hardware(Arc<Hardware>),
     /// A model of a host's unit.
     Simulated(Arc<Simulated>),
 }
@@ -67,15 +73,21 @@ impl<U: AsRawFd> EventSubscriber for Rest<U> {
 }
 
 impl Unit {
-    /// The unit `planned`, which covers `root`.
+    /// The unit `planned`, which covers `root`; `host` serves it, over that address space, where one of the host's does.
     pub(super) fn new(
         planned: &ViommuPlan,
         root: &RootComplex,
         around: &Surroundings<'_>,
+        host: Option<(Arc<HwHost>, Arc<Ioas>)>,
         events: &mut EventLoop,
     ) -> Result<Self, HostError> {
         match planned.mode {
             ViommuMode::Emulated => Self::emulated(planned, around, events),
+            ViommuMode::Hardware => {
+                let (host, space) = host.expect("the host's unit was made for the plan's");
+                let hardware = Hardware::new(planned, root, around, host, space)?;
+                Ok(Self::Hardware(Arc::new(hardware)))
+            }
             ViommuMode::Simulated => Self::simulated(planned, root, around, events),
         }
     }
@@ -106,17 +118,7 @@ impl Unit {
         around: &Surroundings<'_>,
         events: &mut EventLoop,
     ) -> Result<Self, HostError> {
-        let endpoints = root
-            .nodes()
-            .filter(|node| matches!(node.kind, NodeKind::Endpoint(_)));
-        let functions: Vec<_> = endpoints
-            .map(|node| {
-                Arc::new(Requester::new(Sbdf {
-                    segment: root.segment,
-                    bdf: node.bdf,
-                }))
-            })
-            .collect();
+        let functions = requesters(root);
         let host = SimHost::new(SimParts {
             name: planned.name.clone(),
             at: planned.sbdf(),
@@ -124,17 +126,7 @@ impl Unit {
             devices: functions.len(),
             messages: around.messages.clone(),
         })?;
-        let protection = around.protection.clone();
-        let unit = ServedUnit::new(ServedParts {
-            name: planned.name.clone(),
-            at: planned.sbdf(),
-            mmio: planned.mmio,
-            features: planned.offer.features(),
-            ram: around.ram.clone(),
-            host: host.clone(),
-            protection: protection.expect("it is asked for where a unit is served"),
-            functions: functions.iter().cloned().zip((0..).map(HostDevice)).collect(),
-        })?;
+        let unit = served(planned, around, host.clone(), &functions)?;
         events.add(Arc::new(Rest {
             unit: host.clone(),
             run_commands: SimHost::run_commands,
@@ -150,6 +142,7 @@ impl Unit {
     pub(in crate::vm) fn name(&self) -> &str {
         match self {
             Self::Emulated(unit) => unit.name(),
+            Self::Hardware(hardware) => hardware.unit().name(),
             Self::Simulated(simulated) => simulated.unit.name(),
         }
     }
@@ -158,6 +151,7 @@ impl Unit {
     pub(in crate::vm) fn function(&self) -> Arc<dyn Function> {
         match self {
             Self::Emulated(unit) => unit.clone(),
+            Self::Hardware(hardware) => hardware.unit().clone(),
             Self::Simulated(simulated) => simulated.unit.clone(),
         }
     }
@@ -166,15 +160,8 @@ impl Unit {
     pub(super) fn registers(&self) -> Arc<dyn BusDevice> {
         match self {
             Self::Emulated(unit) => unit.clone(),
+            Self::Hardware(hardware) => hardware.unit().clone(),
             Self::Simulated(simulated) => simulated.unit.clone(),
-        }
-    }
-
-    /// From now on `window` shows heads, tails and Status.
-    pub(super) fn show_registers(&self, window: Box<dyn RegisterWindow>) {
-        match self {
-            Self::Emulated(unit) => unit.show_registers(window),
-            Self::Simulated(simulated) => simulated.host.show_registers(window),
         }
     }
 
@@ -182,6 +169,8 @@ impl Unit {
     pub(in crate::vm) fn counts(&self) -> (Counts, Option<Asked>) {
         match self {
             Self::Emulated(unit) => (unit.counts(), None),
+            // What the host's unit does it counts for the host.
+            Self::Hardware(hardware) => (Counts::default(), Some(hardware.unit().counts())),
             Self::Simulated(simulated) => (simulated.host.counts(), Some(simulated.unit.counts())),
         }
     }
@@ -190,6 +179,7 @@ impl Unit {
     pub(in crate::vm) fn state(&self) -> String {
         match self {
             Self::Emulated(unit) => unit.state(),
+            Self::Hardware(hardware) => hardware.state(),
             Self::Simulated(simulated) => format!("{}; {}", simulated.unit.state(), simulated.host.state()),
         }
     }
@@ -205,6 +195,7 @@ impl Unit {
     pub(super) fn reset(&self) {
         match self {
             Self::Emulated(unit) => unit.reset(),
+            Self::Hardware(hardware) => hardware.unit().reset(),
             Self::Simulated(simulated) => {
                 simulated.unit.reset();
                 simulated.host.reset();
@@ -213,7 +204,46 @@ impl Unit {
     }
 }
 
+/// As whom the endpoints of `root` issue requests, in the order of the tree.
+pub(super) fn requesters(root: &RootComplex) -> Vec<Arc<Requester>> {
+    let endpoints = root
+        .nodes()
+        .filter(|node| matches!(node.kind, NodeKind::Endpoint(_)));
+    let requester = |bdf| {
+        Arc::new(Requester::new(Sbdf {
+            segment: root.segment,
+            bdf,
+        }))
+    };
+    endpoints.map(|node| requester(node.bdf)).collect()
+}
+
+/// The unit `planned`, which `host` serves; it knows `functions` by their places there.
+pub(super) fn served(
+    planned: &ViommuPlan,
+    around: &Surroundings<'_>,
+    host: Arc<dyn ViommuHost>,
+    functions: &[Arc<Requester>],
+) -> Result<Arc<ServedUnit>, HostError> {
+    let protection = around.protection.clone();
+    ServedUnit::new(ServedParts {
+        name: planned.name.clone(),
+        at: planned.sbdf(),
+        mmio: planned.mmio,
+        features: planned.offer.features(),
+        ram: around.ram.clone(),
+        host,
+        protection: protection.expect("it is asked for where a unit is served"),
+        functions: functions.iter().cloned().zip((0..).map(HostDevice)).collect(),
+    })
+}
+
 impl Simulated {
+    /// From now on `window` shows heads, tails and Status.
+    pub(super) fn show_registers(&self, window: Box<dyn RegisterWindow>) {
+        self.host.show_registers(window);
+    }
+
     /// As whom the function at `at` issues requests, and where those go, if it is behind the unit.
     pub(super) fn function_at(&self, at: Sbdf) -> Option<(Arc<Requester>, Arc<dyn Translator>)> {
         let planned = |requester: &Arc<Requester>| requester.sbdf() == at;

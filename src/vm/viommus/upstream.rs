@@ -25,11 +25,22 @@ impl Upstream {
         let messages: Arc<dyn MsiSink> = match unit {
             Some(Unit::Emulated(unit)) => Arc::new(RemappingSink::new(unit.clone())),
             // A unit that serves guests remaps no messages of theirs.
-            Some(Unit::Simulated(_)) | None => messages.clone(),
+            Some(Unit::Hardware(_) | Unit::Simulated(_)) | None => messages.clone(),
         };
         Self {
             unit: unit.cloned(),
             messages,
+        }
+    }
+
+    /// As whom the host's function at `at` issues requests, which take no way of ours.
+    pub(in crate::vm) fn requester(&self, at: Sbdf) -> Arc<Requester> {
+        match &self.unit {
+            Some(Unit::Hardware(hardware)) => {
+                let behind = hardware.requester(at);
+                behind.expect("the unit was made for every function behind it")
+            }
+            _ => Arc::new(Requester::new(at)),
         }
     }
 
@@ -45,6 +56,9 @@ impl Upstream {
                 let behind = simulated.function_at(at);
                 let (requester, way) = behind.expect("the unit was made for every function behind it");
                 (requester.clone(), Dma::translated(requester, ram, way))
+            }
+            Some(Unit::Hardware(_)) => {
+                unreachable!("a plan has no device of ours behind a unit of the host's")
             }
             None => {
                 let requester = own();

@@ -4,6 +4,7 @@
 //! the other. It keeps objects and who refers to whom, and fails the n-th request when told to.
 
 mod objects;
+mod requests;
 mod structure;
 
 use std::fs::File;
@@ -15,13 +16,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use super::{Attach, Kernel};
 use crate::platform::device_memory::DeviceMemory;
 
-pub(super) use objects::Object;
+pub(crate) use objects::Object;
 use objects::Objects;
 use structure::{Structure, Tail};
 
 /// Which kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Version {
+pub(crate) enum Version {
     /// Linux 7.3 as published.
     Stock,
     /// AMD's, by the name of the version.
@@ -32,16 +33,16 @@ pub(super) enum Version {
 }
 
 /// EFR with GTSup, GIOSup, vIOMMUSup and PPRSup.
-pub(super) const EFR: u64 = 1 << 55 | 1 << 48 | 1 << 4 | 1 << 1;
+pub(crate) const EFR: u64 = 1 << 55 | 1 << 48 | 1 << 4 | 1 << 1;
 /// EFR2 with GCR3TRPMode.
-pub(super) const EFR2: u64 = 1 << 3;
+pub(crate) const EFR2: u64 = 1 << 3;
 /// The number of the request that routes interrupts; no published text has it.
-pub(super) const EXT_INT: u32 = 0x98;
+pub(crate) const EXT_INT: u32 = 0x98;
 /// What the unit has for the first guest.
 const FIRST_GUEST: u32 = 1;
 
 /// The kernel.
-pub(super) struct Fake {
+pub(crate) struct Fake {
     version: Version,
     /// What is mapped instead of a unit's memory.
     memory: File,
@@ -62,15 +63,19 @@ struct State {
     mapped: Vec<(u32, Weak<DeviceMemory>)>,
     /// The ends of event queues that the kernel has, by number.
     events: Vec<(u32, UnixDatagram)>,
+    /// Address spaces with memory in them.
+    filled: Vec<u32>,
+    /// What was destroyed, in order.
+    destroyed: Vec<Object>,
 }
 
 /// The error of a kernel that answers `errno`.
-pub(super) fn refuse<T>(errno: i32) -> io::Result<T> {
+pub(crate) fn refuse<T>(errno: i32) -> io::Result<T> {
     Err(io::Error::from_raw_os_error(errno))
 }
 
 impl Fake {
-    pub(super) fn new(version: Version) -> Arc<Self> {
+    pub(crate) fn new(version: Version) -> Arc<Self> {
         let memory = tempfile::tempfile().expect("a file");
         memory.set_len(0x10_0000).expect("room");
         Arc::new(Self {
@@ -86,6 +91,8 @@ impl Fake {
                 routes: Vec::new(),
                 mapped: Vec::new(),
                 events: Vec::new(),
+                filled: Vec::new(),
+                destroyed: Vec::new(),
             }),
         })
     }
@@ -95,12 +102,12 @@ impl Fake {
     }
 
     /// A device behind unit `unit` that is bound; its number.
-    pub(super) fn bind(&self, unit: u32) -> u32 {
+    pub(crate) fn bind(&self, unit: u32) -> u32 {
         self.state().objects.add(Object::Device { unit, attached: None })
     }
 
     /// What attaches `device`.
-    pub(super) fn function(self: &Arc<Self>, device: u32) -> Arc<Function> {
+    pub(crate) fn function(self: &Arc<Self>, device: u32) -> Arc<Function> {
         Arc::new(Function {
             kernel: self.clone(),
             device,
@@ -108,47 +115,52 @@ impl Fake {
     }
 
     /// All but devices.
-    pub(super) fn objects(&self) -> Vec<Object> {
+    pub(crate) fn objects(&self) -> Vec<Object> {
         let state = self.state();
         let all = state.objects.all().copied();
         all.filter(|object| !matches!(object, Object::Device { .. }))
             .collect()
     }
 
-    pub(super) fn attached(&self, device: u32) -> Option<u32> {
+    pub(crate) fn attached(&self, device: u32) -> Option<u32> {
         match self.state().objects.get(device) {
             Ok(Object::Device { attached, .. }) => attached,
             _ => None,
         }
     }
 
-    pub(super) fn set_efr(&self, efr: u64) {
+    /// What was destroyed so far, in order.
+    pub(crate) fn destroyed(&self) -> Vec<Object> {
+        self.state().destroyed.clone()
+    }
+
+    pub(crate) fn set_efr(&self, efr: u64) {
         self.state().efr = efr;
     }
 
-    pub(super) fn set_info_type(&self, info_type: u32) {
+    pub(crate) fn set_info_type(&self, info_type: u32) {
         self.state().info_type = info_type;
     }
 
     /// Answer one request with `errno`, after `before` others.
-    pub(super) fn fail(&self, before: u64, errno: i32) {
+    pub(crate) fn fail(&self, before: u64, errno: i32) {
         self.state().fails = Some((before, errno));
     }
 
-    pub(super) fn relent(&self) {
+    pub(crate) fn relent(&self) {
         self.state().fails = None;
     }
 
     /// How often it was asked for anything.
-    pub(super) fn asked(&self) -> u64 {
+    pub(crate) fn asked(&self) -> u64 {
         self.state().asked
     }
 
-    pub(super) fn registers(&self) -> Vec<(u32, u16, u64)> {
+    pub(crate) fn registers(&self) -> Vec<(u32, u16, u64)> {
         self.state().registers.clone()
     }
 
-    pub(super) fn routes(&self) -> Vec<[u32; 4]> {
+    pub(crate) fn routes(&self) -> Vec<[u32; 4]> {
         self.state().routes.clone()
     }
 
@@ -180,7 +192,7 @@ impl Kernel for Fake {
         let mut state = self.ask()?;
         let state = &mut *state;
         match number {
-            0x80 => state.destroy(&Structure::read(argument, 8, 8)?),
+            0x80 => state.destroy(Structure::read(argument, 8, 8)?.u32(4)),
             0x81 => state.ioas_alloc(&mut Structure::read(argument, 12, 12)?),
             0x87 if version == Version::C => state.option(&Structure::read(argument, 24, 24)?),
             0x89 => state.hwpt_alloc(version, &mut Structure::read(argument, 48, 40)?, data),
@@ -237,9 +249,9 @@ impl Kernel for Fake {
 }
 
 impl State {
-    fn destroy(&mut self, structure: &Structure<'_>) -> io::Result<()> {
-        let id = structure.u32(4);
-        if matches!(self.objects.get(id)?, Object::Device { .. }) {
+    fn destroy(&mut self, id: u32) -> io::Result<()> {
+        let object = self.objects.get(id)?;
+        if matches!(object, Object::Device { .. }) {
             return refuse(libc::ENOENT);
         }
         // Whoever reads a queue keeps it.
@@ -252,6 +264,7 @@ impl State {
         }
         self.events.retain(|(queue, _)| *queue != id);
         self.objects.remove(id);
+        self.destroyed.push(object);
         Ok(())
     }
 
@@ -516,7 +529,7 @@ fn check_dte(data: &[u8]) -> io::Result<()> {
 }
 
 /// A device's way to tables.
-pub(super) struct Function {
+pub(crate) struct Function {
     kernel: Arc<Fake>,
     device: u32,
 }

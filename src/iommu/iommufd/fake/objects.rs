@@ -7,7 +7,7 @@ use super::refuse;
 
 /// An object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in super::super) enum Object {
+pub(crate) enum Object {
     /// A function that is bound.
     Device { unit: u32, attached: Option<u32> },
     /// An address space.

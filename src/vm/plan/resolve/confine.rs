@@ -57,7 +57,9 @@ pub(super) fn have_maps_announced(
             );
             return Err(device.source().wrong("host", problem));
         }
-        confined = confined.or(is.map(|viommu| (name, viommu.to_owned())));
+        // The host's unit follows the guest's tables by itself.
+        let shadowed = covering.filter(|viommu| viommu.mode == ViommuMode::Emulated);
+        confined = confined.or(shadowed.map(|viommu| (name, viommu.name.clone())));
     }
     let Some((name, viommu)) = confined else {
         return Ok(());

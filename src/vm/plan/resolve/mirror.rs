@@ -1,9 +1,13 @@
-//! The layout that mirrors the host: what `viommu = auto` stands for when functions of the host say no place.
+//! The layout that mirrors the host: what `viommu = per-host` stands for, and `auto` and `hw` without a root complex when
+//! functions of the host say no place.
 //!
 //! An IOMMU of the guest stands for one of the host's. So each of the host's that serves such a function is given a
 //! root complex, and an IOMMU over it. A group of the host is what an IOMMU tells apart at all: each becomes
 //! one device behind a root port of its own, since the guest puts functions of one device into one group, and what is
 //! behind different ports into different ones.
+//!
+//! The first root complex is where devices go that say no place. It stands for the first IOMMU of the host, unless
+//! that one is to serve the guest's itself: what Ravelin emulates cannot be behind it, and is given an emulated one.
 //!
 //! All of it is said as the operator could have said it, in a configuration that is resolved like any other.
 
@@ -18,6 +22,8 @@ use crate::vm::config::section::Section;
 use crate::vm::config::sections::{RootComplex, VfioDevice, Viommu};
 use crate::vm::config::values::{Name, ViommuMode};
 use crate::vm::host_functions::{HostFunctions, UNCONFINED};
+
+use super::hardware;
 
 /// The functions of a device.
 const MOST_FUNCTIONS: usize = 8;
@@ -37,16 +43,35 @@ struct Served {
 
 /// `config` with the layout that mirrors `host` said in it, where that was asked for.
 pub(super) fn mirrored<'a>(config: &'a Config, host: &HostFunctions) -> Result<Cow<'a, Config>, ConfigError> {
+    let mut per_host = config
+        .viommus
+        .iter()
+        .filter(|viommu| viommu.mode == Some(ViommuMode::PerHost));
+    if let Some(viommu) = per_host.clone().find(|viommu| viommu.on.is_some()) {
+        let problem =
+            "per-host stands for IOMMUs over root complexes of their own; leave it out, or say mode=auto";
+        return Err(viommu.source().wrong("on", problem));
+    }
     let Some(template) = config.viommus.iter().position(mirrors) else {
         return Ok(Cow::Borrowed(config));
     };
     let served = served(config, host)?;
     if served.is_empty() {
-        return Ok(Cow::Borrowed(config));
+        return match per_host.next() {
+            Some(viommu) => {
+                let problem = "no function of the host is left without a place, for whose IOMMU it would stand; say a \
+                               vfio-device without port, on and slot, or mode=auto";
+                Err(viommu.source().wrong("mode", problem))
+            }
+            None => Ok(Cow::Borrowed(config)),
+        };
     }
     let units: Vec<&str> = served.iter().map(|served| served.iommu.as_str()).collect();
     let mut said = config.clone();
-    let template = said.viommus.remove(template);
+    let mut template = said.viommus.remove(template);
+    if template.mode == Some(ViommuMode::PerHost) {
+        template.mode = Some(ViommuMode::Auto);
+    }
     refuse_ambiguous(&template, &said.viommus, &units)?;
     if said.root_complexes.is_empty() {
         let root = section::<RootComplex>(template.source().place_of("mode"), &[("id", FIRST_ROOT)])?;
@@ -65,6 +90,14 @@ pub(super) fn mirrored<'a>(config: &'a Config, host: &HostFunctions) -> Result<C
     );
     let mut ports = free_names(&ids, "rp", unnamed(said.root_ports.iter().map(|port| &port.id)));
     let mut first_root = uncovered_first_root(&said, &ids);
+    let crowded = first_root.as_ref().is_some_and(|root| has_emulated(&said, root));
+    if crowded && is_hardware(config, &template, &served[0], host)? {
+        let mut unit = template.clone();
+        (unit.mode, unit.abi) = (Some(ViommuMode::Emulated), None);
+        unit.id = iommus.next().map(Name);
+        unit.on = first_root.take().map(Name);
+        said.viommus.push(unit);
+    }
     for Served { iommu, groups } in &served {
         let lowest = groups[0][0];
         let root = match first_root.take() {
@@ -90,9 +123,45 @@ pub(super) fn mirrored<'a>(config: &'a Config, host: &HostFunctions) -> Result<C
     Ok(Cow::Owned(said))
 }
 
-/// Whether it is left to us what this IOMMU covers and how it works.
+/// Whether it is left to us what this IOMMU covers.
 fn mirrors(viommu: &Viommu) -> bool {
-    viommu.on.is_none() && matches!(viommu.mode, None | Some(ViommuMode::Auto))
+    use ViommuMode::{Auto, Hardware, PerHost};
+    viommu.on.is_none() && matches!(viommu.mode, None | Some(Auto | Hardware | PerHost))
+}
+
+/// Whether the IOMMU of the host itself will serve what is made of `template` for it.
+fn is_hardware(
+    config: &Config,
+    template: &Viommu,
+    served: &Served,
+    host: &HostFunctions,
+) -> Result<bool, ConfigError> {
+    if template.mode == Some(ViommuMode::Hardware) {
+        return Ok(true);
+    }
+    let (_, lowest) = served.groups[0][0];
+    let possible = hardware::possible(config, template, &served.iommu, lowest, host)?;
+    Ok(possible.is_ok())
+}
+
+/// Whether a device that Ravelin emulates is on the root complex `root`, the first, or behind a port that may be.
+fn has_emulated(said: &Config, root: &str) -> bool {
+    let elsewhere = |on: &Option<Name>| on.as_ref().is_some_and(|on| on.0 != root);
+    let behind = |port: &Name| {
+        let mut ports = said.root_ports.iter();
+        let port = ports.find(|other| other.id.as_ref() == Some(port));
+        port.is_none_or(|port| !elsewhere(&port.on))
+    };
+    let there = |(port, on): (&Option<Name>, &Option<Name>)| match port {
+        Some(port) => behind(port),
+        None => !elsewhere(on),
+    };
+    macro_rules! any_there {
+        ($($list:ident)+) => {
+            false $(|| said.$list.iter().any(|device| there((&device.port, &device.on))))+
+        };
+    }
+    any_there!(disks nets consoles rngs test_devices)
 }
 
 fn is_placeless(device: &VfioDevice) -> bool {

@@ -1,12 +1,14 @@
 //! From what was said to the [`Plan`]: every default filled in, every name looked up, everything placed.
 //!
-//! Nothing is opened, and nothing of the host is asked but what functions to be passed through look like: the
-//! same configuration gives the same plan. Whatever cannot be is an error that names the key, where it
-//! was said, and what could be.
+//! Nothing is opened but a table that `abi` names, and nothing of the host is asked but what functions to be passed
+//! through look like, and where it is left to us whether its IOMMU serves the guest's, whether it does: the same
+//! configuration gives the same plan. Whatever cannot be is an error that names the key, where it was said, and what
+//! could be.
 
 mod confine;
 mod cpus;
 mod devices;
+mod hardware;
 mod memory;
 mod mirror;
 mod names;
@@ -48,7 +50,13 @@ fn decide(config: &Config, host: &HostFunctions) -> Result<Plan, ConfigError> {
     let spec = topology::specify(config, &names_of, &names, endpoints)?;
     let size = memory::size(config.memory.as_ref())?;
     let mapped = layout::map(size, &spec).map_err(|error| blame(&error, config, &names))?;
-    let mut viommus = viommus::resolve(config, &mapped, &cpus)?;
+    let around = viommus::Around {
+        mapped: &mapped,
+        devices: &devices,
+        names: &names,
+        host,
+    };
+    let mut viommus = viommus::resolve(config, &around, &cpus)?;
     confine::have_maps_announced(config, &devices, &mut viommus)?;
     confine::refuse_split_groups(config, &mapped.pci, &devices, &viommus, host)?;
     confine::name_host_iommus(&mut viommus, &devices, host);

@@ -422,10 +422,11 @@ fn kernels_get_only_what_their_protocol_takes() {
 }
 
 #[test]
-fn what_is_not_built_is_refused_and_not_ignored() {
+fn a_unit_of_the_hosts_needs_a_function_of_the_host() {
     assert_eq!(
         refused("[[viommu]]\nmode = \"hw\"\n"),
-        "m.toml:2: viommu.mode = hw: not built in this version; say emulated, sim or auto"
+        "m.toml:2: viommu.mode = hw: no function of the host is behind it, by which the host's IOMMU would be known; \
+         say a vfio-device there, or another mode"
     );
 }
 

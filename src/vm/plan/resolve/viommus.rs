@@ -1,6 +1,8 @@
 //! The guest's IOMMUs: what each covers, what all of them offer, and whose the IOAPIC's interrupts are.
 
-use crate::iommu::emulated;
+use crate::iommu::viommu::features::common;
+use crate::iommu::viommu::host::HostFeatures;
+use crate::iommu::{emulated, sim};
 use crate::pci::tree::{NodeKind, PciTree, RootComplex};
 use crate::platform::addr::{Bdf, Gpa, GpaRange};
 use crate::vm::config::Config;
@@ -8,21 +10,46 @@ use crate::vm::config::said::ConfigError;
 use crate::vm::config::section::{Section, Source};
 use crate::vm::config::sections::Viommu;
 use crate::vm::config::values::{Switch, ViommuMode as Said};
+use crate::vm::host_functions::HostFunctions;
 use crate::vm::layout::Mapped;
-use crate::vm::plan::{CpuPlan, Doorbell, PageTable, ViommuMode, ViommuOffer, ViommuPlan};
+use crate::vm::plan::{
+    CpuPlan, DevicePlan, Doorbell, HardwarePlan, PageTable, ViommuMode, ViommuOffer, ViommuPlan,
+};
+
+use super::hardware::{self, Behind};
+use super::names::Names;
 
 /// The widest process address space IDs: Linux stops at more.
 const MOST_PASID_BITS: u16 = 16;
 /// The first APIC ID that a message without x2APIC cannot name.
 const FIRST_X2APIC_ID: u32 = 255;
 
+/// What the IOMMUs of a machine are among.
+pub(super) struct Around<'a> {
+    pub(super) mapped: &'a Mapped,
+    pub(super) devices: &'a [DevicePlan],
+    pub(super) names: &'a Names<'a>,
+    pub(super) host: &'a HostFunctions,
+}
+
+/// What works an IOMMU.
+struct Decided {
+    mode: ViommuMode,
+    /// Why where that was left to us, or what is against it.
+    because: Option<String>,
+    hardware: Option<HardwarePlan>,
+}
+
 /// Every IOMMU, in the order they were said.
 pub(super) fn resolve(
     config: &Config,
-    mapped: &Mapped,
+    around: &Around<'_>,
     cpus: &CpuPlan,
 ) -> Result<Vec<ViommuPlan>, ConfigError> {
-    let Some(offer) = offer(&config.viommus)? else {
+    let decided: Vec<Decided> = (0..config.viommus.len())
+        .map(|index| decide(config, index, around))
+        .collect::<Result<_, _>>()?;
+    let Some(offer) = offer(&config.viommus, &decided)? else {
         return Ok(Vec::new());
     };
     let last_id = cpus.apic_ids.last().copied().unwrap_or_default();
@@ -35,9 +62,9 @@ pub(super) fn resolve(
         return Err(source.wrong("xt", problem));
     }
     let mut plans = Vec::with_capacity(config.viommus.len());
-    for (index, viommu) in config.viommus.iter().enumerate() {
+    for (index, (viommu, decided)) in config.viommus.iter().zip(decided).enumerate() {
         let doorbell = viommu.doorbell.unwrap_or(Doorbell::Exit);
-        plans.push(plan(index, mode(viommu)?, offer, doorbell, mapped));
+        plans.push(plan(index, decided, offer, doorbell, around.mapped));
     }
     if offer.intremap {
         let index = ioapic_unit(&plans).ok_or_else(|| {
@@ -55,33 +82,60 @@ fn on(switch: Option<Switch>, default: bool) -> bool {
     switch.map_or(default, |switch| switch.0)
 }
 
-/// What works an IOMMU, and why where that was left to us.
-fn mode(viommu: &Viommu) -> Result<(ViommuMode, Option<&'static str>), ConfigError> {
-    match viommu.mode {
-        Some(Said::Emulated) => Ok((ViommuMode::Emulated, None)),
-        Some(Said::Simulated) => Ok((ViommuMode::Simulated, None)),
-        None | Some(Said::Auto) => Ok((
-            ViommuMode::Emulated,
-            Some("auto: this version does not look for hardware"),
-        )),
-        Some(Said::Hardware) => {
-            let problem = "not built in this version; say emulated, sim or auto";
-            Err(viommu.source().wrong("mode", problem))
+/// What works IOMMU number `index` of `config`.
+fn decide(config: &Config, index: usize, around: &Around<'_>) -> Result<Decided, ConfigError> {
+    let viommu = &config.viommus[index];
+    let decided = |mode, because, hardware| Decided {
+        mode,
+        because,
+        hardware,
+    };
+    if let Some(mode @ (Said::Emulated | Said::Simulated)) = viommu.mode {
+        if viommu.abi.is_some() {
+            let problem = "only an IOMMU that a unit of the host's serves is made by the kernel; leave it out, or say \
+                           mode=hw";
+            return Err(viommu.source().wrong("abi", problem));
         }
+        let mode = match mode {
+            Said::Simulated => ViommuMode::Simulated,
+            _ => ViommuMode::Emulated,
+        };
+        return Ok(decided(mode, None, None));
     }
+    let (root, name, _) = find(&around.mapped.pci, index);
+    let behind = Behind::new(root, around.devices);
+    if viommu.mode == Some(Said::Hardware) {
+        let (found, against) = hardware::said(viommu, name, &behind, around.names, around.host)?;
+        return Ok(decided(ViommuMode::Hardware, against, Some(found)));
+    }
+    let auto = |why: String| Some(format!("auto: {why}"));
+    Ok(match hardware::automatic(config, viommu, &behind, around.host)? {
+        Ok((found, why)) => decided(ViommuMode::Hardware, auto(why), Some(found)),
+        Err(why) => decided(ViommuMode::Emulated, auto(why), None),
+    })
 }
 
-/// What all of `viommus` offer: Linux uses only what each of them has, and expects that to be told alike.
-/// `None` when there are none.
-fn offer(viommus: &[Viommu]) -> Result<Option<ViommuOffer>, ConfigError> {
-    let served = viommus.iter().any(is_served);
+/// What all units that serve those of `decided` have; `None` where none serves.
+fn served(decided: &[Decided]) -> Option<HostFeatures> {
+    let each = decided.iter().filter_map(|decided| match &decided.hardware {
+        Some(hardware) => Some(hardware.features),
+        None => (decided.mode == ViommuMode::Simulated).then(sim::features),
+    });
+    each.reduce(common)
+}
+
+/// What all of `viommus` offer, worked as was `decided`: Linux uses only what each of them has, and expects that to be
+/// told alike. `None` when there are none.
+fn offer(viommus: &[Viommu], decided: &[Decided]) -> Result<Option<ViommuOffer>, ConfigError> {
+    let served = served(decided);
+    let mode = decided.iter().find(|decided| decided.mode.is_served());
     let mut all: Option<ViommuOffer> = None;
-    for viommu in viommus {
-        let one = if served {
-            asked_beside_served(viommu)?
-        } else {
-            asked(viommu)?
+    for (viommu, of) in viommus.iter().zip(decided) {
+        let one = match mode {
+            Some(mode) => asked_beside_served(viommu, of.mode, mode.mode)?,
+            None => asked(viommu)?,
         };
+        let one = ViommuOffer { served, ..one };
         all = Some(match all {
             None => one,
             Some(all) => ViommuOffer {
@@ -123,43 +177,58 @@ fn asked(viommu: &Viommu) -> Result<ViommuOffer, ConfigError> {
         pasid_bits,
         ats: on(viommu.ats, false),
         np_cache: on(viommu.np_cache, false),
-        served: false,
+        served: None,
     })
 }
 
-/// Whether a unit of a host's, or a model of one, works it.
-fn is_served(viommu: &Viommu) -> bool {
-    matches!(viommu.mode, Some(Said::Simulated))
+/// What `viommu` asks for that no unit that is served has, and what it would have to be: such a unit has its tables of
+/// the IOMMU's own format for guest physical memory, and no remapping of a guest's interrupts.
+pub(super) fn against_served(viommu: &Viommu) -> Option<(&'static str, &'static str)> {
+    let asked = [
+        (
+            viommu.page_table == Some(PageTable::V1),
+            "page-table",
+            "must be v2",
+        ),
+        (on(viommu.intremap, false), "intremap", "must be off"),
+        (on(viommu.ats, false), "ats", "must be off"),
+        (
+            viommu.pasid_bits.is_some_and(|bits| bits > 0),
+            "pasid-bits",
+            "must be 0",
+        ),
+    ];
+    let against = asked.into_iter().find(|(asked, ..)| *asked);
+    against.map(|(_, key, must)| (key, must))
 }
 
-/// What one of them was asked to offer in a machine in which a host's unit serves one. Such a unit has its tables of the
-/// IOMMU's own format for guest physical memory, and no remapping of a guest's interrupts.
-fn asked_beside_served(viommu: &Viommu) -> Result<ViommuOffer, ConfigError> {
-    let refuse = |key: &str, problem: &str| {
-        let problem =
-            format!("{problem} with an IOMMU of mode sim in the machine: no unit offers what one does not");
-        Err(viommu.source().wrong(key, problem))
-    };
-    if viommu.page_table == Some(PageTable::V1) {
-        return refuse("page-table", "must be v2");
+/// What one of them, of `mode`, was asked to offer in a machine in which one of mode `served` is.
+fn asked_beside_served(
+    viommu: &Viommu,
+    mode: ViommuMode,
+    served: ViommuMode,
+) -> Result<ViommuOffer, ConfigError> {
+    if let Some((key, must)) = against_served(viommu) {
+        let problem = format!(
+            "{must} with an IOMMU of mode {} in the machine: no unit offers what one does not",
+            served.name()
+        );
+        return Err(viommu.source().wrong(key, problem));
     }
-    if on(viommu.intremap, false) {
-        return refuse("intremap", "must be off");
-    }
-    if on(viommu.ats, false) {
-        return refuse("ats", "must be off");
-    }
-    if viommu.pasid_bits.is_some_and(|bits| bits > 0) {
-        return refuse("pasid-bits", "must be 0");
-    }
-    if is_served(viommu) && viommu.doorbell == Some(Doorbell::Poll) {
-        let problem = "the doorbell of an IOMMU of mode sim is the model's own; say exit, or leave this out";
+    if mode.is_served() && viommu.doorbell == Some(Doorbell::Poll) {
+        let whose = match mode {
+            ViommuMode::Simulated => "model",
+            _ => "hardware",
+        };
+        let problem = format!(
+            "the doorbell of an IOMMU of mode {} is the {whose}'s own; say exit, or leave this out",
+            mode.name()
+        );
         return Err(viommu.source().wrong("doorbell", problem));
     }
     Ok(ViommuOffer {
         page_table: PageTable::V2,
         intremap: false,
-        served: true,
         ..asked(viommu)?
     })
 }
@@ -183,7 +252,7 @@ fn blamed(viommus: &[Viommu], switch: impl Fn(&Viommu) -> Option<Switch>) -> &So
 
 fn plan(
     index: usize,
-    (mode, because): (ViommuMode, Option<&'static str>),
+    decided: Decided,
     offer: ViommuOffer,
     doorbell: Doorbell,
     mapped: &Mapped,
@@ -192,8 +261,9 @@ fn plan(
     let own = |kind: NodeKind| matches!(kind, NodeKind::HostBridge | NodeKind::Iommu(_));
     ViommuPlan {
         name: name.to_owned(),
-        mode,
-        because,
+        mode: decided.mode,
+        because: decided.because,
+        hardware: decided.hardware,
         root_complex: root.name.clone(),
         segment: root.segment,
         bdf,
@@ -283,7 +353,7 @@ mod tests {
             pasid_bits: 0,
             ats: false,
             np_cache: false,
-            served: false,
+            served: None,
         };
         assert_eq!(unit.offer, offer);
     }
@@ -332,7 +402,7 @@ mod tests {
             pasid_bits: 8,
             ats: false,
             np_cache: true,
-            served: false,
+            served: None,
         };
         assert!(units.iter().all(|unit| unit.offer == offer));
         let efr = offer.features().efr;
@@ -375,7 +445,9 @@ mod tests {
         assert_eq!(modes, [ViommuMode::Simulated, ViommuMode::Emulated]);
         let offer = units[0].offer;
         assert_eq!((offer.page_table, offer.intremap), (PageTable::V2, false));
-        assert!(offer.served && units[1].offer == offer && !units.iter().any(|unit| unit.remaps_ioapic));
+        assert!(
+            offer.served.is_some() && units[1].offer == offer && !units.iter().any(|unit| unit.remaps_ioapic)
+        );
         for (line, problem) in [
             (
                 "page-table = \"v1\"",
@@ -413,7 +485,7 @@ mod tests {
         assert!(
             with("pasid-bits = 1\npage-table = \"v1\"").contains("process address spaces have v2 tables")
         );
-        assert!(with("mode = \"hw\"").ends_with("not built in this version; say emulated, sim or auto"));
+        assert!(with("mode = \"hw\"").contains("no function of the host is behind it"));
         let text = refused("cpus = 256\n[[viommu]]\nxt = false\n");
         assert!(
             text.starts_with("m.toml:3: viommu.xt = off: remapped interrupts"),

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::*;
+use crate::iommu::iommufd::Abi;
 use crate::vm::host_functions::recorded::Recorded;
 use crate::vm::plan::Plan;
 use crate::vm::plan::resolve::decide;
@@ -251,4 +252,116 @@ fn a_group_that_the_guest_would_see_as_two_is_refused() {
         ),
         "{problem}"
     );
+}
+
+/// Both IOMMUs of the host have what a guest's needs.
+fn serving() -> Recorded {
+    let host = server();
+    for iommu in ["ivhd1", "ivhd3"] {
+        host.file(
+            &format!("sys/class/iommu/{iommu}/amd-iommu/features"),
+            "81000000000014:8\n",
+        );
+    }
+    host
+}
+
+/// Mode of each IOMMU, and why it is that, where the host's kernel answers by `ask`.
+fn modes(
+    text: &str,
+    host: &Recorded,
+    ask: fn(&HostFunctions, Sbdf, &[Abi]) -> Result<(), String>,
+) -> Vec<(&'static str, String)> {
+    let config = Config::parse(Path::new("m.toml"), text).expect("a machine file");
+    let host = HostFunctions::below(host.root()).answering(ask);
+    let plan = Plan::resolve_on(&config, &host).unwrap_or_else(|error| panic!("{text}: {error}"));
+    let units = plan.viommus.into_iter();
+    units
+        .map(|unit| (unit.mode.name(), unit.because.unwrap_or_default()))
+        .collect()
+}
+
+#[test]
+fn each_iommu_of_the_host_serves_where_it_can_and_the_kernel_answers() {
+    let text = format!(
+        "[[viommu]]\nmode = \"per-host\"\n{}",
+        devices(&["41:00.0", "c1:00.0"])
+    );
+    let of = |ask| modes(&text, &serving(), ask);
+    let answered = of(|_, _, _| Ok(()));
+    assert_eq!(
+        answered[0].1,
+        "auto: ivhd1 has what it takes, and so has the kernel"
+    );
+    assert_eq!([answered[0].0, answered[1].0], ["hw", "hw"]);
+    let one = of(|_, at, _| match at.bdf.bus() {
+        0x41 => Ok(()),
+        _ => Err("VIOMMU_ALLOC: no".to_owned()),
+    });
+    assert_eq!(one[0].0, "hw");
+    assert_eq!(
+        one[1],
+        (
+            "emulated",
+            "auto: ivhd3 has what it takes, but VIOMMU_ALLOC: no".to_owned()
+        )
+    );
+    let abis = |_: &HostFunctions, _, abis: &[Abi]| {
+        let names: Vec<_> = abis.iter().map(|abi| abi.name).collect();
+        Err(names.join(" "))
+    };
+    assert!(of(abis)[0].1.ends_with("but v-e v-d v-c v-a"));
+    let never = |_: &HostFunctions, _, _: &[Abi]| panic!("it has not what it takes");
+    let lacking = modes(&text, &server(), never);
+    assert_eq!(
+        lacking[0],
+        (
+            "emulated",
+            "auto: ivhd1 of the host is none of AMD's: there is no /sys/class/iommu/ivhd1/amd-iommu/features"
+                .to_owned()
+        )
+    );
+}
+
+#[test]
+fn what_was_said_that_no_unit_of_the_hosts_has_is_kept_and_hardware_is_not() {
+    let never = |_: &HostFunctions, _, _: &[Abi]| panic!("nobody need ask");
+    for (line, because) in [
+        (
+            "intremap = true",
+            "auto: intremap was said, which no unit of a host's has",
+        ),
+        (
+            "page-table = \"v1\"",
+            "auto: page-table was said, which no unit of a host's has",
+        ),
+        (
+            "doorbell = \"poll\"",
+            "auto: doorbell=poll was said, and a unit of the host's has its own",
+        ),
+    ] {
+        let text = format!("[[viommu]]\n{line}\n{}", devices(&["41:00.0"]));
+        assert_eq!(
+            modes(&text, &serving(), never),
+            [("emulated", because.to_owned())]
+        );
+    }
+}
+
+#[test]
+fn devices_that_are_emulated_stay_on_the_first_root_complex_behind_an_iommu_of_their_own() {
+    let nics = devices(&["c1:00.0", "41:00.0", "42:00.0"]);
+    let text = format!("[[viommu]]\nmode = \"per-host\"\n[[rng]]\n{nics}");
+    let ask: fn(&HostFunctions, Sbdf, &[Abi]) -> Result<(), String> = |_, _, _| Ok(());
+    let hybrid = modes(&text, &serving(), ask);
+    let names: Vec<_> = hybrid.iter().map(|(mode, _)| *mode).collect();
+    assert_eq!(names, ["emulated", "hw", "hw"]);
+    // On a root complex of their own they are in nobody's way.
+    let text = format!(
+        "[[viommu]]\nmode = \"per-host\"\n[[root-complex]]\n[[root-complex]]\nid = \"own\"\n[[rng]]\non = \"own\"\n{nics}"
+    );
+    assert_eq!(modes(&text, &serving(), ask).len(), 2);
+    // Where the IOMMU of the host does not serve, the first root complex stands for it as well.
+    let text = format!("[[viommu]]\nmode = \"per-host\"\n[[rng]]\n{nics}");
+    assert_eq!(modes(&text, &server(), ask).len(), 2);
 }
