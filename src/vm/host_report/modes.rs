@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::{HostReport, IommuKind, UnitTrial};
-use crate::iommu::iommufd::viommu::{Answer, Tried, VIOMMU_ALLOC, Version};
+use crate::iommu::iommufd::viommu::{Answer, PAGE_OFFSET, Tried, VIOMMU_ALLOC, Version};
 use crate::iommu::viommu::features::{Missing, missing};
 use crate::iommu::viommu::host::HostFeatures;
 
@@ -171,10 +171,16 @@ fn refusal(trial: &UnitTrial) -> Option<String> {
 /// Which version of AMD's interface the kernel answers to, or how it is told that it is none.
 #[must_use]
 pub fn verdict(tried: &Tried) -> &'static str {
-    let stock = |version: &Version| version.answer(VIOMMU_ALLOC) == Some(&Answer::Ok);
+    let any = |step: &str| {
+        let says = |version: &Version| version.answer(step) == Some(&Answer::Ok);
+        tried.versions.iter().any(says)
+    };
     match tried.version() {
         Some(version) => version.name,
-        None if tried.versions.iter().any(stock) => {
+        None if any(PAGE_OFFSET) => {
+            "none, though it has a VF page: a kernel of AMD's with another version, which a file for --abi can say"
+        }
+        None if any(VIOMMU_ALLOC) => {
             "none: a stock kernel, which makes a vIOMMU of any type and does nothing about it"
         }
         None => "none",

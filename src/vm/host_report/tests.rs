@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use super::*;
-use crate::iommu::iommufd::viommu::{Answer, Step, Tried, VIOMMU_ALLOC, Version};
+use crate::iommu::iommufd::viommu::{Answer, PAGE_OFFSET, Step, Tried, VIOMMU_ALLOC, Version};
 use crate::iommu::viommu::host::HostFeatures;
 
 /// A tree that looks like a host's file systems.
@@ -277,6 +277,12 @@ fn what_the_kernel_answered_decides_about_the_hardware() {
     assert_eq!(
         says(Ok(tried(false, vec![step(VIOMMU_ALLOC, refused("EOPNOTSUPP"))]))),
         "a kernel with AMD's vIOMMU: the version it answers to is none"
+    );
+    let other = vec![step(VIOMMU_ALLOC, Answer::Ok), step(PAGE_OFFSET, Answer::Ok)];
+    assert_eq!(
+        says(Ok(tried(false, other))),
+        "a kernel with AMD's vIOMMU: the version it answers to is none, though it has a VF page: a kernel of AMD's with \
+         another version, which a file for --abi can say"
     );
     let half = vec![
         step(VIOMMU_ALLOC, Answer::Ok),
