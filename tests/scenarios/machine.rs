@@ -44,6 +44,8 @@ pub(crate) struct Machine {
     /// Further files of the guest, by path.
     files: Vec<(String, Vec<u8>)>,
     deadline: Duration,
+    /// What is open in it when it starts: paths, by the number of the descriptor.
+    descriptors: Vec<(i32, String)>,
     /// The protocol by which the ELF file in the guest's kernel is started; without one it is the bzImage.
     elf: Option<&'static str>,
     folder: tempfile::TempDir,
@@ -58,6 +60,7 @@ impl Machine {
             cmdline: CMDLINE.to_owned(),
             script: None,
             files: Vec::new(),
+            descriptors: Vec::new(),
             deadline: DEADLINE,
             elf: None,
             folder: tempfile::tempdir().expect("a folder for temporary files"),
@@ -115,6 +118,12 @@ impl Machine {
         self
     }
 
+    /// Have `path` open, for reading and writing, as descriptor `number` from 3 to 9.
+    pub(crate) fn descriptor(mut self, number: i32, path: &str) -> Self {
+        self.descriptors.push((number, path.to_owned()));
+        self
+    }
+
     /// How long it may take.
     pub(crate) fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
@@ -147,8 +156,12 @@ impl Machine {
                 format!("path={},protocol={protocol}", path.display()).into()
             }
         };
-        let mut command = Command::new(binary());
+        let open = |(number, path): &(i32, String)| format!("{number}<>{path}");
+        let open: Vec<_> = self.descriptors.iter().map(open).collect();
+        let mut command = Command::new("bash");
         command
+            .args(["-c", &format!("exec \"$@\" {}", open.join(" ")), "bash"])
+            .arg(binary())
             .arg("run")
             .args(&self.arguments)
             .arg("--kernel")

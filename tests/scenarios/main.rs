@@ -5,6 +5,8 @@
 //! host with `kvm_amd` or `kvm_intel` (`scripts/test native [FILTER]`). Plain `cargo test` does not build
 //! them: the feature `scenarios` does.
 //!
+//! Some need another host than the rest: `scripts/test` says which modules, and starts a lab host for each.
+//!
 //! The environment says what to run: `RAVELIN_BIN` is the binary and `RAVELIN_GUESTS` a folder with
 //! `NAME/kernel` and `NAME/initramfs` for each guest, and `kernel-tests` with programs of the kernel's. What is missing fails, it is never skipped.
 
@@ -25,8 +27,10 @@ mod devices;
 mod hardware;
 mod host;
 mod hostile;
+mod intel_host;
 mod kernel_tests;
 mod kexec;
+mod legacy_host;
 mod life;
 mod multiboot;
 mod nested_vfio;
@@ -37,3 +41,4 @@ mod test_device;
 mod topologies;
 mod vfio;
 mod viommu;
+mod virtual_functions;

@@ -22,14 +22,14 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// The exit status for a guest that was ended before it shut down.
 const KILLED: i32 = 4;
 /// How long one boot may take; it takes half a minute.
-const DEADLINE: Duration = Duration::from_secs(150);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(150);
 /// With two processors, for the software CPU of the lab (docs/status.md).
-const BEHIND_AN_IOMMU: [&str; 4] = ["--cpus", "2", "--viommu", "emulated"];
+pub(crate) const BEHIND_AN_IOMMU: [&str; 4] = ["--cpus", "2", "--viommu", "emulated"];
 /// What of the disk is written and read, in MiB.
 const AMOUNT: usize = 16;
 
 /// Runs `scripts/bind-vfio` with these arguments.
-fn bind_vfio(arguments: &[&str]) {
+pub(crate) fn bind_vfio(arguments: &[&str]) {
     let mut bash = Command::new("bash")
         .args(["-s", "--"])
         .args(arguments)
@@ -45,15 +45,21 @@ fn bind_vfio(arguments: &[&str]) {
 
 /// The host's first function with this driver.
 fn driven_by(driver: &str) -> String {
+    all_driven_by(driver).swap_remove(0)
+}
+
+/// The host's functions with this driver, ascending: one at least.
+pub(crate) fn all_driven_by(driver: &str) -> Vec<String> {
     let folder = PathBuf::from("/sys/bus/pci/drivers").join(driver);
     let entries = fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let mut found: Vec<String> = names.filter(|name| name.contains(':')).collect();
     found.sort();
+    assert!(
+        !found.is_empty(),
+        "no function of this host has the driver {driver}; the lab has one"
+    );
     found
-        .into_iter()
-        .next()
-        .unwrap_or_else(|| panic!("no function of this host has the driver {driver}; the lab has one"))
 }
 
 /// Wait until `path` exists.
@@ -99,7 +105,10 @@ impl Given {
 
     /// Give the NIC back and see that it has a link there.
     pub(crate) fn works_on_the_host(self) {
-        nic_works(&self.back());
+        let nic = self.back();
+        let interface = Interface::of(&nic.at);
+        interface.up();
+        interface.down();
     }
 
     fn disk() -> Self {
@@ -163,27 +172,41 @@ fn nothing_is_pinned() {
     }
 }
 
-/// The host's NIC has an interface again, which says that its link is up.
-fn nic_works(nic: &Returned) {
-    let folder = format!("/sys/bus/pci/devices/{}/net", nic.at);
-    wait_for(Path::new(&folder));
-    let mut names = fs::read_dir(&folder).expect("an interface").flatten();
-    let name = names
-        .next()
-        .expect("one")
-        .file_name()
-        .into_string()
-        .expect("plain");
-    let up = Command::new("ip").args(["link", "set", &name, "up"]).status();
-    assert!(up.expect("ip is there").success());
-    let carrier = format!("/sys/class/net/{name}/carrier");
-    let until = Instant::now() + PATIENCE;
-    while fs::read_to_string(&carrier).unwrap_or_default().trim() != "1" {
-        assert!(Instant::now() < until, "{name} has no link");
-        thread::sleep(Duration::from_millis(100));
+/// An interface of the host's.
+pub(crate) struct Interface(String);
+
+impl Interface {
+    /// That of the function at `at`, once its driver has made it.
+    pub(crate) fn of(at: &str) -> Self {
+        let folder = format!("/sys/bus/pci/devices/{at}/net");
+        wait_for(Path::new(&folder));
+        let mut names = fs::read_dir(&folder).expect("an interface").flatten();
+        let name = names.next().expect("one").file_name();
+        Self(name.into_string().expect("plain"))
     }
-    let down = Command::new("ip").args(["link", "set", &name, "down"]).status();
-    assert!(down.expect("ip is there").success());
+
+    /// Switch it on; it then says that its link is up.
+    pub(crate) fn up(&self) {
+        self.set(&["up"]);
+        let carrier = format!("/sys/class/net/{}/carrier", self.0);
+        let until = Instant::now() + PATIENCE;
+        while fs::read_to_string(&carrier).unwrap_or_default().trim() != "1" {
+            assert!(Instant::now() < until, "{} has no link", self.0);
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Switch it off.
+    pub(crate) fn down(&self) {
+        self.set(&["down"]);
+    }
+
+    /// Change something about it, in the words of `ip link set`.
+    pub(crate) fn set(&self, words: &[&str]) {
+        let mut ip = Command::new("ip");
+        let status = ip.args(["link", "set", &self.0]).args(words).status();
+        assert!(status.expect("ip is there").success(), "{} {words:?}", self.0);
+    }
 }
 
 /// What finds the NIC in the guest and asks for an address; `packets` counts what it received.
@@ -206,7 +229,7 @@ check gateway_answers ping -c 10 -i 0.2 -s 1400 10.0.2.2
 "#;
 
 /// A guest called `guest` with the function behind a port; `more` are further keys.
-fn machine(guest: &'static str, given: &Given, more: &str) -> Machine {
+pub(crate) fn machine(guest: &'static str, given: &Given, more: &str) -> Machine {
     Machine::new(guest).deadline(DEADLINE).arguments([
         "--root-port",
         "id=rp0",
@@ -229,6 +252,35 @@ check no_virtual_functions test ! -e "$at/sriov_totalvfs"
 lspci -vv -s "$(basename $at)" | section lspci
 "#
         ))
+        .run()
+        .well();
+    assert_eq!(ended.console.said("address"), "10.0.2.15");
+    nic.works_on_the_host();
+}
+
+/// The VFIO device node of the function at `at`.
+fn node(at: &str) -> String {
+    let mut names = fs::read_dir(format!("/sys/bus/pci/devices/{at}/vfio-dev")).expect("bound to vfio-pci");
+    let name = names.next().expect("one").expect("readable").file_name();
+    format!("/dev/vfio/devices/{}", name.to_str().expect("plain"))
+}
+
+#[test]
+fn the_hosts_nic_works_by_descriptors_that_were_handed_over() {
+    let nic = Given::nic();
+    let wrong = machine("lab", &nic, ",fd=7")
+        .arguments(["--iommufd", "fd=8"])
+        .descriptor(7, "/dev/iommu")
+        .descriptor(8, "/dev/iommu")
+        .run()
+        .with(1);
+    let expected = format!("cannot use the descriptor 7 as the VFIO device of {}", nic.at);
+    assert!(wrong.log.contains(&expected), "{}", wrong.log);
+    let ended = machine("lab", &nic, ",fd=7")
+        .arguments(["--iommufd", "fd=8"])
+        .descriptor(7, &node(&nic.at))
+        .descriptor(8, "/dev/iommu")
+        .script(NETWORK)
         .run()
         .well();
     assert_eq!(ended.console.said("address"), "10.0.2.15");
@@ -330,7 +382,7 @@ dd if=/tmp/count of=/dev/vda bs=512 conv=fsync 2>/dev/null
 }
 
 /// What a guest says whose units shadow, and in which domain the function named by `$at` is.
-const BEHIND: &str = r#"
+pub(crate) const BEHIND: &str = r#"
 say domain "$(cat "$at/iommu_group/type")"
 check no_fault sh -c '! dmesg | grep -q "IO_PAGE_FAULT"'
 "#;
