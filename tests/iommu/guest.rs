@@ -4,7 +4,7 @@
 use ravelin::iommu::amd::features::{Features, Wanted};
 use ravelin::iommu::amd::spec::dte::Dte;
 use ravelin::iommu::amd::spec::registers::Control;
-use ravelin::iommu::amd::spec::viommu::{DEVICE_MAPS, DOMAIN_MAPS, MapControl};
+use ravelin::iommu::amd::spec::viommu::{COMMAND_DIRTY, DEVICE_MAPS, DOMAIN_MAPS, MapControl};
 use ravelin::iommu::amd::viommu::Owed;
 use ravelin::iommu::amd::{Effects, Unit};
 use ravelin::platform::addr::{Bdf, Gpa};
@@ -30,6 +30,8 @@ pub(crate) const END: u64 = 0x4_0000;
 /// System memory of the maps: 2 MiB each, for both guests.
 pub(crate) const DEVICE_MAP_AT: u64 = 0x140_0000;
 pub(crate) const DOMAIN_MAP_AT: u64 = 0x160_0000;
+/// And of the dirty status.
+pub(crate) const DIRTY_AT: u64 = 0x180_0000;
 
 /// Registers of a guest's page.
 pub(crate) mod page {
@@ -74,6 +76,8 @@ pub(crate) struct Guest {
 /// The machine: a host with two guests.
 pub(crate) struct Machine {
     pub(crate) host: Driver,
+    /// Root of the private address space.
+    pub(crate) private: u64,
     pub(crate) a: Guest,
     pub(crate) b: Guest,
 }
@@ -97,6 +101,7 @@ impl Machine {
         let private = host.attach(own, 1);
         host.map(private, 4, DEVICE_MAPS + (4 << 20), 2, pte(DEVICE_MAP_AT));
         host.map(private, 4, DOMAIN_MAPS + (4 << 19), 2, pte(DOMAIN_MAP_AT));
+        host.map(private, 4, COMMAND_DIRTY, 1, pte(DIRTY_AT));
         let mut guest = |id: u16, device| {
             let translate = Bdf::from_requester_id(0x4800 + id);
             let base = 0x100_0000 + u64::from(id) * 0x4_0000;
@@ -115,7 +120,7 @@ impl Machine {
             }
         };
         let (a, b) = (guest(4, device()), guest(5, other_device()));
-        let machine = Self { host, a, b };
+        let machine = Self { host, private, a, b };
         for guest in [&a, &b] {
             machine.control(
                 guest,

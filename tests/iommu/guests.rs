@@ -8,6 +8,7 @@ use ravelin::iommu::amd::ppr::{Answer, PageRequest};
 use ravelin::iommu::amd::request::Access;
 use ravelin::iommu::amd::spec::dte::Dte;
 use ravelin::iommu::amd::spec::registers::Control;
+use ravelin::iommu::amd::spec::viommu::{DEVICE_MAPS, DOMAIN_MAPS};
 use ravelin::iommu::amd::{Effects, Unit};
 use ravelin::platform::addr::{Bdf, Gpa, Iova};
 
@@ -16,8 +17,7 @@ use crate::driver::{
     host_dte, invalidate_device, invalidate_pages, read, wait, write,
 };
 use crate::guest::{
-    DEVICE_MAP_AT, DOMAIN, DOMAIN_MAP_AT, END, FLAG, Guest, LOG, Machine, NAME, OWN, PPR_LOG, RING, control,
-    page,
+    DEVICE_MAP_AT, DOMAIN, DOMAIN_MAP_AT, END, FLAG, Guest, LOG, Machine, NAME, PPR_LOG, RING, control, page,
 };
 use crate::page::Page;
 
@@ -42,7 +42,7 @@ fn stale() -> Machine {
 }
 
 /// Records of the host's log, by code and guest.
-fn host_errors(machine: &Machine) -> Vec<(u32, u32)> {
+pub(crate) fn host_errors(machine: &Machine) -> Vec<(u32, u32)> {
     let records = machine.host.events().into_iter();
     records
         .map(|record| (record[1] >> 28, record[1] & 0xffff))
@@ -380,13 +380,10 @@ fn an_entry_that_is_taken_back_takes_its_way_back_with_it() {
 
 #[test]
 fn broken_maps_stop_the_guest_and_are_told_to_the_host() {
-    let machine = Machine::running();
-    machine
-        .host
-        .set_dte(Bdf::from_requester_id(OWN), host_dte(0x3f_f000, 4, 1));
-    machine
-        .host
-        .submit(&[invalidate_device(Bdf::from_requester_id(OWN))]);
+    let mut machine = Machine::running();
+    for maps in [DEVICE_MAPS + (4 << 20), DOMAIN_MAPS + (4 << 19)] {
+        machine.host.map(machine.private, 4, maps, 2, 0);
+    }
     machine.map_device(&machine.a, 1, 1, true);
     assert_eq!(host_errors(&machine), [(0xc, 4)]);
     machine.submit(&machine.a, &[invalidate_device(name()), wait(FLAG, 7)]);

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use ravelin::iommu::amd::spec::registers::Control;
 use ravelin::platform::addr::Gpa;
 
+use crate::crowd;
 use crate::driver::{
     DEVICE_TABLE, Driver, INTERRUPT_TABLE, LOG, RAM, RING, device, host_dte, invalidate_pages, pte, read,
     reg, ring_base, wait, write,
@@ -203,5 +204,10 @@ proptest! {
     #[test]
     fn no_bytes_make_the_unit_panic_or_differ_from_the_model(bytes in proptest::collection::vec(any::<u8>(), 0..4096)) {
         run(&bytes);
+    }
+
+    #[test]
+    fn guests_of_one_unit_reach_nothing_of_each_others_whatever_they_do(bytes in proptest::collection::vec(any::<u8>(), 0..4096)) {
+        crowd::run(&bytes);
     }
 }

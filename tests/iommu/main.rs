@@ -4,6 +4,7 @@
 //! I invalidation, D device table, P page tables, E events, X interrupts) and the rule they check.
 
 mod commands;
+mod crowd;
 mod device_table;
 mod driver;
 mod events;
@@ -14,6 +15,7 @@ mod interrupts;
 mod invalidation;
 mod model;
 mod page;
+mod private;
 mod reference;
 mod registers;
 mod scribble;

@@ -439,8 +439,9 @@ fn execute<I: Issuer>(
     let command = match issuer.parse(raw).map_err(|_| Stop::Illegal { at })? {
         Asked::Command(command) => command,
         Asked::OfHost(command) => {
-            *budget = budget.saturating_sub(1);
-            effects.join(unit.carry_out_of_host(command));
+            let (owed, counted) = unit.carry_out_of_host(command);
+            effects.join(owed);
+            *budget = budget.saturating_sub(counted);
             return Ok(Carried::Out);
         }
     };

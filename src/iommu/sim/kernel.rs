@@ -8,11 +8,17 @@ use super::tables::{LEVELS, TablePages};
 use crate::guest_warn;
 use crate::iommu::amd::memory::SystemMemory;
 use crate::iommu::amd::spec::command::{CompletionWait, InvalidateDevice, InvalidatePages, Opcode};
-use crate::iommu::amd::spec::dte::{Dte, Guest, Host};
+use crate::iommu::amd::spec::dte::{Dte, Guest, Host, Interrupt};
 use crate::iommu::amd::spec::event::{Code, Record};
+use crate::iommu::amd::spec::irte::IrteGa;
 use crate::iommu::amd::spec::registers::{Control, RingBase, RingPointer, Status};
-use crate::iommu::amd::spec::viommu::{ControlReg, DEVICE_MAP_LEN, DEVICE_MAPS, DOMAIN_MAP_LEN, DOMAIN_MAPS};
+use crate::iommu::amd::spec::viommu::{
+    COMMAND_DIRTY, COMMAND_DIRTY_LEN, ControlReg, DEVICE_MAP_LEN, DEVICE_MAPS, DOMAIN_MAP_LEN, DOMAIN_MAPS,
+    InterruptTablePointer,
+};
+use crate::iommu::amd::viommu::GuestLog;
 use crate::iommu::amd::{Effects, Unit};
+use crate::iommu::viommu::host::InterruptTarget;
 use crate::platform::addr::{Bdf, Gpa, PAGE_SIZE};
 
 /// The number by which the unit knows the guest. Drivers for the hardware use no 0.
@@ -34,6 +40,10 @@ const DEVICE_TABLE: u64 = OWN;
 const RING: u64 = OWN + 0x20_0000;
 const LOG: u64 = OWN + 0x20_1000;
 const FLAG: u64 = OWN + 0x20_2000;
+/// First level of the extended interrupt remapping table, and behind it a second level for each log.
+const INTERRUPTS: u64 = OWN + 0x20_4000;
+const INTERRUPTS_OF: u64 = INTERRUPTS + InterruptTablePointer::TABLE_LEN;
+const DIRTY: u64 = OWN + 0x20_8000;
 const MAPS: u64 = OWN + 0x40_0000;
 const TABLES: u64 = OWN + 0x60_0000;
 
@@ -116,6 +126,7 @@ impl Kernel {
         let guest = u64::from(GUEST);
         let device_maps = DEVICE_MAPS + guest * DEVICE_MAP_LEN;
         pages.map(memory, private, device_maps, MAPS, DEVICE_MAP_LEN)?;
+        pages.map(memory, private, COMMAND_DIRTY, DIRTY, COMMAND_DIRTY_LEN)?;
         let domain_maps = DOMAIN_MAPS + guest * DOMAIN_MAP_LEN;
         pages.map(
             memory,
@@ -130,7 +141,21 @@ impl Kernel {
             tail: 0,
             sequence: 0,
         };
-        write_entry(memory, OWN_FUNCTION, &table(private, PRIVATE_DOMAIN));
+        for log in [GuestLog::Event, GuestLog::Ppr] {
+            let pointer = InterruptTablePointer::new()
+                .with_valid(true)
+                .with_frame(second_level(log) >> 12);
+            let at = INTERRUPTS + (log.index(GUEST) >> 8) * InterruptTablePointer::LEN;
+            store(memory, at, pointer.into_bits());
+        }
+        let own = Dte {
+            interrupt: Interrupt::new()
+                .with_iv(true)
+                .with_int_ctl(2)
+                .with_root(INTERRUPTS >> 6),
+            ..table(private, PRIVATE_DOMAIN)
+        };
+        write_entry(memory, OWN_FUNCTION, &own);
         for device in devices {
             write_entry(memory, device, &kernel.blocked());
         }
@@ -188,6 +213,39 @@ impl Kernel {
         self.submit(unit, memory, &[pages.into_bits()])
     }
 
+    /// Have interrupts of `log` of the guest go to `target`, or nowhere.
+    ///
+    /// AMD's kernel names the virtual APIC of a processor; a machine before the model has none, so that the entry is one
+    /// like any device's.
+    pub(super) fn route(
+        &mut self,
+        unit: &Unit<SimMemory>,
+        memory: &SimMemory,
+        log: GuestLog,
+        target: Option<InterruptTarget>,
+    ) -> Effects {
+        let entry = target.map_or_else(IrteGa::new, |target| {
+            let [low @ .., high] = target.destination.to_le_bytes();
+            let [b0, b1, b2] = low;
+            IrteGa::new()
+                .with_remap_en(true)
+                .with_dm(target.logical)
+                .with_vector(target.vector)
+                .with_destination_23_0(u32::from_le_bytes([b0, b1, b2, 0]))
+                .with_destination_31_24(high)
+        });
+        let at = second_level(log) + (log.index(GUEST) & 0xff) * IrteGa::LEN;
+        let [b0, b1, b2, b3, b4, b5, b6, b7, rest @ ..] = entry.into_bits().to_le_bytes();
+        // Off, then the half that says nothing by itself, then the one that switches it on.
+        store(memory, at, 0);
+        store(memory, at + 8, u64::from_le_bytes(rest));
+        store(memory, at, u64::from_le_bytes([b0, b1, b2, b3, b4, b5, b6, b7]));
+        let own = InvalidateDevice::new()
+            .with_device(OWN_FUNCTION.requester_id())
+            .with_opcode(Opcode::INVALIDATE_INTERRUPT_TABLE.0);
+        self.submit(unit, memory, &[own.into_bits()])
+    }
+
     /// Submit `commands`, fewer than the ring has entries, and wait until all are done.
     pub(super) fn submit(
         &mut self,
@@ -223,6 +281,14 @@ impl Kernel {
         for at in (MAPS..MAPS + DEVICE_MAP_LEN + DOMAIN_MAP_LEN).step_by(zeros.len()) {
             memory.write(Gpa(at), &zeros).expect("the host's own memory");
         }
+    }
+}
+
+/// The second level that has the entry of the guest's `log`.
+const fn second_level(log: GuestLog) -> u64 {
+    match log {
+        GuestLog::Event => INTERRUPTS_OF,
+        GuestLog::Ppr => INTERRUPTS_OF + PAGE_SIZE,
     }
 }
 

@@ -46,6 +46,7 @@ use super::amd::spec::viommu::{
     CommandControl, ControlReg, EventControl, InsertGuestEvent, MapControl, MiscControl, PprControl,
     ResetVmmio,
 };
+use super::amd::viommu::{FIRST_VECTOR, GuestInterrupt, GuestLog};
 use super::amd::window::RegisterWindow;
 use super::amd::{Effects, Unit};
 use super::viommu::host::{
@@ -110,30 +111,11 @@ struct State {
     objects: Objects,
 }
 
-/// Where the interrupts of the guest's unit go, and which are due that go nowhere yet.
-#[derive(Default)]
+/// Which interrupts of the guest's unit are due that went nowhere yet.
+#[derive(Clone, Copy, Default)]
 struct Interrupts {
-    event: Line,
-    ppr: Line,
-}
-
-#[derive(Default)]
-struct Line {
-    target: Option<InterruptTarget>,
-    due: bool,
-}
-
-impl Line {
-    /// The message to be sent now, if one is due.
-    fn take(&mut self) -> Option<MsiMessage> {
-        let target = self.target.filter(|_| self.due)?;
-        self.due = false;
-        Some(MsiMessage::remapped(
-            target.destination,
-            target.logical,
-            target.vector.into(),
-        ))
-    }
+    event: bool,
+    ppr: bool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -304,8 +286,7 @@ impl SimHost {
         let _ = self.more.read();
         let _forgotten = self.unit.take_owed();
         let mut interrupts = lock(&self.interrupts);
-        interrupts.event.due = false;
-        interrupts.ppr.due = false;
+        *interrupts = Interrupts::default();
     }
 
     /// Do `f` with everything the front end changes, and then what that set off.
@@ -321,15 +302,43 @@ impl SimHost {
         control_guest(&self.unit, reg, value)
     }
 
-    /// Have interrupts of the guest's unit become due, and send those that go anywhere.
-    fn interrupt(&self, change: impl FnOnce(&mut Interrupts)) {
+    /// Have interrupts of the guest's unit become due, and send those that the host's table sends anywhere. What that
+    /// sets off is the caller's to carry out.
+    fn interrupt(&self, change: impl FnOnce(&mut Interrupts)) -> Effects {
         let mut interrupts = lock(&self.interrupts);
         change(&mut interrupts);
-        let due = [interrupts.event.take(), interrupts.ppr.take()];
+        let Interrupts { event, ppr } = &mut *interrupts;
+        let (mut effects, mut messages) = (Effects::default(), Vec::new());
+        for (due, log) in [(event, GuestLog::Event), (ppr, GuestLog::Ppr)] {
+            if !*due {
+                continue;
+            }
+            let (sent, owed) = self.unit.remap_guest_interrupt(GUEST, log);
+            effects.join(owed);
+            *due = sent.is_none();
+            // The host names no virtual APIC.
+            if let Some(GuestInterrupt::Message(delivery)) = sent {
+                messages.push(MsiMessage::remapped(
+                    delivery.destination,
+                    delivery.logical,
+                    delivery.vector.into(),
+                ));
+            }
+        }
         drop(interrupts);
-        for message in due.into_iter().flatten() {
+        for message in messages {
             self.messages.signal(&self.own, message);
         }
+        effects
+    }
+
+    /// Read the host's log as long as it interrupts.
+    fn heed_log(&self, mut effects: Effects) -> Effects {
+        while effects.interrupts.event.take().is_some() {
+            let _one_reader = lock(&self.log);
+            effects.join(read_events(&self.unit, &self.memory, &self.name));
+        }
+        effects
     }
 }
 
@@ -340,21 +349,19 @@ impl UnitOwner for SimHost {
         &self.unit
     }
 
-    fn perform(&self, mut effects: Effects) {
-        while effects.interrupts.event.take().is_some() {
-            let _one_reader = lock(&self.log);
-            effects.join(read_events(&self.unit, &self.memory, &self.name));
-        }
+    fn perform(&self, effects: Effects) {
+        let effects = self.heed_log(effects);
         if !effects.guests {
             return;
         }
         let Some(owed) = self.unit.take_owed().remove(&GUEST) else {
             return;
         };
-        self.interrupt(|interrupts| {
-            interrupts.event.due |= owed.event;
-            interrupts.ppr.due |= owed.ppr;
+        let told = self.interrupt(|interrupts| {
+            interrupts.event |= owed.event;
+            interrupts.ppr |= owed.ppr;
         });
+        let _of_the_host_only = self.heed_log(told);
         if owed.more_commands {
             self.more
                 .write(1)
@@ -495,15 +502,19 @@ impl ViommuHost for SimHost {
         interrupt: UnitInterrupt,
         target: Option<InterruptTarget>,
     ) -> io::Result<()> {
-        lock(&self.state).objects.viommu(viommu)?;
-        if target.is_some_and(|target| target.vector == 0) {
-            return Err(refuse::invalid());
-        }
-        self.interrupt(|interrupts| match interrupt {
-            UnitInterrupt::Event => interrupts.event.target = target,
-            UnitInterrupt::Ppr => interrupts.ppr.target = target,
-        });
-        Ok(())
+        let log = match interrupt {
+            UnitInterrupt::Event => GuestLog::Event,
+            UnitInterrupt::Ppr => GuestLog::Ppr,
+        };
+        self.request(|State { kernel, objects }, effects| {
+            objects.viommu(viommu)?;
+            if target.is_some_and(|target| target.vector < FIRST_VECTOR) {
+                return Err(refuse::invalid());
+            }
+            effects.join(kernel.route(&self.unit, &self.memory, log, target));
+            effects.join(self.interrupt(|_what_is_due| {}));
+            Ok(())
+        })
     }
 
     /// A record's second dword has no room in the command for a domain or the lower bits of a PASID: a record with any
@@ -566,6 +577,9 @@ impl ViommuHost for SimHost {
                 Object::Viommu => {
                     self.viommu.store(NOBODY, Ordering::Release);
                     *lock(&self.interrupts) = Interrupts::default();
+                    for log in [GuestLog::Event, GuestLog::Ppr] {
+                        effects.join(kernel.route(&self.unit, &self.memory, log, None));
+                    }
                     effects.join(self.control(ControlReg::Misc, 0));
                     let nothing = kernel.blocked();
                     effects.join(kernel.set_entry(&self.unit, &self.memory, TRANSLATE_DEVICE, &nothing));

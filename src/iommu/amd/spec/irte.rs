@@ -66,6 +66,41 @@ impl IrteGa {
     pub const LEN: u64 = 16;
 }
 
+/// The 128-bit entry in its virtual APIC form: GuestMode is 1.
+#[bitfield(u128)]
+#[derive(PartialEq, Eq)]
+pub struct IrteGuest {
+    /// The entry means something.
+    pub remap_en: bool,
+    /// Log no fault of this interrupt.
+    pub sup_iopf: bool,
+    /// Log the interrupt while the processor does not run.
+    pub ga_log_intr: bool,
+    #[bits(2)]
+    __: u8,
+    /// No interrupt wakes up a processor that does not run.
+    pub gappi_dis: bool,
+    /// The processor runs, at the destination.
+    pub is_run: bool,
+    /// The entry posts to a virtual APIC.
+    pub guest_mode: bool,
+    /// Destination bits 23:0.
+    #[bits(24)]
+    pub destination_23_0: u32,
+    /// What software calls the processor.
+    pub ga_tag: u32,
+    pub vector: u8,
+    #[bits(4)]
+    __: u8,
+    /// The virtual APIC's backing page, address bits 51:12.
+    #[bits(40)]
+    pub backing_page: u64,
+    #[bits(4)]
+    __: u8,
+    /// Destination bits 31:24.
+    pub destination_31_24: u8,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -88,5 +123,14 @@ mod tests {
         assert!(entry.remap_en());
         assert_eq!(entry.destination_23_0(), 0x0102);
         assert_eq!((entry.vector(), entry.destination_31_24()), (0x55, 1));
+    }
+
+    #[test]
+    fn the_long_entry_of_a_virtual_apic_is_where_drivers_write_it() {
+        let entry = IrteGuest::from_bits(0x0100_0012_3456_7041_89ab_cdef_0002_03c1);
+        assert!(entry.remap_en() && entry.is_run() && entry.guest_mode() && !entry.gappi_dis());
+        assert_eq!((entry.ga_tag(), entry.vector()), (0x89ab_cdef, 0x41));
+        assert_eq!(entry.backing_page(), 0x0123_4567);
+        assert_eq!((entry.destination_23_0(), entry.destination_31_24()), (0x203, 1));
     }
 }

@@ -11,6 +11,10 @@ pub const VF_LEN: u64 = 0x1000;
 /// Bytes of VF control MMIO of one guest.
 pub const VF_CONTROL_LEN: u64 = 0x40;
 
+/// Where the command-buffer dirty status is in the private address space: one bit for each guest.
+pub const COMMAND_DIRTY: u64 = 0x40_0000;
+/// Bytes of it.
+pub const COMMAND_DIRTY_LEN: u64 = 0x2000;
 /// Where the device-ID maps begin in the private address space.
 pub const DEVICE_MAPS: u64 = 0x10_0000_0000;
 /// Bytes of the device-ID map of one guest.
@@ -227,6 +231,31 @@ pub struct MapEntry {
     __: u16,
     /// There is one.
     pub valid: bool,
+}
+
+/// An entry of the first level of the extended interrupt remapping table: where a table of the second level is.
+///
+/// An interrupt of a guest has the number of its log in bits 17:16, 0 event and 1 PPR, and that of the guest in bits 15:0.
+/// Bits 17:8 choose the entry of the first level, and bits 7:0 that of the second, which has 128 bits.
+#[bitfield(u64)]
+#[derive(PartialEq, Eq)]
+pub struct InterruptTablePointer {
+    /// There is one.
+    pub valid: bool,
+    #[bits(11)]
+    __: u16,
+    /// Address bits 51:12.
+    #[bits(40)]
+    pub frame: u64,
+    #[bits(12)]
+    __: u16,
+}
+
+impl InterruptTablePointer {
+    /// Bytes of an entry.
+    pub const LEN: u64 = 8;
+    /// Bytes of the first level.
+    pub const TABLE_LEN: u64 = 0x2000;
 }
 
 /// INSERT_GUEST_EVENT.

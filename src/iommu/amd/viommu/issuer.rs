@@ -38,6 +38,7 @@ impl<M: SystemMemory> Unit<M> {
         };
         let mut effects = run_ring(&ring);
         effects.join(ring.owed.take());
+        effects.join(self.unbroken(guest, self.mark_clean(guests, guest)));
         effects
     }
 }
@@ -110,6 +111,8 @@ impl<M: SystemMemory> Issuer for GuestRing<'_, M> {
     }
 
     fn read(&self, at: Gpa, data: &mut [u8]) -> Result<(), Unreachable> {
+        let dirty = self.unit.mark_dirty(self.guests, self.guest);
+        dirty.map_err(|broken| self.broken(broken))?;
         self.memory()?.read(at, data)
     }
 

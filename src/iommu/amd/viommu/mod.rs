@@ -17,7 +17,8 @@
 //! | a command means nothing, or its memory does not answer | event; its ring stops | |
 //! | a log has no room | overflow, as on any unit | |
 //! | a log's memory does not answer | the record is lost | GUEST_EVENT_FAULT |
-//! | a map, or the translate device's entry, does not answer | its ring stops | VIOMMU_HARDWARE_ERROR |
+//! | a map, its dirty bit, or the translate device's entry, does not answer | its ring stops | VIOMMU_HARDWARE_ERROR |
+//! | the extended interrupt remapping table does not answer | its interrupt is held back | VIOMMU_HARDWARE_ERROR |
 //! | a request finds no page in the guest's tables | event | |
 //! | a request finds no page in the host's table | | event |
 //!
@@ -27,14 +28,16 @@
 //! # Locks
 //!
 //! Of one guest: processor, VF control, registers, in this order. No two guests' at a time; the unit's own processor comes
-//! before all of them, its registers after.
+//! before all of them, its registers after. The dirty bits come between a guest's processor and its registers.
 
+mod dirty;
+mod interrupts;
 mod issuer;
 mod logs;
 mod maps;
 mod reach;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
@@ -56,6 +59,8 @@ use super::spec::viommu::{
 use super::window::{Change, RegisterWindow};
 use super::{Effects, Unit, within};
 use crate::platform::addr::Bdf;
+
+pub use interrupts::{FIRST_VECTOR, GuestInterrupt, GuestLog, Posted};
 
 /// A command that only the host gives.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -116,6 +121,8 @@ pub(super) struct Guests {
     /// Those who were ever spoken of.
     guests: RwLock<BTreeMap<u16, Arc<Guest>>>,
     owed: Mutex<BTreeMap<u16, Owed>>,
+    /// Whose bit of the command-buffer dirty status is set.
+    dirty: Mutex<BTreeSet<u16>>,
     counters: Counters,
 }
 
@@ -149,6 +156,7 @@ impl Guests {
             own,
             guests: RwLock::default(),
             owed: Mutex::default(),
+            dirty: Mutex::default(),
             counters: Counters::default(),
         }
     }
@@ -234,11 +242,16 @@ impl<M: SystemMemory> Unit<M> {
         Some((guests, guests.guest(id, self.features)))
     }
 
+    /// The guest `id`, if anybody ever wrote about it. All registers of any other are 0.
+    fn known_guest(&self, id: u16) -> Option<Arc<Guest>> {
+        self.guests.as_ref()?.known(id)
+    }
+
     /// `guest` reads `data.len()` bytes at `offset` of its page (VF MMIO). Where there is no register it reads 0.
     pub fn vf_read(&self, guest: u16, offset: u64, data: &mut [u8]) {
         let value = page_register(offset)
-            .zip(self.guest(guest))
-            .map_or(0, |(reg, (_, guest))| guest.registers().read(reg));
+            .zip(self.known_guest(guest))
+            .map_or(0, |(reg, guest)| guest.registers().read(reg));
         read_lanes(value, within(offset), data);
     }
 
@@ -264,7 +277,7 @@ impl<M: SystemMemory> Unit<M> {
     /// register it reads 0.
     pub fn vf_control_read(&self, guest: u16, offset: u64, data: &mut [u8]) {
         let reg = ControlReg::at(offset & !7);
-        let value = reg.zip(self.guest(guest)).map_or(0, |(reg, (_, guest))| {
+        let value = reg.zip(self.known_guest(guest)).map_or(0, |(reg, guest)| {
             let control = lock(&guest.control);
             match reg {
                 ControlReg::DeviceMap => control.device_map.into_bits(),
@@ -359,24 +372,29 @@ impl<M: SystemMemory> Unit<M> {
         counts.unwrap_or_default()
     }
 
-    /// Carry out a command that only the host gives.
-    pub(super) fn carry_out_of_host(&self, command: OfHost) -> Effects {
+    /// Carry out a command that only the host gives; for how many that counts.
+    pub(super) fn carry_out_of_host(&self, command: OfHost) -> (Effects, usize) {
         let Some(guests) = &self.guests else {
-            return Effects::default();
+            return (Effects::default(), 1);
         };
         match command {
             OfHost::InsertEvent { guest, record } => {
                 let guest = guests.guest(guest, self.features);
-                self.log_event(guests, &guest, Code(record.code()), record.into_bits())
+                let effects = self.log_event(guests, &guest, Code(record.code()), record.into_bits());
+                (effects, 1)
             }
             OfHost::Reset(guest) => {
-                let guests =
+                let reset: Vec<_> =
                     guest.map_or_else(|| guests.all(), |guest| guests.known(guest).into_iter().collect());
-                for guest in guests {
-                    let _idle = lock(&guest.processor);
+                let mut effects = Effects::default();
+                let counted = reset.len().max(1);
+                for guest in reset {
+                    let idle = lock(&guest.processor);
                     guest.change().reset_page();
+                    drop(idle);
+                    effects.join(self.unbroken(&guest, self.mark_clean(guests, &guest)));
                 }
-                Effects::default()
+                (effects, counted)
             }
         }
     }
@@ -424,6 +442,7 @@ impl<M: SystemMemory> Unit<M> {
             *guest.change() = Registers::of_guest(self.features);
         }
         lock(&guests.owed).clear();
+        lock(&guests.dirty).clear();
     }
 }
 

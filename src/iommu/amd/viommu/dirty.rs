@@ -1,0 +1,65 @@
+//! Command-buffer dirty status: a bit for each guest in the private address space.
+//!
+//! Drivers give it memory and never look, so when a bit changes is this model's own: it stands from before the unit
+//! fetches commands of the guest until none waits, or its ring is off.
+
+use super::maps::Broken;
+use super::{Guest, Guests, lock};
+use crate::iommu::amd::Unit;
+use crate::iommu::amd::memory::{SystemMemory, Unreachable};
+use crate::iommu::amd::spec::viommu::COMMAND_DIRTY;
+use crate::platform::addr::Gpa;
+
+/// Exchanges before a quadword that changes all the time counts as one that does not answer.
+const ATTEMPTS: usize = 16;
+
+impl<M: SystemMemory> Unit<M> {
+    /// Commands of `guest` are about to be fetched.
+    pub(super) fn mark_dirty(&self, guests: &Guests, guest: &Guest) -> Result<(), Broken> {
+        let mut dirty = lock(&guests.dirty);
+        if dirty.contains(&guest.id) {
+            return Ok(());
+        }
+        self.change_dirty(guests, guest, true)?;
+        dirty.insert(guest.id);
+        Ok(())
+    }
+
+    /// Commands of `guest` were carried out, or its ring changed: perhaps none waits any more.
+    pub(super) fn mark_clean(&self, guests: &Guests, guest: &Guest) -> Result<(), Broken> {
+        let mut dirty = lock(&guests.dirty);
+        if !dirty.contains(&guest.id) {
+            return Ok(());
+        }
+        // Looked at with the bits locked: whoever rings later marks it anew.
+        let waits = {
+            let registers = guest.registers();
+            registers.control().cmd_buf_en() && registers.command.waiting() > 0
+        };
+        if waits {
+            return Ok(());
+        }
+        // Where the bit cannot be cleared it cannot be set either, and the next doorbell says so.
+        dirty.remove(&guest.id);
+        self.change_dirty(guests, guest, false)
+    }
+
+    fn change_dirty(&self, guests: &Guests, guest: &Guest, set: bool) -> Result<(), Broken> {
+        let at = COMMAND_DIRTY + u64::from(guest.id >> 6) * 8;
+        let bit = 1 << (guest.id & 63);
+        let private = self.reach(guests.own).ok_or(Broken { at })?;
+        let unreachable = |Unreachable| Broken { at };
+        for _ in 0..ATTEMPTS {
+            let old = private.load(Gpa(at)).map_err(unreachable)?;
+            let new = if set { old | bit } else { old & !bit };
+            if private
+                .compare_exchange(Gpa(at), old, new)
+                .map_err(unreachable)?
+                .is_ok()
+            {
+                return Ok(());
+            }
+        }
+        Err(Broken { at })
+    }
+}
