@@ -81,6 +81,7 @@ golden! {
     big_is_as_recorded: "big",
     test_device_is_as_recorded: "test-device",
     talk_is_as_recorded: "talk",
+    hypervisor_is_as_recorded: "hypervisor",
 }
 
 #[test]

@@ -154,6 +154,7 @@ fn viommu(viommu: &ViommuPlan) -> String {
         pasid_bits,
         ats,
         np_cache,
+        virtualizable,
         // What follows from it is told piece by piece.
         served: _,
     } = viommu.offer;
@@ -177,9 +178,13 @@ fn viommu(viommu: &ViommuPlan) -> String {
     parts.extend((pasid_bits > 0).then(|| format!("{pasid_bits} PASID bits")));
     parts.extend(ats.then(|| "ATS".to_owned()));
     parts.extend(np_cache.then(|| "NpCache".to_owned()));
+    parts.extend(virtualizable.then(|| "serves guests".to_owned()));
     parts.extend((viommu.doorbell == Doorbell::Poll).then(|| "doorbell polled".to_owned()));
+    let guests = viommu.guests.map_or_else(String::new, |guests| {
+        format!(", those of guests {} and {}", guests.pages, guests.control)
+    });
     format!(
-        "AMD IOMMU, {mode}{because}, on {} at {:04x}:{}, registers {}: {}",
+        "AMD IOMMU, {mode}{because}, on {} at {:04x}:{}, registers {}{guests}: {}",
         viommu.root_complex,
         viommu.segment,
         viommu.bdf,

@@ -6,16 +6,19 @@
 
 use std::sync::Arc;
 
+use serde::Serialize;
+
 use super::amd::features::Features;
 use super::amd::registers::MsiMirror;
-use super::amd::spec::capability::{BaseLow, Header, ID, LEN, Range};
+use super::amd::spec::capability::{BaseLow, GUESTS_LEN, GuestsLow, Header, ID, LEN, Range};
+use super::amd::spec::viommu::{VF_CONTROL_LEN, VF_LEN};
 use crate::pci::ConfigEffect;
 use crate::pci::access::DwordWrite;
-use crate::pci::capability::{Capability, CapabilityId};
+use crate::pci::capability::{Capability, CapabilityId, VendorSpecific};
 use crate::pci::config_space::ConfigSpace;
 use crate::pci::endpoint::Endpoint;
 use crate::pci::tree::Identity;
-use crate::platform::addr::{GpaRange, Sbdf};
+use crate::platform::addr::{Gpa, GpaRange, Sbdf};
 use crate::platform::dma::Requester;
 use crate::platform::msi::MsiPort;
 
@@ -44,13 +47,30 @@ impl UnitFunction {
     /// [`Endpoint::signal`] leaves by `own`.
     #[must_use]
     pub fn new(features: &Features, mmio: GpaRange, at: Sbdf, own: MsiPort) -> Self {
+        Self::serving(features, mmio, None, at, own)
+    }
+
+    /// The same of a unit that has registers of guests at `guests`, which it serves.
+    #[must_use]
+    pub fn serving(
+        features: &Features,
+        mmio: GpaRange,
+        guests: Option<GuestRegisters>,
+        at: Sbdf,
+        own: MsiPort,
+    ) -> Self {
         let mut config = ConfigSpace::endpoint(&IDENTITY);
         let offset = config.push_capability(Box::new(Block::new(features, mmio)));
         assert_eq!(offset, CAPABILITY_AT, "the IVRS says where the block is");
+        let mut msi_at = CAPABILITY_AT + LEN;
+        if let Some(guests) = guests {
+            config.push_capability(Box::new(guests.capability()));
+            msi_at += GUESTS_LEN;
+        }
         Self {
             // Its requests are its own affair, so Bus Master Enable of this one changes nothing.
             endpoint: Endpoint::new(config, Arc::new(Requester::new(at))).with_msi(1, own),
-            msi_at: (CAPABILITY_AT + LEN) / 4,
+            msi_at: msi_at / 4,
         }
     }
 
@@ -109,6 +129,46 @@ impl Block {
             // The GA log's message number: there is no GA log.
             0,
         ])
+    }
+}
+
+/// Where a unit that serves guests has their registers. Guests have numbers of 16 bits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub struct GuestRegisters {
+    /// A page for each guest (VF MMIO): what the hypervisor gives the guest as page 3 of its unit.
+    pub pages: GpaRange,
+    /// 64 bytes for each, by which the hypervisor controls it (VF control MMIO).
+    pub control: GpaRange,
+}
+
+impl GuestRegisters {
+    /// Bytes that both take in a row, which their address is a multiple of.
+    pub const LEN: u64 = 2 * Self::PAGES_LEN;
+    /// Bytes of the pages: 256 MiB.
+    const PAGES_LEN: u64 = VF_LEN << 16;
+    /// Bytes of the rest: 4 MiB.
+    const CONTROL_LEN: u64 = VF_CONTROL_LEN << 16;
+
+    /// The pages at `start`, a multiple of their length, and the rest behind them; `None` past the end of addresses.
+    #[must_use]
+    pub fn at(start: Gpa) -> Option<Self> {
+        let control = start.0.checked_add(Self::PAGES_LEN)?;
+        Some(Self {
+            pages: GpaRange::new(start, Self::PAGES_LEN)?,
+            control: GpaRange::new(Gpa(control), Self::CONTROL_LEN)?,
+        })
+    }
+
+    /// The capability by which drivers find both.
+    fn capability(self) -> VendorSpecific {
+        let mut body = [0; GUESTS_LEN as usize - 3];
+        for (at, range) in [(5, self.pages), (13, self.control)] {
+            let [low, high] = halves(range.start().0);
+            let low = GuestsLow::new().with_enable(true).with_base_31_12(low >> 12);
+            body[at..at + 4].copy_from_slice(&low.into_bits().to_le_bytes());
+            body[at + 4..at + 8].copy_from_slice(&high.to_le_bytes());
+        }
+        VendorSpecific::new(&body)
     }
 }
 

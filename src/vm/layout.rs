@@ -9,7 +9,8 @@
 //! 0xfed80000-0xfed8ffff nothing: Zen guests read the southbridge's reset status there and expect all ones
 //! 0xfee00000-0xfeefffff local APICs; MSI writes
 //! 4 GiB                 RAM, around the HyperTransport hole
-//! after RAM             the root complexes' 64-bit windows
+//! after RAM             where IOMMUs that serve guests have these guests' registers, where there are some, then the root
+//!                       complexes' 64-bit windows
 //! ```
 //!
 //! All ECAMs lie below 4 GiB: Linux drops the whole MCFG table when one lies above, unless firmware of 2010 or
@@ -17,7 +18,7 @@
 
 use serde::Serialize;
 
-use crate::iommu::emulated;
+use crate::iommu::emulated::{self, GuestRegisters};
 use crate::pci::assign::{AssignError, FunctionSpec, Measured, Pools, Space, TreeSpec, measure};
 use crate::pci::tree::{ECAM_BYTES, NodeKind, PciTree, PortRange};
 use crate::platform::addr::{Gpa, GpaRange};
@@ -69,6 +70,8 @@ pub struct Layout {
     pub mem32: GpaRange,
     /// The registers of the IOMMUs, one after the other; `None` when there are none.
     pub viommus: Option<GpaRange>,
+    /// The registers of guests that IOMMUs serve, one IOMMU after the other; `None` when none serves any.
+    pub guest_registers: Option<GpaRange>,
     /// From the first to the last of the root complexes' 64-bit windows; `None` when there is none.
     pub mem64: Option<GpaRange>,
     /// The highest address in use: the guest's and the host's processors must reach it.
@@ -105,23 +108,26 @@ pub struct Mapped {
     pub pci: PciTree,
 }
 
-/// Lay out `ram` bytes of RAM (at most [`MAX_RAM`]) and the hierarchy `spec` asks for.
-pub fn map(ram: u64, spec: &TreeSpec) -> Result<Mapped, LayoutError> {
+/// Lay out `ram` bytes of RAM (at most [`MAX_RAM`]) and the hierarchy `spec` asks for, whose IOMMUs serve guests if
+/// `serving` says so.
+pub fn map(ram: u64, spec: &TreeSpec, serving: bool) -> Result<Mapped, LayoutError> {
     let measured = measure(spec)?;
     let viommus = viommu_registers(spec);
     let hole_end = viommus.map_or(PCI_HOLE_END, GpaRange::start);
     let (low_ram_end, ecam, mem32) = low_windows(&measured, hole_end)?;
     let ram = ram_regions(ram, low_ram_end);
     let ram_end = ram.last().map_or(0, |region| region.last().0 + 1);
+    let guest_registers = serving.then(|| guest_registers(spec, ram_end)).flatten();
+    let mem64_from = guest_registers.map_or(ram_end, |range| range.last().0 + 1);
     let pools = Pools {
         io: IO_WINDOWS,
         mem32,
-        mem64: high_windows(&measured, ram_end)?,
+        mem64: high_windows(&measured, mem64_from)?,
         ecam,
     };
     let pci = measured.place(&pools)?;
     let mem64 = span(pci.roots().filter_map(|root| root.windows.mem64));
-    let top = [ram.last().copied(), mem64, Some(LOCAL_APIC)]
+    let top = [ram.last().copied(), guest_registers, mem64, Some(LOCAL_APIC)]
         .into_iter()
         .flatten();
     let highest = top.map(GpaRange::last).max().expect("the list is not empty");
@@ -129,6 +135,7 @@ pub fn map(ram: u64, spec: &TreeSpec) -> Result<Mapped, LayoutError> {
         low_ram_end,
         mem32,
         viommus,
+        guest_registers,
         mem64,
         highest,
     };
@@ -138,10 +145,26 @@ pub fn map(ram: u64, spec: &TreeSpec) -> Result<Mapped, LayoutError> {
 /// Where the registers of the IOMMUs among the functions of `spec` are: at the end of the PCI hole, and outside
 /// every window, so that a guest never gives the addresses to a device.
 fn viommu_registers(spec: &TreeSpec) -> Option<GpaRange> {
-    let is_unit = |function: &&FunctionSpec| matches!(function.kind, NodeKind::Iommu(_));
-    let units = spec.functions.iter().filter(is_unit).count() as u64;
-    let len = (units * emulated::MMIO_LEN).next_multiple_of(VIOMMU_ALIGN);
+    let len = (units(spec) * emulated::MMIO_LEN).next_multiple_of(VIOMMU_ALIGN);
     GpaRange::new(Gpa(PCI_HOLE_END.0 - len), len)
+}
+
+/// How many IOMMUs there are.
+fn units(spec: &TreeSpec) -> u64 {
+    let is_unit = |function: &&FunctionSpec| matches!(function.kind, NodeKind::Iommu(_));
+    spec.functions.iter().filter(is_unit).count() as u64
+}
+
+/// Where the registers of guests are that the IOMMUs among the functions of `spec` serve: after RAM, on one side of the
+/// HyperTransport hole, and like the IOMMUs' own outside every window.
+fn guest_registers(spec: &TreeSpec, ram_end: u64) -> Option<GpaRange> {
+    let len = units(spec) * GuestRegisters::LEN;
+    let base = ram_end.max(FOUR_GIB.0).next_multiple_of(MEM64_ALIGN);
+    let nearest = GpaRange::new(Gpa(base), len)?;
+    if !nearest.overlaps(HYPERTRANSPORT) {
+        return Some(nearest);
+    }
+    GpaRange::new(Gpa(HYPERTRANSPORT.last().0 + 1), len)
 }
 
 /// The smallest hole up to `hole_end` that holds the ECAMs and the 32-bit windows.
@@ -271,7 +294,7 @@ mod tests {
     }
 
     fn mapped(ram: u64, spec: &TreeSpec) -> Mapped {
-        map(ram, spec).expect("a machine that fits")
+        map(ram, spec, false).expect("a machine that fits")
     }
 
     fn texts(ranges: &[GpaRange]) -> Vec<String> {
@@ -326,7 +349,8 @@ mod tests {
             mapped(4 << 30, &with_bar(large, 1 << 30)).layout.low_ram_end,
             Gpa(0x7000_0000)
         );
-        let error = map(4 << 30, &with_bar(large, 1 << 31)).expect_err("2 GiB at 2 GiB cover the local APIC");
+        let error =
+            map(4 << 30, &with_bar(large, 1 << 31), false).expect_err("2 GiB at 2 GiB cover the local APIC");
         assert!(
             matches!(error, LayoutError::Pci(AssignError::WindowsDoNotFit { .. })),
             "{error:?}"
@@ -360,9 +384,44 @@ mod tests {
     }
 
     #[test]
+    fn registers_of_guests_are_after_ram_and_before_every_window() {
+        let unit = |root| FunctionSpec {
+            name: format!("iommu{root}"),
+            kind: NodeKind::Iommu(root),
+            identity: emulated::IDENTITY,
+            parent: Parent::Root(root),
+            slot: None,
+            bars: Vec::new(),
+            intx: false,
+        };
+        let spec = TreeSpec {
+            functions: (0..3).map(unit).collect(),
+            ..shared(3)
+        };
+        for (ram, start) in [
+            (1 << 30, FOUR_GIB.0),
+            (64 << 30, 0x10_4000_0000),
+            (HYPERTRANSPORT.start().0 - (1 << 30), HYPERTRANSPORT.last().0 + 1),
+        ] {
+            let mapped = map(ram, &spec, true).expect("a machine that fits");
+            let all = mapped.layout.guest_registers.expect("they are asked for");
+            assert_eq!(
+                (all.start(), all.len()),
+                (Gpa(start), 3 * GuestRegisters::LEN),
+                "{ram:#x}"
+            );
+            assert!(mapped.ram.iter().all(|range| !range.overlaps(all)));
+            let mut windows = mapped.pci.roots().filter_map(|root| root.windows.mem64);
+            assert!(windows.all(|window| window.start() > all.last()));
+            assert!(mapped.layout.highest >= all.last());
+        }
+        assert_eq!(mapped(1 << 30, &spec).layout.guest_registers, None);
+    }
+
+    #[test]
     fn segments_end_where_their_ecams_no_longer_fit() {
-        assert!(map(1 << 30, &roots(10)).is_ok());
-        let error = map(1 << 30, &roots(12)).expect_err("3 GiB of ECAM");
+        assert!(map(1 << 30, &roots(10), false).is_ok());
+        let error = map(1 << 30, &roots(12), false).expect_err("3 GiB of ECAM");
         assert_eq!(
             error,
             LayoutError::TooManySegments {

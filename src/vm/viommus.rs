@@ -16,7 +16,7 @@ use super::passed::Passed;
 use super::plan::{Doorbell, Plan, ViommuPlan};
 use crate::iommu::amd::spec::registers::Reg;
 use crate::iommu::amd::window::RegisterWindow;
-use crate::iommu::emulated::{DoorbellThread, LateWrites, RemappingIoApic};
+use crate::iommu::emulated::{DoorbellThread, GuestControls, GuestPages, LateWrites, RemappingIoApic};
 use crate::iommu::iommufd::Attach;
 use crate::iommu::shadow::{Shadow, ShadowParts, Views};
 use crate::pci::topology::Topology;
@@ -163,6 +163,10 @@ impl<'a> Viommus<'a> {
     pub(super) fn place(&self, board: &mut Board, vm: &KvmVm) -> Result<(), RunError> {
         for (unit, planned) in self.units.iter().zip(&self.plan.viommus) {
             board.claim_mmio(unit.name(), planned.mmio, unit.registers())?;
+            if let (Unit::Emulated(unit), Some(guests)) = (unit, planned.guests) {
+                board.claim_mmio(unit.name(), guests.pages, Arc::new(GuestPages(unit.clone())))?;
+                board.claim_mmio(unit.name(), guests.control, Arc::new(GuestControls(unit.clone())))?;
+            }
             let at = Gpa(planned.mmio.start().0 + Reg::RUNNING_AT);
             match unit {
                 Unit::Hardware(hardware) => hardware.map_page(at, &*vm.device_memory())?,

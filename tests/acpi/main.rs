@@ -93,7 +93,7 @@ impl Hierarchy {
 
     /// What the tables say about it, on a machine with these processors.
     fn told(&self, apic_ids: &[u32], hpet: bool) -> String {
-        let mapped = layout::map(RAM, &self.0).expect("it fits");
+        let mapped = layout::map(RAM, &self.0, false).expect("it fits");
         let hardware = Hardware {
             apic_ids,
             pci: &mapped.pci,

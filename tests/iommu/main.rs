@@ -11,6 +11,7 @@ mod events;
 mod guest;
 mod guests;
 mod hostile;
+mod hypervisor;
 mod interrupts;
 mod invalidation;
 mod model;

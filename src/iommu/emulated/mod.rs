@@ -14,16 +14,18 @@ mod hearing;
 mod ioapic;
 mod messages;
 mod polling;
+mod serving;
 #[cfg(test)]
 mod testing;
 
-pub use super::function::{CAPABILITY_AT, IDENTITY};
+pub use super::function::{CAPABILITY_AT, GuestRegisters, IDENTITY};
 pub use ioapic::RemappingIoApic;
 pub use messages::RemappingSink;
 pub use polling::{DoorbellThread, LateWrites};
+pub use serving::{GuestControls, GuestPages};
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -53,6 +55,7 @@ use crate::platform::msi::{MsiMessage, MsiPort, MsiSink};
 
 use messages::Routes;
 use polling::Polling;
+use serving::Waiting;
 
 /// Bytes of a unit's registers, and what their address is a multiple of (publication 48882, section 3.4).
 pub const MMIO_LEN: u64 = 0x4000;
@@ -77,6 +80,8 @@ pub struct UnitParts {
     pub mmio: GpaRange,
     /// What it offers.
     pub features: Features,
+    /// Where it has registers of guests; `None` where it serves none.
+    pub guests: Option<GuestRegisters>,
     /// The memory it works on and translates to.
     pub ram: GuestRam,
     /// Where messages go that nothing remaps any more.
@@ -99,6 +104,8 @@ pub struct EmulatedUnit {
     own: Arc<Requester>,
     messages: Arc<dyn MsiSink>,
     routes: Arc<Routes>,
+    /// Guests whose commands wait that no processor is to be held up with.
+    waiting: Mutex<Waiting>,
     /// Readable while commands wait that no processor is to be held up with.
     more: EventFd,
 }
@@ -113,15 +120,16 @@ impl EmulatedUnit {
             .map_err(|source| HostError::new(format!("create the eventfd of {}", parts.name), source))?;
         let own = Arc::new(Requester::new(parts.at));
         own.set_bus_master(true);
-        let function = UnitFunction::new(
+        let function = UnitFunction::serving(
             &parts.features,
             parts.mmio,
+            parts.guests,
             parts.at,
             MsiPort::new(own.clone(), parts.messages.clone()),
         );
         let routes = Arc::new(Routes::default());
         let ats = parts.features.header.iotlb();
-        let unit = Unit::new(parts.features, parts.ram.clone());
+        let unit = Unit::at(parts.at.bdf, parts.features, parts.ram.clone());
         unit.add_follower(routes.clone());
         let connected = Self {
             name: parts.name,
@@ -134,6 +142,7 @@ impl EmulatedUnit {
             own,
             messages: parts.messages,
             routes,
+            waiting: Mutex::default(),
             more,
         };
         connected.unit.mirror_msi(connected.function.msi());
@@ -218,6 +227,7 @@ impl EmulatedUnit {
         }
         self.unit.reset();
         // Nothing waits any more.
+        self.forget_guests();
         let _ = self.more.read();
     }
 
@@ -225,7 +235,8 @@ impl EmulatedUnit {
     pub fn run_commands(&self) {
         // Somebody else may have been faster.
         let _ = self.more.read();
-        let effects = self.unit.run_commands();
+        let mut effects = self.unit.run_commands();
+        effects.join(self.run_a_guests_commands());
         self.perform(effects);
     }
 
@@ -246,7 +257,8 @@ impl EmulatedUnit {
             .into_iter()
             .flatten()
             .for_each(|interrupt| self.interrupt(interrupt));
-        if effects.more_commands {
+        let more_of_guests = effects.guests && self.perform_for_guests();
+        if effects.more_commands || more_of_guests {
             self.more
                 .write(1)
                 .expect("one more on an eventfd that is read long before it overflows");

@@ -68,6 +68,7 @@ impl Rig {
             },
             mmio: GpaRange::new(Gpa(0xfeb0_4000), MMIO_LEN).expect("valid"),
             features: Features::offer(Wanted::DEFAULT),
+            guests: None,
             ram: ram.clone(),
             messages: processors.clone(),
         });

@@ -258,6 +258,9 @@ section! {
         ats = "ats": Option<Switch>,
         /// Whether the guest is to announce new mappings as well, as shadowed tables need (default off).
         np_cache = "npcache": Option<Switch>,
+        /// Whether it serves guests of the guest's in turn, as AMD's vIOMMU hardware does, for kernels with a driver for
+        /// that (default off; all IOMMUs of a machine alike, and all emulated).
+        virtualizable = "virtualizable": Option<Switch>,
         /// How it hears of commands: by an exit each time, or by poll, with a host thread that polls while the guest
         /// is busy (default exit).
         doorbell = "doorbell": Option<Doorbell>,

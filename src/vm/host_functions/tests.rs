@@ -365,6 +365,19 @@ fn a_guest_that_is_not_to_announce_what_it_maps_cannot_have_functions_behind_its
 }
 
 #[test]
+fn a_unit_that_confines_a_function_of_the_host_serves_no_guests() {
+    let device = format!("[[vfio-device]]\nhost = \"{NIC}\"\n");
+    let text = planned(&format!("{device}[[viommu]]\nvirtualizable = true\n")).expect_err("not followed");
+    let start = "m.toml:4: viommu.virtualizable = on: vfio0, a function of the host, is behind iommu0";
+    assert!(text.starts_with(start), "{text}");
+    let roots = "[[root-complex]]\n[[root-complex]]\n";
+    let beside = planned(&format!(
+        "{roots}[[viommu]]\non = \"rc1\"\nvirtualizable = true\n{device}"
+    ));
+    assert!(beside.expect("possible").viommus[0].guests.is_some());
+}
+
+#[test]
 fn the_iommu_a_function_is_said_to_be_behind_is_the_one_it_is_behind() {
     let device = format!("[[vfio-device]]\nhost = \"{NIC}\"\nviommu = \"iommu0\"\n");
     assert!(planned(&format!("{device}[[viommu]]\n")).is_ok());

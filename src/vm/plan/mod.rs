@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use serde::{Serialize, Serializer};
 
 use crate::iommu::amd::features::{Features, Wanted};
+use crate::iommu::emulated::GuestRegisters;
 use crate::iommu::iommufd::Abi;
 use crate::iommu::viommu;
 use crate::iommu::viommu::host::HostFeatures;
@@ -203,6 +204,8 @@ pub struct ViommuPlan {
     pub bdf: Bdf,
     /// Its registers.
     pub mmio: GpaRange,
+    /// Where it has those of guests that it serves.
+    pub guests: Option<GuestRegisters>,
     /// The bus numbers it covers: all that the root complex decodes.
     #[serde(serialize_with = "buses")]
     pub buses: RangeInclusive<u8>,
@@ -244,6 +247,8 @@ pub struct ViommuOffer {
     /// The guest announces new mappings as well, because its tables are copied. They then have four levels, which is
     /// as far as hosts let devices reach, and leave no marks of what was used, which copies could not.
     pub np_cache: bool,
+    /// They serve guests of the guest's.
+    pub virtualizable: bool,
     /// Where units are served by a host's or a model of one: what all of those have. None of the guest's then offers
     /// what they leave to the hypervisor: only tables of the processors' format, and no remapped interrupts.
     #[serde(serialize_with = "is_some")]
@@ -313,6 +318,7 @@ impl ViommuOffer {
             np_cache: self.np_cache,
             host_levels: if self.np_cache { 4 } else { 6 },
             host_tracking: !self.np_cache,
+            virtualizable: self.virtualizable,
             ..Wanted::DEFAULT
         };
         let Some(hosts) = self.served else {

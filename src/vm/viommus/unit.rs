@@ -102,6 +102,7 @@ impl Unit {
             at: planned.sbdf(),
             mmio: planned.mmio,
             features: planned.offer.features(),
+            guests: planned.guests,
             ram: around.ram.clone(),
             messages: around.messages.clone(),
         })?;

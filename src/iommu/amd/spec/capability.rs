@@ -87,6 +87,25 @@ pub struct Misc0 {
     pub msi_ppr: u8,
 }
 
+/// Bytes of the vendor-specific capability of a unit that serves guests, which says where the guests' registers are.
+///
+/// Dword 0 is the header, dwords 2 and 3 are where the guests' pages are (VF MMIO), and dwords 4 and 5 where the host
+/// controls them (VF control MMIO). Drivers read no more: dword 1 is 0 here, and the header as of any such capability.
+pub const GUESTS_LEN: u16 = 0x18;
+
+/// The lower half of either address.
+#[bitfield(u32)]
+#[derive(PartialEq, Eq)]
+pub struct GuestsLow {
+    /// The registers answer there.
+    pub enable: bool,
+    #[bits(11)]
+    __: u16,
+    /// Address bits 31:12.
+    #[bits(20)]
+    pub base_31_12: u32,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

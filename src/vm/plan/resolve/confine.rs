@@ -72,6 +72,14 @@ pub(super) fn have_maps_announced(
         );
         return Err(silent.source().wrong("npcache", problem));
     }
+    let serving = |viommu: &&Viommu| viommu.virtualizable.is_some_and(|said| said.0);
+    if let Some(serving) = config.viommus.iter().find(serving) {
+        let problem = format!(
+            "{name}, a function of the host, is behind {viommu}, and the host cannot follow tables of a guest over those \
+             of its hypervisor; leave this out, or put the function on a root complex without an IOMMU"
+        );
+        return Err(serving.source().wrong("virtualizable", problem));
+    }
     viommus.iter_mut().for_each(|viommu| viommu.offer.np_cache = true);
     Ok(())
 }

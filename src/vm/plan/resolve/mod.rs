@@ -49,7 +49,8 @@ fn decide(config: &Config, host: &HostFunctions) -> Result<Plan, ConfigError> {
     let (devices, endpoints) = devices::resolve(config, &names_of, &cpus, host)?;
     let spec = topology::specify(config, &names_of, &names, endpoints)?;
     let size = memory::size(config.memory.as_ref())?;
-    let mapped = layout::map(size, &spec).map_err(|error| blame(&error, config, &names))?;
+    let mapped = layout::map(size, &spec, viommus::serve_guests(&config.viommus))
+        .map_err(|error| blame(&error, config, &names))?;
     let around = viommus::Around {
         mapped: &mapped,
         devices: &devices,

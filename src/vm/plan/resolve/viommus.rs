@@ -1,8 +1,9 @@
 //! The guest's IOMMUs: what each covers, what all of them offer, and whose the IOAPIC's interrupts are.
 
+use crate::iommu::emulated::{self, GuestRegisters};
+use crate::iommu::sim;
 use crate::iommu::viommu::features::common;
 use crate::iommu::viommu::host::HostFeatures;
-use crate::iommu::{emulated, sim};
 use crate::pci::tree::{NodeKind, PciTree, RootComplex};
 use crate::platform::addr::{Bdf, Gpa, GpaRange};
 use crate::vm::config::Config;
@@ -82,6 +83,11 @@ fn on(switch: Option<Switch>, default: bool) -> bool {
     switch.map_or(default, |switch| switch.0)
 }
 
+/// Whether all IOMMUs are to serve guests of the guest's. What one does not offer, none does.
+pub(super) fn serve_guests(viommus: &[Viommu]) -> bool {
+    !viommus.is_empty() && viommus.iter().all(|viommu| on(viommu.virtualizable, false))
+}
+
 /// What works IOMMU number `index` of `config`.
 fn decide(config: &Config, index: usize, around: &Around<'_>) -> Result<Decided, ConfigError> {
     let viommu = &config.viommus[index];
@@ -148,6 +154,7 @@ fn offer(viommus: &[Viommu], decided: &[Decided]) -> Result<Option<ViommuOffer>,
                 pasid_bits: all.pasid_bits.min(one.pasid_bits),
                 ats: all.ats && one.ats,
                 np_cache: all.np_cache || one.np_cache,
+                virtualizable: all.virtualizable && one.virtualizable,
                 served,
             },
         });
@@ -170,6 +177,11 @@ fn asked(viommu: &Viommu) -> Result<ViommuOffer, ConfigError> {
         let problem = "process address spaces have v2 tables; say page-table=any or v2, or pasid-bits=0";
         return Err(viommu.source().wrong("pasid-bits", problem));
     }
+    let virtualizable = on(viommu.virtualizable, false);
+    if virtualizable && page_table == PageTable::V1 {
+        let problem = "guests of the guest's have v2 tables; say page-table=any or v2, or leave this out";
+        return Err(viommu.source().wrong("virtualizable", problem));
+    }
     Ok(ViommuOffer {
         xt: on(viommu.xt, true),
         page_table,
@@ -177,6 +189,7 @@ fn asked(viommu: &Viommu) -> Result<ViommuOffer, ConfigError> {
         pasid_bits,
         ats: on(viommu.ats, false),
         np_cache: on(viommu.np_cache, false),
+        virtualizable,
         served: None,
     })
 }
@@ -192,6 +205,7 @@ pub(super) fn against_served(viommu: &Viommu) -> Option<(&'static str, &'static 
         ),
         (on(viommu.intremap, false), "intremap", "must be off"),
         (on(viommu.ats, false), "ats", "must be off"),
+        (on(viommu.virtualizable, false), "virtualizable", "must be off"),
         (
             viommu.pasid_bits.is_some_and(|bits| bits > 0),
             "pasid-bits",
@@ -268,6 +282,7 @@ fn plan(
         segment: root.segment,
         bdf,
         mmio: registers(mapped, index),
+        guests: guest_registers(mapped, index),
         buses: root.buses.clone(),
         covers: root
             .nodes()
@@ -300,6 +315,13 @@ fn registers(mapped: &Mapped, index: usize) -> GpaRange {
     GpaRange::new(Gpa(start), emulated::MMIO_LEN)
         .filter(|range| all.contains_range(*range))
         .expect("there is room for each IOMMU")
+}
+
+fn guest_registers(mapped: &Mapped, index: usize) -> Option<GuestRegisters> {
+    let all = mapped.layout.guest_registers?;
+    let start = Gpa(all.start().0 + index as u64 * GuestRegisters::LEN);
+    let own = GuestRegisters::at(start).filter(|own| all.contains_range(own.control));
+    Some(own.expect("there is room for each IOMMU"))
 }
 
 /// Whose the IOAPIC's interrupts are: the unit's that covers bus 0 of segment 0, where the function is as
@@ -353,6 +375,7 @@ mod tests {
             pasid_bits: 0,
             ats: false,
             np_cache: false,
+            virtualizable: false,
             served: None,
         };
         assert_eq!(unit.offer, offer);
@@ -402,6 +425,7 @@ mod tests {
             pasid_bits: 8,
             ats: false,
             np_cache: true,
+            virtualizable: false,
             served: None,
         };
         assert!(units.iter().all(|unit| unit.offer == offer));
@@ -456,6 +480,10 @@ mod tests {
             ("intremap = true", "viommu.intremap = on: must be off with"),
             ("ats = true", "viommu.ats = on: must be off with"),
             ("pasid-bits = 8", "viommu.pasid-bits = 8: must be 0 with"),
+            (
+                "virtualizable = true",
+                "viommu.virtualizable = on: must be off with",
+            ),
         ] {
             let text = refused(&format!("{both}{line}\n"));
             assert!(text.contains(problem), "{line}: {text}");
@@ -463,6 +491,35 @@ mod tests {
         assert!(resolved(&format!("{both}doorbell = \"poll\"\n")).is_ok());
         let text = refused("[[viommu]]\nmode = \"sim\"\ndoorbell = \"poll\"\n");
         assert!(text.contains("the model's own"), "{text}");
+    }
+
+    #[test]
+    fn units_that_serve_guests_say_so_alike_and_have_room_for_their_registers() {
+        let two = |first: &str, second: &str| {
+            plans(&format!(
+                "[[root-complex]]\n[[root-complex]]\n[[viommu]]\n{first}\n[[viommu]]\non = \"rc1\"\n{second}\n"
+            ))
+        };
+        let units = two("virtualizable = true", "virtualizable = true");
+        for (unit, pages) in units.iter().zip([0x1_0000_0000, 0x1_2000_0000]) {
+            let features = unit.offer.features();
+            assert!(features.efr.viommu() && features.efr2.gcr3_trp_mode());
+            let guests = unit.guests.expect("it serves guests");
+            assert_eq!(
+                (guests.pages.start(), guests.pages.len()),
+                (Gpa(pages), 256 << 20)
+            );
+            assert_eq!(guests.control.start(), Gpa(pages + (256 << 20)));
+            assert_eq!(guests.control.len(), 4 << 20);
+        }
+        for unit in two("virtualizable = true", "").iter().chain(&two("", "")) {
+            assert!(!unit.offer.virtualizable && unit.guests.is_none());
+        }
+        assert_eq!(
+            refused("[[viommu]]\nvirtualizable = true\npage-table = \"v1\"\n"),
+            "m.toml:2: viommu.virtualizable = on: guests of the guest's have v2 tables; say page-table=any or v2, or \
+             leave this out"
+        );
     }
 
     #[test]
