@@ -462,7 +462,7 @@ fn guest_writes(crowd: &Crowd, input: &mut Input<'_>, step: u8, guest: usize) {
             } else {
                 (table, shaped)
             };
-            crowd.memory.put(base(guest) + (at % GUEST_LEN & !7), value);
+            crowd.memory.put(base(guest) + ((at % GUEST_LEN) & !7), value);
         }
         _ => {
             let effects = unit.run_guest_commands(id);

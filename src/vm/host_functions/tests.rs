@@ -365,6 +365,20 @@ fn a_guest_that_is_not_to_announce_what_it_maps_cannot_have_functions_behind_its
 }
 
 #[test]
+fn functions_of_the_host_are_refused_behind_a_model() {
+    let device = format!("[[vfio-device]]\nhost = \"{NIC}\"\n");
+    let text = planned(&format!("{device}[[viommu]]\nmode = \"sim\"\n")).expect_err("not confined");
+    assert!(text.contains("it would be behind iommu0, a model"), "{text}");
+    let roots = "[[root-complex]]\n[[root-complex]]\n";
+    assert!(
+        planned(&format!(
+            "{roots}[[viommu]]\nmode = \"sim\"\non = \"rc1\"\n{device}"
+        ))
+        .is_ok()
+    );
+}
+
+#[test]
 fn a_unit_that_confines_a_function_of_the_host_serves_no_guests() {
     let device = format!("[[vfio-device]]\nhost = \"{NIC}\"\n");
     let text = planned(&format!("{device}[[viommu]]\nvirtualizable = true\n")).expect_err("not followed");
