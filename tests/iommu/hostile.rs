@@ -198,6 +198,15 @@ fn what_the_fuzzer_keeps_shows_no_difference_from_the_model() {
     assert!(ran > 100, "{ran} inputs");
 }
 
+#[test]
+fn what_the_fuzzer_keeps_of_guests_reaches_nobody_elses() {
+    let kept = std::fs::read_dir("fuzz/corpus/unit_guests").expect("kept inputs");
+    let ran = kept
+        .map(|entry| crowd::run(&std::fs::read(entry.expect("an entry").path()).expect("an input")))
+        .count();
+    assert!(ran > 100, "{ran} inputs");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
