@@ -477,7 +477,9 @@ fn device_asks(crowd: &Crowd, input: &mut Input<'_>, step: u8, device: usize) ->
     let which = input.byte();
     let at = match which & 3 {
         0 => input.word(),
-        _ => 0x1000 | u64::from(input.byte()) << 10,
+        1 => 0x1000 | u64::from(input.byte()) << 10,
+        // The page that is mapped at first.
+        _ => 0x1000 | u64::from(input.byte()),
     };
     let pasid = (which & 4 != 0)
         .then(|| Pasid::new((which >> 4).into()))
