@@ -8,7 +8,7 @@
 )]
 #[path = "../src/iommu/amd/grace.rs"]
 mod grace;
-#[path = "../src/iommu/emulated/hearing.rs"]
+#[path = "../src/iommu/polling/hearing.rs"]
 mod hearing;
 #[expect(
     unreachable_pub,

@@ -6,6 +6,7 @@ pub mod container;
 pub mod emulated;
 pub mod function;
 pub mod iommufd;
+pub mod polling;
 pub mod shadow;
 pub mod sim;
 pub mod viommu;

@@ -16,8 +16,9 @@ use super::passed::Passed;
 use super::plan::{Doorbell, Plan, ViommuPlan};
 use crate::iommu::amd::spec::registers::Reg;
 use crate::iommu::amd::window::RegisterWindow;
-use crate::iommu::emulated::{DoorbellThread, GuestControls, GuestPages, LateWrites, RemappingIoApic};
+use crate::iommu::emulated::{GuestControls, GuestPages, RemappingIoApic};
 use crate::iommu::iommufd::Attach;
+use crate::iommu::polling::{DoorbellThread, LateWrites};
 use crate::iommu::shadow::{Shadow, ShadowParts, Views};
 use crate::pci::topology::Topology;
 use crate::pci::tree::{NodeKind, RootComplex};
@@ -136,9 +137,8 @@ impl<'a> Viommus<'a> {
         }
         let writes = LateWrites::new(writes()?);
         for (unit, _) in units {
-            if let Unit::Emulated(unit) = unit {
-                self.doorbells.push(DoorbellThread::start(unit.clone(), &writes)?);
-            }
+            self.doorbells
+                .push(DoorbellThread::start(unit.polled(), &writes)?);
         }
         Ok(())
     }

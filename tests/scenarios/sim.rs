@@ -120,6 +120,33 @@ fn root(at: usize, segment: usize, bus: usize, mode: &str) -> String {
     )
 }
 
+/// As it starts, Linux flushes what the unit may have of each function number, about six commands each, and rings for each
+/// of them.
+#[test]
+fn a_boot_before_a_model_whose_doorbell_is_polled_costs_few_exits() {
+    let exits = |viommu| {
+        let (_, told) = works(one_unit("lab", viommu).cmdline(WORDS));
+        let devices = told.0["exits"]["by_device"].as_array().expect("a list").clone();
+        let unit = devices
+            .iter()
+            .find(|device| device["name"] == told.0["viommus"][0]["name"]);
+        let writes = unit.and_then(|unit| unit["writes"].as_u64()).expect("a count");
+        let rung = told.count("/viommus/0/doorbells");
+        (writes, rung, told.count("/viommus/0/polled"))
+    };
+    let (writes, rung, polled) = exits("sim");
+    assert!(
+        rung > 600 && polled == 0,
+        "{rung} doorbells, {polled} of them polled"
+    );
+    assert!(writes >= rung, "{writes} registers written, {rung} doorbells");
+    let (few, rung, polled) = exits("sim,doorbell=poll");
+    assert!(
+        few < writes / 2,
+        "{few} registers written, {writes} without; {polled} of {rung} doorbells polled"
+    );
+}
+
 /// Each in a segment of its own, so that each has a device table of its own.
 #[test]
 fn eight_units_that_models_serve() {
@@ -200,4 +227,14 @@ fn what_a_hostile_driver_aims_at_is_out_of_reach_of_the_model() {
 #[test]
 fn mapping_costs_no_exit_before_a_model() {
     viommu::maps_and_unmaps_by_doorbells_alone("sim", WORDS);
+}
+
+#[test]
+fn a_doorbell_that_is_polled_costs_no_exit_before_a_model() {
+    viommu::maps_and_unmaps_by_few_exits("sim,doorbell=poll", WORDS);
+}
+
+#[test]
+fn a_guest_reboots_with_a_polled_doorbell_before_a_model() {
+    viommu::reboots("sim,doorbell=poll", WORDS);
 }

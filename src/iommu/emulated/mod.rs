@@ -10,18 +10,15 @@
 //! loop. Whoever is in flight therefore writes no register of a unit and waits for nobody who might: devices
 //! take a view of memory per request, and interrupts of the unit itself go out once the view is dropped.
 
-mod hearing;
 mod ioapic;
 mod messages;
-mod polling;
 mod serving;
 #[cfg(test)]
-mod testing;
+pub(in crate::iommu) mod testing;
 
 pub use super::function::{CAPABILITY_AT, GuestRegisters, IDENTITY};
 pub use ioapic::RemappingIoApic;
 pub use messages::RemappingSink;
-pub use polling::{DoorbellThread, LateWrites};
 pub use serving::{GuestControls, GuestPages};
 
 use std::os::fd::{AsRawFd, RawFd};
@@ -37,11 +34,11 @@ use super::amd::passing::Passing;
 use super::amd::processor::Follower;
 use super::amd::registers::Interrupt;
 use super::amd::spec::registers::Reg;
-use super::amd::sync;
 use super::amd::view::View;
 use super::amd::window::RegisterWindow;
 use super::amd::{Effects, Unit};
 use super::function::UnitFunction;
+use super::polling::{Polled, Polling};
 use super::shadow::Views;
 use crate::pci::access::DwordWrite;
 use crate::pci::bar::BarSpec;
@@ -54,7 +51,6 @@ use crate::platform::memory::GuestRam;
 use crate::platform::msi::{MsiMessage, MsiPort, MsiSink};
 
 use messages::Routes;
-use polling::Polling;
 use serving::Waiting;
 
 /// Bytes of a unit's registers, and what their address is a multiple of (publication 48882, section 3.4).
@@ -292,6 +288,35 @@ impl UnitOwner for EmulatedUnit {
 
     fn perform(&self, effects: Effects) {
         self.perform(effects);
+    }
+}
+
+impl Polled for EmulatedUnit {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn registers(&self) -> GpaRange {
+        self.mmio
+    }
+
+    fn polling(&self) -> &OnceLock<Polling> {
+        &self.polling
+    }
+
+    fn late_doorbell(&self, offset: u64, data: &[u8]) -> bool {
+        self.unit.late_doorbell(offset, data).more_commands
+    }
+
+    fn run_late_commands(&self) -> bool {
+        let mut effects = self.unit.run_commands();
+        let left = std::mem::take(&mut effects.more_commands);
+        self.perform(effects);
+        left
+    }
+
+    fn run_commands(&self) {
+        self.run_commands();
     }
 }
 

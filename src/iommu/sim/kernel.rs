@@ -18,7 +18,7 @@ use crate::iommu::amd::spec::viommu::{
 };
 use crate::iommu::amd::viommu::GuestLog;
 use crate::iommu::amd::{Effects, Unit};
-use crate::iommu::viommu::host::InterruptTarget;
+use crate::iommu::viommu::host::{HardwareErrors, InterruptTarget};
 use crate::platform::addr::{Bdf, Gpa, PAGE_SIZE};
 
 /// The number by which the unit knows the guest. Drivers for the hardware use no 0.
@@ -325,8 +325,13 @@ fn write_entry(memory: &SimMemory, device: Bdf, entry: &Dte) {
 }
 
 /// Read the unit's event log to its end. What guests do to themselves goes to their own, so what stands here concerns
-/// the operator.
-pub(super) fn read_events(unit: &Unit<SimMemory>, memory: &SimMemory, name: &str) -> Effects {
+/// the operator; but for `errors` with the guest, which whoever serves it takes.
+pub(super) fn read_events(
+    unit: &Unit<SimMemory>,
+    memory: &SimMemory,
+    name: &str,
+    errors: &mut HardwareErrors,
+) -> Effects {
     // Bits first, so that a record that comes later sets them again.
     let status = Status::from_bits(read(unit, reg::STATUS));
     let mut effects = write(unit, reg::STATUS, Status::W1C);
@@ -337,7 +342,20 @@ pub(super) fn read_events(unit: &Unit<SimMemory>, memory: &SimMemory, name: &str
         memory
             .read(Gpa(LOG + head), &mut bytes)
             .expect("the host's own memory");
+        head = (head + 16) % RING_LEN;
         let record = Record::from_bits(u128::from_le_bytes(bytes));
+        // Of guests there is one.
+        match Code(record.code()) {
+            Code::GUEST_EVENT_FAULT => {
+                errors.lost_records += 1;
+                continue;
+            }
+            Code::VIOMMU_HARDWARE_ERROR => {
+                errors.broken_at = errors.broken_at.or(Some(record.address()));
+                continue;
+            }
+            _ => {}
+        }
         let device = Bdf::from_requester_id(record.device());
         guest_warn!(
             unit = name,
@@ -347,7 +365,6 @@ pub(super) fn read_events(unit: &Unit<SimMemory>, memory: &SimMemory, name: &str
             address = format_args!("{:#x}", record.address()),
             "the modelled host's IOMMU reports"
         );
-        head = (head + 16) % RING_LEN;
     }
     effects.join(write(unit, reg::EVENT_HEAD, head));
     if status.event_overflow() {

@@ -50,8 +50,8 @@ use super::amd::viommu::{FIRST_VECTOR, GuestInterrupt, GuestLog};
 use super::amd::window::RegisterWindow;
 use super::amd::{Effects, Unit};
 use super::viommu::host::{
-    HostDevice, HostFeatures, InterruptTarget, ObjectId, Queue, QueueKind, UnitInterrupt, VfPage, Viommu,
-    ViommuHost,
+    HardwareErrors, HostDevice, HostFeatures, InterruptTarget, ObjectId, Queue, QueueKind, UnitInterrupt,
+    VfPage, Viommu, ViommuHost,
 };
 use crate::platform::addr::{Bdf, Iova, Sbdf};
 use crate::platform::dma::{Requester, Run, Translations, Translator};
@@ -96,9 +96,11 @@ pub struct SimHost {
     interrupts: Mutex<Interrupts>,
     /// Held by who reads the event log.
     log: Mutex<()>,
+    /// What that told about the guest, and nobody took yet.
+    errors: Mutex<HardwareErrors>,
     own: Arc<Requester>,
     messages: Arc<dyn MsiSink>,
-    /// Readable while commands of the guest's wait that no processor is to be held up with.
+    /// Readable while commands of the guest's wait that no processor is to be held up with, or errors are to be taken.
     more: EventFd,
 }
 
@@ -184,6 +186,7 @@ impl SimHost {
             viommu: AtomicU32::new(NOBODY),
             interrupts: Mutex::default(),
             log: Mutex::default(),
+            errors: Mutex::default(),
             own,
             messages,
             more,
@@ -254,6 +257,7 @@ impl SimHost {
         drop(state);
         let Counts {
             doorbells,
+            polled,
             commands,
             stops,
             hits,
@@ -263,8 +267,8 @@ impl SimHost {
         } = self.counts();
         let sum = |counts: &[u64]| counts.iter().sum::<u64>();
         format!(
-            "{}; devices reach {attached}; {doorbells} doorbells, {} commands, {stops} stops, {hits} translations from \
-             the cache, {walks} by a walk, {} events, {} of the host's",
+            "{}; devices reach {attached}; {doorbells} doorbells, {polled} of them polled, {} commands, {stops} stops, {hits} translations \
+             from the cache, {walks} by a walk, {} events, {} of the host's",
             page.join(", "),
             sum(&commands),
             sum(&events),
@@ -272,7 +276,8 @@ impl SimHost {
         )
     }
 
-    /// Carry out commands of the guest's that a processor was not held up with. Called when [`AsRawFd`] is readable.
+    /// Carry out commands of the guest's that a processor was not held up with. Called when [`AsRawFd`] is readable;
+    /// whoever uses the unit hears of errors then.
     pub fn run_commands(&self) {
         // Somebody else may have been faster.
         let _ = self.more.read();
@@ -280,11 +285,24 @@ impl SimHost {
         UnitOwner::perform(self, effects);
     }
 
+    /// The guest wrote `data` at `offset` of its page a while ago. Whether commands wait because of it.
+    #[must_use]
+    pub fn late_doorbell(&self, offset: u64, data: &[u8]) -> bool {
+        self.unit.vf_late_doorbell(GUEST, offset, data)
+    }
+
+    /// Carry out commands that late doorbells announced, a bounded number. Whether some are left.
+    #[must_use]
+    pub fn run_late_commands(&self) -> bool {
+        self.settle(self.unit.run_guest_commands(GUEST))
+    }
+
     /// The machine is reset: nothing that was due is remembered. Objects stay, and whoever made them destroys or resets
     /// them. No processor runs, and no device.
     pub fn reset(&self) {
         let _ = self.more.read();
         let _forgotten = self.unit.take_owed();
+        let _forgotten = self.take_errors();
         let mut interrupts = lock(&self.interrupts);
         *interrupts = Interrupts::default();
     }
@@ -300,6 +318,13 @@ impl SimHost {
     /// Write a register of the unit that controls the guest.
     fn control(&self, reg: ControlReg, value: u64) -> Effects {
         control_guest(&self.unit, reg, value)
+    }
+
+    /// Have the event loop look.
+    fn wake(&self) {
+        self.more
+            .write(1)
+            .expect("one more on an eventfd that is read long before it overflows");
     }
 
     /// Have interrupts of the guest's unit become due, and send those that the host's table sends anywhere. What that
@@ -332,11 +357,18 @@ impl SimHost {
         effects
     }
 
-    /// Read the host's log as long as it interrupts.
+    /// Read the host's log as long as it interrupts, and keep what it says of hardware.
     fn heed_log(&self, mut effects: Effects) -> Effects {
         while effects.interrupts.event.take().is_some() {
-            let _one_reader = lock(&self.log);
-            effects.join(read_events(&self.unit, &self.memory, &self.name));
+            let mut errors = HardwareErrors::default();
+            {
+                let _one_reader = lock(&self.log);
+                effects.join(read_events(&self.unit, &self.memory, &self.name, &mut errors));
+            }
+            if errors != HardwareErrors::default() {
+                lock(&self.errors).join(errors);
+                self.wake();
+            }
         }
         effects
     }
@@ -350,23 +382,28 @@ impl UnitOwner for SimHost {
     }
 
     fn perform(&self, effects: Effects) {
+        if self.settle(effects) {
+            self.wake();
+        }
+    }
+}
+
+impl SimHost {
+    /// Do what `effects` say. Whether commands of the guest's are left.
+    fn settle(&self, effects: Effects) -> bool {
         let effects = self.heed_log(effects);
         if !effects.guests {
-            return;
+            return false;
         }
         let Some(owed) = self.unit.take_owed().remove(&GUEST) else {
-            return;
+            return false;
         };
         let told = self.interrupt(|interrupts| {
             interrupts.event |= owed.event;
             interrupts.ppr |= owed.ppr;
         });
         let _of_the_host_only = self.heed_log(told);
-        if owed.more_commands {
-            self.more
-                .write(1)
-                .expect("one more on an eventfd that is read long before it overflows");
-        }
+        owed.more_commands
     }
 }
 
@@ -556,6 +593,10 @@ impl ViommuHost for SimHost {
         })
     }
 
+    fn take_errors(&self) -> HardwareErrors {
+        std::mem::take(&mut *lock(&self.errors))
+    }
+
     fn destroy(&self, id: ObjectId) -> io::Result<()> {
         self.request(|State { kernel, objects }, effects| {
             match objects.remove(id)? {
@@ -580,6 +621,7 @@ impl ViommuHost for SimHost {
                     for log in [GuestLog::Event, GuestLog::Ppr] {
                         effects.join(kernel.route(&self.unit, &self.memory, log, None));
                     }
+                    *lock(&self.errors) = HardwareErrors::default();
                     effects.join(self.control(ControlReg::Misc, 0));
                     let nothing = kernel.blocked();
                     effects.join(kernel.set_entry(&self.unit, &self.memory, TRANSLATE_DEVICE, &nothing));

@@ -1,5 +1,8 @@
 //! The host through its requests, with a guest in miniature that has rings and v2 tables in its RAM.
 
+mod broken;
+mod rings;
+
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};

@@ -60,6 +60,13 @@ impl Asking {
         }
     }
 
+    /// Put heads, tails and Status of page 3 back to 0.
+    pub(super) fn put_page_back(&self) -> Answer {
+        self.ask_if_supported("put heads and tails of a guest's rings back", |host| {
+            host.reset_page(self.viommu)
+        })
+    }
+
     /// Something of the guest's is not confined as the guest wants it, and nothing can be done about it.
     pub(super) fn alarm(&self, what: &str) {
         guest_line!(error, iommu = self.name, "{what}");

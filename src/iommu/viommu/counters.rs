@@ -22,11 +22,13 @@ pub(super) enum Count {
     Routes,
     Events,
     Watches,
+    LostRecords,
+    Stops,
     Refusals,
 }
 
 impl Count {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 13] = [
         Self::Stores,
         Self::StrangeStores,
         Self::PassThrough,
@@ -37,6 +39,8 @@ impl Count {
         Self::Routes,
         Self::Events,
         Self::Watches,
+        Self::LostRecords,
+        Self::Stops,
         Self::Refusals,
     ];
 }
@@ -64,13 +68,21 @@ pub struct Counts {
     pub events: u64,
     /// Changes of the pages whose stores are noticed.
     pub watches: u64,
+    /// Records that the guest's logs did not take.
+    pub lost_records: u64,
+    /// How often the unit was stopped because what serves it did not answer.
+    pub stops: u64,
     /// Requests the host refused.
     pub refusals: u64,
 }
 
 impl Counters {
     pub(super) fn add(&self, what: Count) {
-        self.0[what as usize].fetch_add(1, Ordering::Relaxed);
+        self.add_many(what, 1);
+    }
+
+    pub(super) fn add_many(&self, what: Count, many: u64) {
+        self.0[what as usize].fetch_add(many, Ordering::Relaxed);
     }
 
     pub(super) fn counts(&self) -> Counts {
@@ -86,6 +98,8 @@ impl Counters {
             routes: of(Count::Routes),
             events: of(Count::Events),
             watches: of(Count::Watches),
+            lost_records: of(Count::LostRecords),
+            stops: of(Count::Stops),
             refusals: of(Count::Refusals),
         }
     }
@@ -104,13 +118,15 @@ impl fmt::Display for Counts {
             routes,
             events,
             watches,
+            lost_records,
+            stops,
             refusals,
         } = self;
         write!(
             f,
             "{stores} stores to entries, {strange_stores} beside them, {watches} changes of watched pages; attached {nested} times to \
              guest tables, {pass_through} to memory, {blocked} to nothing; {queues_made} rings made, {queues_destroyed} destroyed, \
-             {routes} interrupt routes, {events} events put in, {refusals} refusals"
+             {routes} interrupt routes, {stops} stops, {lost_records} records lost, {events} events put in, {refusals} refusals"
         )
     }
 }

@@ -12,7 +12,7 @@ use super::intent::{Intent, Refusal};
 use crate::guest_warn;
 use crate::iommu::amd::events::{Event, Kind, Source, Tag};
 use crate::iommu::amd::spec::dte::Dte;
-use crate::platform::addr::Bdf;
+use crate::platform::addr::{Bdf, Gpa};
 use crate::platform::dma::Requester;
 
 /// What a function is attached to.
@@ -30,8 +30,10 @@ pub(super) struct Followed {
     place: Place,
     /// By which number commands and events name it.
     vdevice: Option<(Bdf, ObjectId)>,
-    /// Why its entry was refused when it was last read.
+    /// Why it was blocked against its entry's word when that was last read.
     refusal: Option<Refusal>,
+    /// The guest was told of that, as far as it can be.
+    told: bool,
     /// The host did not even block it: it reaches what it reached.
     unconfined: bool,
 }
@@ -45,6 +47,7 @@ impl Followed {
             place: Place::PassThrough,
             vdevice: None,
             refusal: None,
+            told: false,
             unconfined: false,
         }
     }
@@ -54,11 +57,15 @@ impl Followed {
         self.requester.sbdf().bdf
     }
 
-    /// Take back a name that is no longer the guest's. The function is blocked if it used tables of the guest's.
-    pub(super) fn forget_name(&mut self, asking: &Asking, leftovers: &mut Leftovers) {
-        if self.vdevice.is_none_or(|(name, _)| name == self.at()) {
-            return;
+    /// Take back a name that is no longer the guest's.
+    pub(super) fn forget_old_name(&mut self, asking: &Asking, leftovers: &mut Leftovers) {
+        if self.vdevice.is_some_and(|(name, _)| name != self.at()) {
+            self.forget_name(asking, leftovers);
         }
+    }
+
+    /// Take back its name, if it has one. The function is blocked if it used tables of the guest's.
+    pub(super) fn forget_name(&mut self, asking: &Asking, leftovers: &mut Leftovers) {
         if matches!(self.place, Place::Nested { .. }) && self.block(asking, leftovers).is_err() {
             return;
         }
@@ -85,34 +92,46 @@ impl Followed {
     }
 
     /// Attach the function to what it is to reach. What the host refuses leaves it blocked until this is called again.
-    /// An entry that is refused is reported, once while it stays refused, to the guest if it has a log; but for what may
-    /// pass by itself.
+    ///
+    /// Why it is blocked against the word of its entry, which is at `entry`, the operator is told, and the guest as soon
+    /// as it has a log: once while the reason stays the same, and so at most once for each store or register that the
+    /// guest writes. What may pass by itself is not worth it.
     pub(super) fn follow(
         &mut self,
         intent: Intent,
+        entry: Option<Gpa>,
         has_log: bool,
         asking: &Asking,
         leftovers: &mut Leftovers,
     ) {
-        let refusal = match intent {
-            Intent::Refused(refusal) => Some(refusal),
-            _ => None,
-        };
-        if refusal != self.refusal
-            && let Some(refusal) = refusal
-            && !refusal.may_pass()
-        {
-            self.report(refusal, has_log, asking);
-        }
-        self.refusal = refusal;
         let done = match intent {
             Intent::PassThrough => self.pass(asking, leftovers),
             Intent::Nested(dte) => self.nest(&dte, asking, leftovers),
             Intent::Blocked | Intent::Refused(_) => self.block(asking, leftovers),
         };
-        if done.is_err() && !matches!(intent, Intent::Blocked | Intent::Refused(_)) {
-            // It has said so itself if even that fails.
-            let _ = self.block(asking, leftovers);
+        let refusal = match intent {
+            Intent::Refused(refusal) => Some(refusal),
+            Intent::PassThrough | Intent::Nested(_) if done.is_err() => {
+                // It has said so itself if even that fails.
+                let _ = self.block(asking, leftovers);
+                Some(Refusal::Host)
+            }
+            Intent::PassThrough | Intent::Nested(_) | Intent::Blocked => None,
+        };
+        if refusal != self.refusal {
+            self.refusal = refusal;
+            self.told = false;
+            // What the host refused was said where it did.
+            if let Some(refusal) = refusal.filter(|refusal| !refusal.may_pass() && *refusal != Refusal::Host)
+            {
+                guest_warn!(iommu = asking.name, function = %self.at(), "a device table entry is refused, and its function blocked: {refusal}");
+            }
+        }
+        if let Some(refusal) = refusal.filter(|refusal| !refusal.may_pass())
+            && has_log
+            && !std::mem::replace(&mut self.told, true)
+        {
+            self.report(refusal, entry, asking);
         }
     }
 
@@ -181,14 +200,11 @@ impl Followed {
         }
     }
 
-    fn report(&self, refusal: Refusal, has_log: bool, asking: &Asking) {
-        let at = self.at();
-        guest_warn!(iommu = asking.name, function = %at, "a device table entry is refused, and its function blocked: {refusal}");
-        if !has_log {
-            return;
-        }
+    /// Tell the guest, as a unit would that met the entry: one whose bits it cannot obey is illegal; one that is not there,
+    /// or comes to nothing for reasons of the host's, is the hardware's error.
+    fn report(&self, refusal: Refusal, entry: Option<Gpa>, asking: &Asking) {
         let source = Source {
-            device: at,
+            device: self.at(),
             address: 0,
             tag: Tag::Domain(0),
             write: false,
@@ -196,6 +212,10 @@ impl Followed {
         };
         let event = match refusal {
             Refusal::NoMemory { at } => Event::DeviceTableHardwareError { source, at },
+            Refusal::Host => {
+                let Some(at) = entry else { return };
+                Event::DeviceTableHardwareError { source, at }
+            }
             _ => Event::IllegalDeviceTableEntry {
                 source,
                 reserved: refusal == Refusal::Reserved,

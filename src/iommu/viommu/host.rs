@@ -114,6 +114,24 @@ pub trait HostEvents: AsFd + Send + Sync {
     fn take(&self) -> io::Result<Vec<HostEvent>>;
 }
 
+/// What went wrong in the host's unit while it served the guest's, and that no request was about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct HardwareErrors {
+    /// Records lost because the guest's event log or PPR log could not be written (GUEST_EVENT_FAULT).
+    pub lost_records: u64,
+    /// What serves the guest could not be read or written (VIOMMU_HARDWARE_ERROR); and where, as the unit's first record
+    /// of it said.
+    pub broken_at: Option<u64>,
+}
+
+impl HardwareErrors {
+    /// Add what happened later.
+    pub fn join(&mut self, later: Self) {
+        self.lost_records = self.lost_records.saturating_add(later.lost_records);
+        self.broken_at = self.broken_at.or(later.broken_at);
+    }
+}
+
 /// A unit of the host's that can serve a unit of the guest's.
 ///
 /// Errors are the host's reasons (errno). A request that failed changed nothing.
@@ -165,6 +183,11 @@ pub trait ViommuHost: Send + Sync {
     fn events_alloc(&self, viommu: ObjectId) -> io::Result<(ObjectId, Box<dyn HostEvents>)> {
         let _ = viommu;
         Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// What went wrong since the last call. A host that is told of none, as by default, has none.
+    fn take_errors(&self) -> HardwareErrors {
+        HardwareErrors::default()
     }
 
     /// Destroy what was made here and what nothing uses any more.

@@ -41,6 +41,8 @@ pub(super) enum Refusal {
         /// There.
         at: Gpa,
     },
+    /// Nothing is wrong with it, but the host does not attach the device to what it asks for.
+    Host,
 }
 
 impl Refusal {
@@ -61,6 +63,7 @@ impl fmt::Display for Refusal {
             Self::Levels => "table levels that the unit does not offer",
             Self::NoRoot => "a guest table at address 0",
             Self::NoMemory { .. } => "no memory is where it should lie",
+            Self::Host => "the host refuses what it asks for",
         })
     }
 }

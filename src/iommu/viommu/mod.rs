@@ -52,13 +52,15 @@ pub use counters::Counts;
 
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Instant;
 
 use super::amd::features::Features;
 use super::amd::lanes::{LaneWrite, read_lanes};
 use super::amd::registers::{Effect, Registers};
 use super::amd::spec::registers::Reg;
 use super::function::UnitFunction;
+use super::polling::Polling;
 use crate::guest_warn;
 use crate::pci::access::DwordWrite;
 use crate::pci::bar::BarSpec;
@@ -104,6 +106,9 @@ pub struct ServedParts {
 /// Whoever maps its page 3 for the guest takes that away before the unit is dropped.
 pub struct ServedUnit {
     name: String,
+    mmio: GpaRange,
+    /// Set where the host is in this process and a thread polls its doorbell.
+    polling: OnceLock<Polling>,
     features: Features,
     ram: GuestRam,
     registers: Mutex<Registers>,
@@ -191,6 +196,8 @@ impl ServedUnit {
         registers.mirror_msi(function.msi());
         Ok(Arc::new_cyclic(|me: &Weak<Self>| Self {
             registers: Mutex::new(registers),
+            mmio: parts.mmio,
+            polling: OnceLock::new(),
             features: parts.features,
             ram: parts.ram,
             function,
@@ -225,6 +232,25 @@ impl ServedUnit {
         }
     }
 
+    /// Its registers.
+    #[must_use]
+    pub const fn mmio(&self) -> GpaRange {
+        self.mmio
+    }
+
+    /// Where it has what it takes for its doorbell to be polled. Only of units whose page 3 answers accesses.
+    #[must_use]
+    pub const fn polling(&self) -> &OnceLock<Polling> {
+        &self.polling
+    }
+
+    /// See to it that every doorbell the guest rang until now has arrived.
+    pub fn catch_up(&self) {
+        if let Some(polling) = self.polling.get() {
+            polling.catch_up();
+        }
+    }
+
     /// What it asked of its host so far.
     #[must_use]
     pub fn counts(&self) -> Counts {
@@ -244,6 +270,7 @@ impl ServedUnit {
             ("x2APIC PPR", Reg::XtPpr),
             ("EFR", Reg::Efr),
         ];
+        self.catch_up();
         let registers = {
             let registers = self.registers();
             SHOWN.map(|(name, reg)| format!("{name} {:#x}", registers.read(reg)))
@@ -254,19 +281,24 @@ impl ServedUnit {
 
     /// Everything but the PCI function as after power-on. No processor runs: functions reach guest memory untranslated.
     pub fn reset(&self) {
+        if let Some(polling) = self.polling.get() {
+            polling.reset();
+        }
         self.registers().reset();
         self.serve();
         // Where that is not supported, the driver clears them itself.
-        let _ = self
-            .asking
-            .ask_if_supported("put heads and tails of a guest's rings back", |host| {
-                host.reset_page(self.asking.viommu)
-            });
+        let _ = self.asking.put_page_back();
     }
 
     /// Bus numbers of functions behind the unit may have changed. No lock may be held that an access of the guest's would
     /// need. Without this the next write to a register finds out.
     pub fn renumbered(&self) {
+        self.serve();
+    }
+
+    /// The host says that something went wrong: hear what, and do what follows. Called by whoever it says that to, without
+    /// a lock. Without this the next write to a register finds out.
+    pub fn hear_errors(&self) {
         self.serve();
     }
 
@@ -311,6 +343,8 @@ impl ServedUnit {
             service.unwatchable = None;
         }
         loop {
+            // Before the registers are looked at: what switched the unit off came later.
+            service.hear(self.asking.host.take_errors(), &self.asking);
             let said = self.said();
             service.bring(&said, &self.table(), &self.asking);
             let wanted: BTreeSet<Gpa> = self
@@ -400,6 +434,7 @@ impl Watcher for ServedUnit {
 
 impl BusDevice for ServedUnit {
     fn read(&self, offset: u64, data: &mut [u8]) {
+        self.catch_up();
         data.fill(0);
         match At::of(offset, data.len()) {
             At::Register => {
@@ -417,6 +452,7 @@ impl BusDevice for ServedUnit {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
+        self.catch_up();
         match At::of(offset, data.len()) {
             At::Register => self.write_register(offset, data),
             At::Running(offset) => {
@@ -425,6 +461,9 @@ impl BusDevice for ServedUnit {
                 }
             }
             At::Nowhere => {}
+        }
+        if let Some(polling) = self.polling.get() {
+            polling.written(offset, Instant::now());
         }
     }
 }

@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 
 use super::asking::{Asking, Leftovers};
+use super::counters::Count;
 use super::following::Followed;
-use super::host::QueueKind;
+use super::host::{HardwareErrors, QueueKind};
 use super::intent::{Intent, Refusal, judge};
 use super::interrupts::{self, Routes};
 use super::rings::{self, Rings};
@@ -14,6 +15,7 @@ use crate::iommu::amd::registers::Configuration;
 use crate::iommu::amd::spec::dte::Dte;
 use crate::platform::addr::{Bdf, Gpa, GpaRange, PAGE_SIZE};
 use crate::platform::memory::GuestRam;
+use crate::{guest_line, guest_warn};
 
 /// What the registers say to the host.
 pub(super) struct Said {
@@ -72,6 +74,8 @@ pub(super) struct Service {
     pub(super) unwatchable: Option<BTreeSet<Gpa>>,
     /// Somebody is changing what is watched, and brings everything afterwards.
     pub(super) rewatching: bool,
+    /// What serves the guest did not answer there: the unit is stopped until the guest switches it off.
+    broken_at: Option<u64>,
 }
 
 impl Service {
@@ -85,6 +89,7 @@ impl Service {
             watched: BTreeSet::new(),
             unwatchable: None,
             rewatching: false,
+            broken_at: None,
         }
     }
 
@@ -92,9 +97,17 @@ impl Service {
     /// functions, so that what is wrong with an entry can be reported.
     pub(super) fn bring(&mut self, said: &Said, table: &Table<'_>, asking: &Asking) {
         self.leftovers.retry(asking);
+        if !said.configuration.control.iommu_en() && self.broken_at.take().is_some() {
+            // Where that is not supported, the driver clears them itself.
+            let _ = asking.put_page_back();
+        }
+        if self.broken_at.is_some() {
+            self.rest(&said.configuration, table, asking);
+            return;
+        }
         if said.configuration.control.iommu_en() {
             for function in &mut self.functions {
-                function.forget_name(asking, &mut self.leftovers);
+                function.forget_old_name(asking, &mut self.leftovers);
             }
             self.functions
                 .iter_mut()
@@ -103,6 +116,43 @@ impl Service {
         self.routes.bring(&said.routes, asking);
         self.rings.bring(&said.rings, asking);
         self.follow(&said.configuration, table, asking, |_| true);
+    }
+
+    /// The host's unit had `errors` with the guest's. If what serves it does not answer, it is stopped: rings are off and
+    /// functions reach nothing until the guest switches it off, and on again, as after a hardware error of its own. Registers
+    /// answer as before. All ones, as of a device that is gone, would keep Linux's handler in a loop that clears Status.
+    pub(super) fn hear(&mut self, errors: HardwareErrors, asking: &Asking) {
+        let HardwareErrors {
+            lost_records,
+            broken_at,
+        } = errors;
+        if lost_records > 0 {
+            asking.counters.add_many(Count::LostRecords, lost_records);
+            guest_warn!(
+                iommu = asking.name,
+                lost_records,
+                "the host's IOMMU cannot write to a guest's log"
+            );
+        }
+        if let Some(at) = broken_at.filter(|_| self.broken_at.is_none()) {
+            asking.counters.add(Count::Stops);
+            guest_line!(
+                error,
+                iommu = asking.name,
+                at = format_args!("{at:#x}"),
+                "the host's IOMMU cannot read what it needs to serve a guest: its rings are off and its functions blocked until the guest switches its IOMMU off"
+            );
+            self.broken_at = Some(at);
+        }
+    }
+
+    /// Bring the host to a unit that is stopped. Names go too: making them anew is what may mend it.
+    fn rest(&mut self, configuration: &Configuration, table: &Table<'_>, asking: &Asking) {
+        self.rings.bring(&rings::Wanted::default(), asking);
+        self.follow(configuration, table, asking, |_| true);
+        for function in &mut self.functions {
+            function.forget_name(asking, &mut self.leftovers);
+        }
     }
 
     /// Where interrupts go changed.
@@ -121,11 +171,14 @@ impl Service {
         let has_log = self.rings.is_on(QueueKind::Event);
         for function in &mut self.functions {
             let at = function.at();
-            if !touched(entry(configuration, at)) {
+            let entry = entry(configuration, at);
+            if !touched(entry) {
                 continue;
             }
             let intent = if !configuration.control.iommu_en() {
                 Intent::PassThrough
+            } else if self.broken_at.is_some() {
+                Intent::Blocked
             } else {
                 match table.page(configuration, at) {
                     Some(page) if self.watched.contains(&page) => table.intent(configuration, at),
@@ -136,7 +189,8 @@ impl Service {
                     None => table.intent(configuration, at),
                 }
             };
-            function.follow(intent, has_log, asking, &mut self.leftovers);
+            let entry = entry.map(|entry| entry.start());
+            function.follow(intent, entry, has_log, asking, &mut self.leftovers);
         }
     }
 
@@ -182,8 +236,11 @@ impl Service {
             }
             _ => format!("{} pages of the device table watched", self.watched.len()),
         };
+        let stopped = self.broken_at.map_or_else(String::new, |at| {
+            format!("STOPPED, as the host's unit cannot read {at:#x}; ")
+        });
         format!(
-            "rings on: {}; {}; {watched}",
+            "{stopped}rings on: {}; {}; {watched}",
             rings.join(", "),
             functions.join(", ")
         )

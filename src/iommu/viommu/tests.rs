@@ -1,5 +1,6 @@
-//! A guest with a driver, a guest without manners, a host that refuses.
+//! A guest with a driver, a guest without manners, a host that refuses or breaks.
 
+mod broken;
 mod hostile;
 mod linux;
 mod refused;

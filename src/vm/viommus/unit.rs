@@ -1,22 +1,24 @@
 //! One unit of the guest's, whoever works it.
 
-use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, OnceLock};
 
 use event_manager::{EventOps, EventSubscriber, Events};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::iommu::amd::counters::Counts;
+use crate::iommu::amd::spec::registers::Reg;
 use crate::iommu::amd::window::RegisterWindow;
 use crate::iommu::emulated::{EmulatedUnit, UnitParts};
 use crate::iommu::iommufd::Ioas;
 use crate::iommu::iommufd::viommu::HwHost;
+use crate::iommu::polling::{Polled, Polling};
 use crate::iommu::sim::{SimHost, SimParts};
 use crate::iommu::viommu::host::{HostDevice, ViommuHost};
 use crate::iommu::viommu::{Counts as Asked, ServedParts, ServedUnit};
 use crate::pci::Function;
 use crate::pci::tree::{NodeKind, RootComplex};
-use crate::platform::addr::Sbdf;
+use crate::platform::addr::{GpaRange, Sbdf};
 use crate::platform::bus::BusDevice;
 use crate::platform::dma::{Requester, Translator};
 use crate::platform::host::HostError;
@@ -53,6 +55,12 @@ pub(super) struct Surroundings<'a> {
     pub(super) messages: &'a Arc<dyn MsiSink>,
     /// Where a unit is served.
     pub(super) protection: Option<Arc<dyn WriteProtection>>,
+}
+
+impl AsRawFd for Simulated {
+    fn as_raw_fd(&self) -> RawFd {
+        self.host.as_raw_fd()
+    }
 }
 
 /// What a processor is not held up with, the event loop does.
@@ -128,15 +136,16 @@ impl Unit {
             messages: around.messages.clone(),
         })?;
         let unit = served(planned, around, host.clone(), &functions)?;
-        events.add(Arc::new(Rest {
-            unit: host.clone(),
-            run_commands: SimHost::run_commands,
-        }));
-        Ok(Self::Simulated(Arc::new(Simulated {
+        let simulated = Arc::new(Simulated {
             unit,
             host,
             functions,
-        })))
+        });
+        events.add(Arc::new(Rest {
+            unit: simulated.clone(),
+            run_commands: Simulated::run_commands,
+        }));
+        Ok(Self::Simulated(simulated))
     }
 
     /// What the operator calls it.
@@ -187,8 +196,20 @@ impl Unit {
 
     /// See to it that it has heard all that the guest told it. No processor runs.
     pub(super) fn catch_up(&self) {
-        if let Self::Emulated(unit) = self {
-            unit.catch_up();
+        match self {
+            Self::Emulated(unit) => unit.catch_up(),
+            // The host's unit hears of them itself.
+            Self::Hardware(_) => {}
+            Self::Simulated(simulated) => simulated.unit.catch_up(),
+        }
+    }
+
+    /// What has its doorbell polled.
+    pub(super) fn polled(&self) -> Arc<dyn Polled> {
+        match self {
+            Self::Emulated(unit) => unit.clone(),
+            Self::Hardware(_) => unreachable!("a plan has no doorbell of the host's units polled"),
+            Self::Simulated(simulated) => simulated.clone(),
         }
     }
 
@@ -239,10 +260,43 @@ pub(super) fn served(
     })
 }
 
+impl Polled for Simulated {
+    fn name(&self) -> &str {
+        self.unit.name()
+    }
+
+    fn registers(&self) -> GpaRange {
+        self.unit.mmio()
+    }
+
+    fn polling(&self) -> &OnceLock<Polling> {
+        self.unit.polling()
+    }
+
+    fn late_doorbell(&self, offset: u64, data: &[u8]) -> bool {
+        let page = offset.checked_sub(Reg::RUNNING_AT);
+        page.is_some_and(|offset| self.host.late_doorbell(offset, data))
+    }
+
+    fn run_late_commands(&self) -> bool {
+        self.host.run_late_commands()
+    }
+
+    fn run_commands(&self) {
+        self.run_commands();
+    }
+}
+
 impl Simulated {
     /// From now on `window` shows heads, tails and Status.
     pub(super) fn show_registers(&self, window: Box<dyn RegisterWindow>) {
         self.host.show_registers(window);
+    }
+
+    /// Do what its host has for the event loop.
+    fn run_commands(&self) {
+        self.host.run_commands();
+        self.unit.hear_errors();
     }
 
     /// As whom the function at `at` issues requests, and where those go, if it is behind the unit.

@@ -273,6 +273,20 @@ impl<M: SystemMemory> Unit<M> {
         effects
     }
 
+    /// `guest` wrote `data` to its command buffer's tail at `offset` of its page, and nobody has looked until now. Whether
+    /// that leaves commands to whoever calls [`Unit::run_guest_commands`]. At other offsets nothing happens.
+    pub fn vf_late_doorbell(&self, guest: u16, offset: u64, data: &[u8]) -> bool {
+        let write = page_register(offset).zip(LaneWrite::new(within(offset), data));
+        let Some(((Reg::CommandTail, lanes), (guests, guest))) = write.zip(self.guest(guest)) else {
+            return false;
+        };
+        let rings = guest.change().write(Reg::CommandTail, lanes) == Effect::RunCommands;
+        if rings {
+            guests.counters.polled_doorbell();
+        }
+        rings
+    }
+
     /// The host reads `data.len()` bytes at `offset` of the 64 that control `guest` (VF control MMIO). Where there is no
     /// register it reads 0.
     pub fn vf_control_read(&self, guest: u16, offset: u64, data: &mut [u8]) {

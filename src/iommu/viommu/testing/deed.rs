@@ -1,6 +1,7 @@
 //! What a guest without manners does, and what must hold after each deed.
 
 use super::Rig;
+use crate::iommu::viommu::host::HardwareErrors;
 use crate::pci::Function;
 use crate::pci::access::DwordWrite;
 use crate::platform::addr::{Bdf, Sbdf};
@@ -70,6 +71,8 @@ pub enum Deed {
     },
     /// Whether pages can be watched changes.
     Watchable(bool),
+    /// The host's unit cannot read what serves the guest's.
+    Break,
 }
 
 impl Deed {
@@ -93,6 +96,13 @@ impl Deed {
             }
             Self::Reset => rig.unit.reset(),
             Self::Refuse { after } => rig.host.refuse_soon(after),
+            Self::Break => {
+                rig.host.err(HardwareErrors {
+                    lost_records: 1,
+                    broken_at: Some(0x10_0000_0000),
+                });
+                rig.unit.hear_errors();
+            }
             Self::Watchable(watchable) => rig.protection.refuse(!watchable),
         }
     }

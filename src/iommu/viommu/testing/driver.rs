@@ -235,6 +235,9 @@ impl Rig {
         if control & 1 == 0 {
             return Reached::Memory;
         }
+        if self.is_stopped() {
+            return Reached::Nothing;
+        }
         let bits = (control >> 34 & 7).min(3);
         let id = u64::from(self.id(index));
         let segment = id >> (16 - bits);
@@ -273,6 +276,11 @@ impl Rig {
         Reached::Tables(Dte::from_quadwords(words))
     }
 
+    /// Whether what serves the unit failed it since it was switched on.
+    pub fn is_stopped(&self) -> bool {
+        self.unit.state().contains("STOPPED")
+    }
+
     /// Everything is as the guest says.
     pub fn check(&self) {
         self.host.check();
@@ -304,7 +312,8 @@ impl Rig {
     /// Rings are on exactly while the registers say so, or not at all after a refusal.
     fn check_rings(&self, exactly: bool) {
         let control = self.read(0x18);
-        let bit = |bit: u32| control >> bit & 1 == 1;
+        let runs = !self.is_stopped();
+        let bit = |bit: u32| runs && control >> bit & 1 == 1;
         for (kind, register, on, interrupts) in [
             (QueueKind::Command, 0x08, bit(12), bit(4)),
             (QueueKind::Event, 0x10, bit(2), bit(3)),

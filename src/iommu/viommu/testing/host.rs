@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::iommu::amd::spec::dte::Dte;
 use crate::iommu::viommu::host::{
-    HostDevice, HostFeatures, InterruptTarget, ObjectId, Queue, QueueKind, UnitInterrupt, VfPage, Viommu,
-    ViommuHost,
+    HardwareErrors, HostDevice, HostFeatures, InterruptTarget, ObjectId, Queue, QueueKind, UnitInterrupt,
+    VfPage, Viommu, ViommuHost,
 };
 use crate::platform::addr::Bdf;
 use crate::platform::bus::BusDevice;
@@ -41,6 +41,7 @@ struct State {
     unsupported: bool,
     mapped: Option<Arc<DeviceMemory>>,
     events: Vec<[u32; 4]>,
+    errors: HardwareErrors,
     resets: usize,
     /// Who broke which rule of the host's.
     wrongs: Vec<String>,
@@ -107,6 +108,11 @@ impl FakeHost {
     /// Have page 3 mapped rather than answer accesses.
     pub fn map_page(&self, page: Arc<DeviceMemory>) {
         self.state().mapped = Some(page);
+    }
+
+    /// Have had `errors` with the guest.
+    pub fn err(&self, errors: HardwareErrors) {
+        self.state().errors.join(errors);
     }
 
     /// How many requests were made.
@@ -366,6 +372,10 @@ impl ViommuHost for FakeHost {
         state.is_viommu(viommu)?;
         state.resets += 1;
         Ok(())
+    }
+
+    fn take_errors(&self) -> HardwareErrors {
+        std::mem::take(&mut self.state().errors)
     }
 
     fn destroy(&self, id: ObjectId) -> io::Result<()> {

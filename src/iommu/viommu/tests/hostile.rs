@@ -34,11 +34,16 @@ fn an_entry_that_no_host_can_keep_is_reported_once() {
     rig.entry(0, [0; 4]);
     rig.entry(0, host_tables);
     assert_eq!(rig.host.events().len(), 4);
-    // Without a log there is nowhere to put one.
+    // Without a log there is nowhere to put one, until there is.
     rig.control(2, false);
     rig.entry(0, [0; 4]);
     rig.entry(0, host_tables);
     assert_eq!(rig.host.events().len(), 4);
+    for _ in 0..3 {
+        rig.control(2, true);
+        assert_eq!(rig.host.events()[4..], [record(0)]);
+        rig.control(2, false);
+    }
     rig.check();
 }
 
@@ -106,6 +111,47 @@ fn rings_may_be_aimed_anywhere() {
         rig.check();
         assert_eq!(rig.host.queue(QueueKind::Ppr).expect("on").base, Gpa(base));
     }
+}
+
+#[test]
+fn enables_that_are_toggled_in_loops_leave_nothing_behind() {
+    let rig = Rig::running();
+    rig.entry(0, dte(0x5000, 7));
+    let left = rig.host.left();
+    for round in 0..300_u64 {
+        for bit in [0, 2, 12, 13, 15, 51, 3, 4, 14] {
+            rig.control(bit, false);
+            rig.control(bit, true);
+        }
+        // Several at a time, in an order of no driver's.
+        let control = rig.read(0x18);
+        rig.write(0x18, 8, control ^ (round << 12 & 0xf000) ^ (round & 5));
+        rig.write(0x18, 8, control);
+    }
+    let counts = rig.unit.counts();
+    assert_eq!(rig.host.left(), left);
+    assert_eq!(counts.queues_made, counts.queues_destroyed + 3);
+    assert_eq!((rig.host.tables(), counts.refusals, counts.events), (1, 0, 0));
+    rig.check();
+}
+
+#[test]
+fn half_an_entry_that_waits_holds_up_nobody() {
+    let rig = Rig::running();
+    rig.entry(1, dte(0x6000, 8));
+    // The lower half of an entry with tables of five levels, whose upper half does not come.
+    let five = [dte(0x5000, 7)[0], dte(0x5000, 7)[1], 1 << 54, 0];
+    rig.half(0, 0, five);
+    assert_eq!(rig.host.place(0), rig.expected(0), "as it stands, four levels");
+    // All others go on, and what is read later is the same.
+    rig.entry(2, dte(0x7000, 9));
+    rig.entry(1, [1, 0, 0, 0]);
+    rig.write(0x178, 8, 0x44 << 32);
+    rig.unit.renumbered();
+    rig.check();
+    rig.half(0, 1, five);
+    assert!(matches!(rig.host.place(0), Reached::Tables(dte) if dte.interrupt.guest_paging_mode() == 1));
+    rig.check();
 }
 
 #[test]
@@ -238,6 +284,7 @@ fn deed() -> impl Strategy<Value = Deed> {
         1 => Just(Deed::Reset),
         1 => (0..4_usize).prop_map(|after| Deed::Refuse { after }),
         1 => any::<bool>().prop_map(Deed::Watchable),
+        1 => Just(Deed::Break),
     ]
 }
 

@@ -115,6 +115,75 @@ fn a_function_whose_tables_are_refused_is_blocked_until_they_are_not() {
     }
 }
 
+/// DEV_TAB_HARDWARE_ERROR, target abort, of the entry of the function `id`.
+fn hardware_error(id: u16) -> [u32; 4] {
+    let at = u32::try_from(DEVICE_TABLE).expect("low") + 32 * u32::from(id);
+    [id.into(), 3 << 28 | 2 << 25, at, 0]
+}
+
+#[test]
+fn a_guest_hears_once_of_tables_that_its_host_refuses() {
+    let rig = Rig::running();
+    rig.host.refuse(Some("nested"));
+    rig.entry(0, dte(0x5000, 7));
+    let first = hardware_error(rig.id(0));
+    assert_eq!(rig.host.events(), [first]);
+    // As often as it is asked.
+    for _ in 0..100 {
+        touch(&rig);
+        rig.half(0, 0, dte(0x5000, 7));
+    }
+    assert_eq!(rig.host.events(), [first]);
+    assert!(
+        rig.unit
+            .state()
+            .contains("01:00.0 is blocked: the host refuses what it asks for")
+    );
+    rig.host.refuse(None);
+    touch(&rig);
+    assert!(matches!(rig.host.place(0), Reached::Tables(_)));
+    // It works meanwhile, so that the next is news.
+    rig.host.refuse(Some("attach"));
+    rig.half(0, 0, dte(0x6000, 7));
+    assert_eq!(rig.host.events(), [first, first]);
+    rig.host.refuse(Some("pass"));
+    rig.entry(1, [0; 4]);
+    assert_eq!(rig.host.events()[2..], [hardware_error(rig.id(1))]);
+    // What the guest wants blocked is blocked, whatever the host says.
+    rig.host.refuse(None);
+    rig.entry(0, [1, 0, 0, 0]);
+    assert_eq!(rig.host.events().len(), 3);
+    touch(&rig);
+    rig.check();
+}
+
+#[test]
+fn a_function_without_a_name_is_reported_as_any_other() {
+    let rig = Rig::at_reset();
+    rig.host.refuse(Some("vdevice"));
+    rig.start();
+    assert!(rig.host.events().is_empty(), "blocked functions need none");
+    rig.entry(2, dte(0x5000, 7));
+    assert_eq!(rig.host.events(), [hardware_error(rig.id(2))]);
+    rig.host.refuse(None);
+    touch(&rig);
+    assert!(matches!(rig.host.place(2), Reached::Tables(_)));
+    rig.check();
+}
+
+#[test]
+fn an_event_that_the_host_refuses_to_put_in_is_not_tried_again() {
+    let rig = Rig::running();
+    rig.host.refuse(Some("event"));
+    rig.entry(0, [3 << 61 | 3 | 4 << 9 | 0x5000, 7, 0, 0]);
+    rig.host.refuse(None);
+    let asked = rig.host.asked();
+    touch(&rig);
+    assert_eq!((rig.host.asked(), rig.host.events().len()), (asked, 0));
+    assert_eq!(rig.unit.counts().refusals, 1);
+    rig.check();
+}
+
 #[test]
 fn a_function_that_cannot_even_be_blocked_is_told_of() {
     let rig = Rig::running();

@@ -229,15 +229,9 @@ fn asked_beside_served(
         );
         return Err(viommu.source().wrong(key, problem));
     }
-    if mode.is_served() && viommu.doorbell == Some(Doorbell::Poll) {
-        let whose = match mode {
-            ViommuMode::Simulated => "model",
-            _ => "hardware",
-        };
-        let problem = format!(
-            "the doorbell of an IOMMU of mode {} is the {whose}'s own; say exit, or leave this out",
-            mode.name()
-        );
+    if mode == ViommuMode::Hardware && viommu.doorbell == Some(Doorbell::Poll) {
+        let problem =
+            "the doorbell of an IOMMU of mode hw is the hardware's own; say exit, or leave this out";
         return Err(viommu.source().wrong("doorbell", problem));
     }
     Ok(ViommuOffer {
@@ -488,9 +482,10 @@ mod tests {
             let text = refused(&format!("{both}{line}\n"));
             assert!(text.contains(problem), "{line}: {text}");
         }
-        assert!(resolved(&format!("{both}doorbell = \"poll\"\n")).is_ok());
-        let text = refused("[[viommu]]\nmode = \"sim\"\ndoorbell = \"poll\"\n");
-        assert!(text.contains("the model's own"), "{text}");
+        let units = plans(&format!("{both}doorbell = \"poll\"\n"));
+        assert_eq!(units[1].doorbell, Doorbell::Poll);
+        let units = plans("[[viommu]]\nmode = \"sim\"\ndoorbell = \"poll\"\n");
+        assert_eq!(units[0].doorbell, Doorbell::Poll, "the model's own");
     }
 
     #[test]

@@ -74,19 +74,20 @@ struct Bench {
 fn bench() -> Bench {
     let (rig, hypervisor) = (Rig::running(), Arc::new(Hypervisor::default()));
     let writes = LateWrites::new(hypervisor.clone());
-    let range = rig.unit.polling_by(&writes).line.range;
-    writes.units().push((range, Arc::downgrade(&rig.unit)));
+    let range = polling_by(&*rig.unit, &writes).line.range;
+    let unit: Weak<dyn Polled> = Arc::downgrade(&rig.unit) as Weak<dyn Polled>;
+    writes.units().push((range, unit));
     Bench { rig, hypervisor }
 }
 
 impl Bench {
     fn polling(&self) -> &Polling {
-        self.rig.unit.polling().expect("made with it")
+        self.rig.unit.polling().get().expect("made with it")
     }
 
     /// The guest writes a register of the unit; whether that was an exit.
     fn writes(&self, offset: u64, value: u64) -> bool {
-        let at = Gpa(self.rig.unit.mmio.start().0 + offset);
+        let at = Gpa(self.rig.unit.registers().start().0 + offset);
         let exits = !self
             .hypervisor
             .takes(CoalescedWrite::new(at, value.to_le_bytes(), 8));
@@ -113,7 +114,7 @@ impl Bench {
     }
 
     fn look(&self) -> bool {
-        self.polling().look(&self.rig.unit)
+        self.polling().look(&*self.rig.unit)
     }
 
     fn heads(&self) -> (u64, u64) {
@@ -261,7 +262,7 @@ fn a_reset_forgets_what_was_rung_and_nothing_comes_after_it() {
 fn late_writes_to_nobody_and_to_other_registers_are_dropped() {
     let bench = bench();
     bench.begin();
-    let start = bench.rig.unit.mmio.start().0;
+    let start = bench.rig.unit.registers().start().0;
     let mut ring = bench.hypervisor.ring.lock().expect("not poisoned");
     for at in [0, start - 1, start + 0x18, start + 0x2010, u64::MAX] {
         ring.push_back(CoalescedWrite::new(Gpa(at), [0; 8], 8));

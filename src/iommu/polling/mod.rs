@@ -9,16 +9,42 @@
 //! The ring is the machine's. Whoever looks delivers to every unit, and each unit's thread runs its own commands: a
 //! COMPLETION_WAIT that waits for a slow disk behind one unit holds up no other.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+mod hearing;
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::EmulatedUnit;
-use super::hearing::{Hearing, Line};
-use crate::iommu::amd::spec::registers::Reg;
+use super::amd::spec::registers::Reg;
+use super::amd::sync;
 use crate::platform::addr::{Gpa, GpaRange};
 use crate::platform::doorbell::{CoalescedWrite, CoalescedWrites};
 use crate::platform::host::HostError;
+
+use hearing::{Hearing, Line};
+
+/// A unit whose doorbell may be polled: its commands are Ravelin's to carry out.
+///
+/// It calls [`Polling::catch_up`] before an access of the guest's takes effect, and [`Polling::written`] after a write.
+pub trait Polled: Send + Sync {
+    /// What the operator calls it.
+    fn name(&self) -> &str;
+
+    /// Its registers.
+    fn registers(&self) -> GpaRange;
+
+    /// What it has for that, once it is polled.
+    fn polling(&self) -> &OnceLock<Polling>;
+
+    /// The guest wrote `data` at `offset` of the registers a while ago. Whether commands wait because of it.
+    fn late_doorbell(&self, offset: u64, data: &[u8]) -> bool;
+
+    /// Carry out commands that late doorbells announced, a bounded number. Whether some are left.
+    fn run_late_commands(&self) -> bool;
+
+    /// Carry out commands that late doorbells announced, and have the event loop do what is left.
+    fn run_commands(&self);
+}
 
 /// Doorbells by exits within [`BURST`] that make a guest busy.
 const BUSY: u32 = 16;
@@ -36,7 +62,7 @@ const TAIL_LEN: u64 = 8;
 pub struct LateWrites {
     host: Arc<dyn CoalescedWrites>,
     /// Locked while a write is on its way, so that whoever gets the lock finds none under way.
-    units: Mutex<Vec<(GpaRange, Weak<EmulatedUnit>)>>,
+    units: Mutex<Vec<(GpaRange, Weak<dyn Polled>)>>,
 }
 
 impl LateWrites {
@@ -49,7 +75,7 @@ impl LateWrites {
         })
     }
 
-    fn units(&self) -> MutexGuard<'_, Vec<(GpaRange, Weak<EmulatedUnit>)>> {
+    fn units(&self) -> MutexGuard<'_, Vec<(GpaRange, Weak<dyn Polled>)>> {
         self.units.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -58,10 +84,27 @@ impl LateWrites {
         for write in std::iter::from_fn(|| self.host.take()).take(MOST_AT_ONCE) {
             let unit = units.iter().find(|(range, _)| range.contains(write.at));
             if let Some(unit) = unit.and_then(|(_, unit)| unit.upgrade()) {
-                unit.late_doorbell(&write);
+                late_doorbell(&*unit, &write);
             }
         }
     }
+}
+
+/// The guest rang the doorbell of `unit` a while ago.
+fn late_doorbell(unit: &dyn Polled, write: &CoalescedWrite) {
+    let Some(offset) = write.at.0.checked_sub(unit.registers().start().0) else {
+        return;
+    };
+    let waits = unit.late_doorbell(offset, write.data());
+    if let Some(polling) = unit.polling().get().filter(|_| waits) {
+        polling.arrived();
+    }
+}
+
+/// The polling of `unit`, whose late writes come by `writes`.
+fn polling_by<'a>(unit: &'a dyn Polled, writes: &Arc<LateWrites>) -> &'a Polling {
+    unit.polling()
+        .get_or_init(|| Polling::new(writes.clone(), unit.registers()))
 }
 
 /// A unit's doorbell and the ring.
@@ -94,7 +137,7 @@ impl Line for DoorbellLine {
 }
 
 /// What a unit has for its doorbell to be polled.
-pub(super) struct Polling {
+pub struct Polling {
     line: DoorbellLine,
     hearing: Hearing,
     /// Locked while the doorbell changes its way.
@@ -131,7 +174,7 @@ impl State {
 }
 
 impl Polling {
-    pub(super) fn new(writes: Arc<LateWrites>, registers: GpaRange) -> Self {
+    fn new(writes: Arc<LateWrites>, registers: GpaRange) -> Self {
         let tail = Gpa(registers.start().0 + Reg::COMMAND_TAIL_AT);
         let range = GpaRange::new(tail, TAIL_LEN).expect("the registers do not wrap");
         Self {
@@ -147,12 +190,12 @@ impl Polling {
     }
 
     /// An access of the guest came as an exit: doorbells before it come first.
-    pub(super) fn catch_up(&self) {
+    pub(in crate::iommu) fn catch_up(&self) {
         self.hearing.catch_up(&self.line);
     }
 
     /// An exit at `offset` was a write; if it was the doorbell, count it.
-    pub(super) fn written(&self, offset: u64, now: Instant) {
+    pub(in crate::iommu) fn written(&self, offset: u64, now: Instant) {
         if !(Reg::COMMAND_TAIL_AT..Reg::COMMAND_TAIL_AT + TAIL_LEN).contains(&offset) {
             return;
         }
@@ -164,7 +207,7 @@ impl Polling {
     }
 
     /// A late doorbell arrived.
-    pub(super) fn arrived(&self) {
+    fn arrived(&self) {
         self.hearing.arrived();
     }
 
@@ -185,7 +228,7 @@ impl Polling {
     }
 
     /// Look once. Whether commands ran.
-    fn look(&self, unit: &EmulatedUnit) -> bool {
+    fn look(&self, unit: &dyn Polled) -> bool {
         self.line.deliver();
         let rung = self.hearing.take_rung();
         if rung && unit.run_late_commands() {
@@ -210,14 +253,14 @@ impl Polling {
     }
 
     /// Back to exits, and nothing that was rung is remembered. No processor runs.
-    pub(super) fn reset(&self) {
+    pub(in crate::iommu) fn reset(&self) {
         self.end();
         self.state().wanted = false;
         let _forgotten = self.hearing.take_rung();
     }
 
     /// The thread's life.
-    fn work(&self, unit: &EmulatedUnit) {
+    fn work(&self, unit: &dyn Polled) {
         while self.begin() {
             let mut last = Instant::now();
             while self.goes_on() {
@@ -238,7 +281,7 @@ impl Polling {
         self.end();
     }
 
-    fn look_or_pause(&self, unit: &EmulatedUnit) -> bool {
+    fn look_or_pause(&self, unit: &dyn Polled) -> bool {
         let ran = self.look(unit);
         if !ran {
             std::hint::spin_loop();
@@ -249,7 +292,7 @@ impl Polling {
 
 /// The thread that polls a unit's doorbell. It ends with this.
 pub struct DoorbellThread {
-    unit: Arc<EmulatedUnit>,
+    unit: Arc<dyn Polled>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -258,15 +301,15 @@ impl DoorbellThread {
     ///
     /// # Errors
     /// When the host has no thread for it.
-    pub fn start(unit: Arc<EmulatedUnit>, writes: &Arc<LateWrites>) -> Result<Self, HostError> {
-        let polling = unit.polling_by(writes);
+    pub fn start(unit: Arc<dyn Polled>, writes: &Arc<LateWrites>) -> Result<Self, HostError> {
+        let polling = polling_by(&*unit, writes);
         writes.units().push((polling.line.range, Arc::downgrade(&unit)));
         let name = format!("{} doorbell", unit.name());
         let thread = std::thread::Builder::new()
             .name(name.clone())
             .spawn({
                 let unit = unit.clone();
-                move || unit.polling().expect("set above").work(&unit)
+                move || unit.polling().get().expect("set above").work(&*unit)
             })
             .map_err(|source| HostError::new(format!("start the thread {name}"), source))?;
         Ok(Self {
@@ -278,7 +321,7 @@ impl DoorbellThread {
 
 impl Drop for DoorbellThread {
     fn drop(&mut self) {
-        if let Some(polling) = self.unit.polling() {
+        if let Some(polling) = self.unit.polling().get() {
             polling.state().leaving = true;
             polling.wake.notify_all();
         }
@@ -288,37 +331,6 @@ impl Drop for DoorbellThread {
                 "the thread that polls a doorbell panicked"
             );
         }
-    }
-}
-
-impl EmulatedUnit {
-    /// Its doorbell, where that is polled.
-    pub(super) fn polling(&self) -> Option<&Polling> {
-        self.polling.get()
-    }
-
-    fn polling_by(&self, writes: &Arc<LateWrites>) -> &Polling {
-        self.polling
-            .get_or_init(|| Polling::new(writes.clone(), self.mmio))
-    }
-
-    /// The guest rang the doorbell a while ago.
-    fn late_doorbell(&self, write: &CoalescedWrite) {
-        let Some(offset) = write.at.0.checked_sub(self.mmio.start().0) else {
-            return;
-        };
-        let effects = self.unit.late_doorbell(offset, write.data());
-        if let Some(polling) = self.polling().filter(|_| effects.more_commands) {
-            polling.arrived();
-        }
-    }
-
-    /// Carry out commands that late doorbells announced. Whether some are left.
-    fn run_late_commands(&self) -> bool {
-        let mut effects = self.unit.run_commands();
-        let left = std::mem::take(&mut effects.more_commands);
-        self.perform(effects);
-        left
     }
 }
 
