@@ -1,5 +1,7 @@
 //! Mode `hw` over a kernel that is none, for every version of the interface and every failure.
 
+mod life;
+
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 
