@@ -38,10 +38,15 @@ impl Told {
 
 /// Boot `machine`, work behind its units, and return what the console and the statistics said.
 fn works(machine: Machine) -> (Console, Told) {
+    runs(machine, &format!("{DISK_TOOLS}{LOOK_AROUND}{WORK}"))
+}
+
+/// Boot `machine`, run `script`, and return what the console and the statistics said.
+fn runs(machine: Machine, script: &str) -> (Console, Told) {
     let stats = machine.path("stats.json");
     let ended = machine
         .arguments([OsStr::new("--stats"), stats.as_os_str()])
-        .script(&format!("{DISK_TOOLS}{LOOK_AROUND}{WORK}"))
+        .script(script)
         .run();
     let foreseen = |line: &str| NOT_NAMED.iter().any(|said| line.contains(said));
     // The folder goes with what is returned.
@@ -125,7 +130,7 @@ fn root(at: usize, segment: usize, bus: usize, mode: &str) -> String {
 #[test]
 fn a_boot_before_a_model_whose_doorbell_is_polled_costs_few_exits() {
     let exits = |viommu| {
-        let (_, told) = works(one_unit("lab", viommu).cmdline(WORDS));
+        let (_, told) = runs(one_unit("lab", viommu).cmdline(WORDS), "say up yes\n");
         let devices = told.0["exits"]["by_device"].as_array().expect("a list").clone();
         let unit = devices
             .iter()

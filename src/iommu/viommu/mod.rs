@@ -77,7 +77,7 @@ use crate::platform::protection::{Watcher, WriteProtection};
 use asking::Asking;
 use counters::{Count, Counters};
 use following::Followed;
-use host::{HostDevice, VfPage, Viommu, ViommuHost};
+use host::{HardwareErrors, HostDevice, VfPage, Viommu, ViommuHost};
 use interrupts::MsiState;
 use service::{Said, Service, Table, entry};
 
@@ -299,7 +299,11 @@ impl ServedUnit {
     /// The host says that something went wrong: hear what, and do what follows. Called by whoever it says that to, without
     /// a lock. Without this the next write to a register finds out.
     pub fn hear_errors(&self) {
-        self.serve();
+        let errors = self.asking.host.take_errors();
+        if errors != HardwareErrors::default() {
+            self.service().hear(errors, &self.asking);
+            self.serve();
+        }
     }
 
     fn registers(&self) -> MutexGuard<'_, Registers> {
