@@ -55,6 +55,7 @@ enum Step {
     Reset,
     Refuse(u8),
     Watchable(bool),
+    Break,
 }
 
 /// A page of the first gigabyte, mostly one of RAM.
@@ -122,6 +123,7 @@ impl From<Step> for Deed {
                 after: usize::from(after & 7),
             },
             Step::Watchable(watchable) => Self::Watchable(watchable),
+            Step::Break => Self::Break,
         }
     }
 }

@@ -5,6 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 use crate::iommu::emulated::testing::Rig;
+use crate::iommu::viommu::ServedUnit;
+use crate::iommu::viommu::testing::Rig as ServedRig;
+use crate::platform::bus::BusDevice;
 
 /// KVM in miniature: a ring with some room, and ranges whose writes go there.
 #[derive(Default)]
@@ -325,4 +328,76 @@ fn every_command_is_answered_whether_the_thread_sleeps_or_polls() {
     assert_eq!((counts.doorbells, counts.polled + exits), (value, value));
     drop(thread);
     assert!(!bench.polling().goes_on());
+}
+
+/// A served unit before a host that only remembers what was rung late.
+struct Served {
+    unit: Arc<ServedUnit>,
+    late: Mutex<Vec<(u64, u8)>>,
+}
+
+impl Polled for Served {
+    fn name(&self) -> &str {
+        self.unit.name()
+    }
+
+    fn registers(&self) -> GpaRange {
+        self.unit.mmio()
+    }
+
+    fn polling(&self) -> &OnceLock<Polling> {
+        self.unit.polling()
+    }
+
+    fn late_doorbell(&self, offset: u64, data: &[u8]) -> bool {
+        self.late.lock().expect("not poisoned").push((offset, data[0]));
+        true
+    }
+
+    fn run_late_commands(&self) -> bool {
+        false
+    }
+
+    fn run_commands(&self) {}
+}
+
+#[test]
+fn a_served_unit_hears_late_doorbells_before_any_access_and_when_the_machine_pauses() {
+    let (rig, hypervisor) = (ServedRig::running(), Arc::new(Hypervisor::default()));
+    let served = Arc::new(Served {
+        unit: rig.unit.clone(),
+        late: Mutex::default(),
+    });
+    let writes = LateWrites::new(hypervisor.clone());
+    let range = polling_by(&*served, &writes).line.range;
+    let weak: Weak<dyn Polled> = Arc::downgrade(&served) as Weak<dyn Polled>;
+    writes.units().push((range, weak));
+    let polling = rig.unit.polling().get().expect("made above");
+    let tail = Gpa(rig.unit.mmio().start().0 + 0x2008);
+    let rings = |value: u8| hypervisor.takes(CoalescedWrite::new(tail, u64::from(value).to_le_bytes(), 8));
+    let heard = || std::mem::take(&mut *served.late.lock().expect("not poisoned"));
+    assert!(!rings(1), "not yet");
+    // Sixteen by exits make the guest busy.
+    let now = Instant::now();
+    (0..BUSY).for_each(|_| polling.written(0x2008, now));
+    assert!(polling.begin());
+    let accesses: [&dyn Fn(); 5] = [
+        &|| rig.unit.read(0x18, &mut [0; 8]),
+        &|| rig.write(0x170, 8, 0x31 << 32),
+        &|| rig.unit.read(0x2020, &mut [0; 4]),
+        &|| drop(rig.unit.state()),
+        &|| rig.unit.catch_up(),
+    ];
+    for (value, access) in (2..).zip(accesses) {
+        assert!(rings(value));
+        assert_eq!(heard(), []);
+        access();
+        assert_eq!(heard(), [(0x2008, value)]);
+        assert!(polling.look(&*served), "its commands run then");
+    }
+    // A reset forgets.
+    assert!(rings(9));
+    rig.unit.reset();
+    assert!(!polling.hearing.take_rung() && !polling.goes_on());
+    assert!(!rings(9), "an exit again");
 }
