@@ -73,7 +73,7 @@ fn change(list: &DeviceFd, attribute: u32, file: &OwnedFd) -> io::Result<()> {
     let attribute = kvm_device_attr {
         group: KVM_DEV_VFIO_FILE,
         attr: attribute.into(),
-        addr: (&raw const number).addr() as u64,
+        addr: (&raw const number).expose_provenance() as u64,
         flags: 0,
     };
     list.set_device_attr(&attribute).map_err(os)
