@@ -3,6 +3,7 @@
 use super::super::kernel::OWN_FUNCTION;
 use super::*;
 use crate::iommu::amd::memory::SystemMemory;
+use crate::iommu::amd::spec::viommu::COMMAND_DIRTY;
 use crate::iommu::viommu::features::offer as viommu_offer;
 use crate::iommu::viommu::testing::FakeProtection;
 use crate::iommu::viommu::{ServedParts, ServedUnit};
@@ -46,8 +47,8 @@ fn what_goes_wrong_in_the_unit_is_told_to_whoever_serves_the_guest() {
     assert!(rig.host.more.read().is_ok(), "the event loop looks");
     let broken = HardwareErrors {
         lost_records: 0,
-        // Domain 1 in the map of guest 1.
-        broken_at: Some(0x20_0008_0008),
+        // The dirty bit of guest 1, which stands before commands are fetched.
+        broken_at: Some(COMMAND_DIRTY),
     };
     assert_eq!(rig.host.take_errors(), broken);
     assert_eq!(rig.host.take_errors(), HardwareErrors::default(), "once");
