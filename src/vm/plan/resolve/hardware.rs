@@ -47,10 +47,9 @@ impl<'a> Behind<'a> {
     /// The one IOMMU of the host that serves all of it, and the first function; else why there is none.
     fn host_iommu(&self, host: &HostFunctions) -> Result<(String, Sbdf), String> {
         let Some(&(first_name, first)) = self.functions.first() else {
-            return Err(
-                "no function of the host is behind it, by which the host's IOMMU would be known; say a vfio-device there, or \
-                 another mode".to_owned(),
-            );
+            let problem = "no function of the host is behind it, by which the host's IOMMU would be known; say a \
+                           vfio-device there, or another mode";
+            return Err(problem.to_owned());
         };
         let iommu_of = |name: &str, at| {
             host.iommu(at)
