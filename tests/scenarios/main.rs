@@ -28,6 +28,7 @@ mod hardware;
 mod host;
 mod hostile;
 mod intel_host;
+mod iommufd;
 mod kernel_tests;
 mod kexec;
 mod legacy_host;
