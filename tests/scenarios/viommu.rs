@@ -108,6 +108,42 @@ fn the_lab_kernel_finds_the_iommu_and_uses_it() {
     is_found_and_used("lab");
 }
 
+/// The first steps of a driver for AMD's vIOMMU hardware, from the guest's user space: the registers of guests are where
+/// the capability says, and guests that nobody serves change nothing for the kernel that has the unit.
+const GUESTS_REGISTERS: &str = r#"
+unit=0000:00:00.2
+part() { setpci -s $unit CAP09+$1.L; }
+say serves "$(($(cat /sys/class/iommu/ivhd0/amd-iommu/features | cut -d: -f1 | sed 's/^/0x/') >> 55 & 1))"
+check pages_answer test $((0x$(part 8) & 1)) = 1
+check control_answers test $((0x$(part 10) & 1)) = 1
+pages=$(((0x$(part c) << 32) | (0x$(part 8) & ~0xfff)))
+control=$(((0x$(part 14) << 32) | (0x$(part 10) & ~0xfff)))
+say pages "$(printf %x $pages)"
+say control "$(printf %x $control)"
+for guest in 1 2 65535; do
+    own=$((control + guest * 64))
+    page=$((pages + guest * 4096))
+    check "nothing_at_first_$guest" test $(($(devmem $((own + 0x10)) 32) | $(devmem $((page + 8)) 32))) = 0
+    devmem $((own + 0x10)) 32 $(((0x4000 + guest % 256) << 16))
+    check "control_keeps_$guest" test $(($(devmem $((own + 0x10)) 32))) = $(((0x4000 + guest % 256) << 16))
+    devmem $((page + 8)) 32 0x20
+    check "page_keeps_$guest" test $(($(devmem $((page + 8)) 32))) = 32
+    # A ring in memory that the guest has not: the unit is not told to serve anybody.
+    devmem $((own + 0x20)) 64 0x1308
+    check "no_ring_runs_$guest" test $(($(devmem $((page + 0x20)) 32) & 0x10)) = 0
+done
+check others_are_untouched test $(($(devmem $((pages + 0x3008)) 32))) = 0
+"#;
+
+#[test]
+fn a_unit_that_serves_guests_is_used_like_any_and_its_guests_registers_are_where_it_says() {
+    let machine = one_unit("lab", "mode=emulated,virtualizable=on");
+    let console = works(machine, &format!("{REMAPS}{GUESTS_REGISTERS}"));
+    assert_eq!(console.said("serves"), "1");
+    assert_eq!(console.said("pages"), "100000000");
+    assert_eq!(console.said("control"), "110000000");
+}
+
 /// A machine with a disk on the last of `count` root complexes, each behind a unit.
 fn units(guest: &'static str, count: usize) -> Machine {
     let unit =
