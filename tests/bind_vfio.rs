@@ -1,4 +1,4 @@
-//! `scripts/bind-vfio` over a tree that stands for sysfs: what it writes where, and how it refuses.
+//! `scripts/bind-vfio` over trees that stand for sysfs and /dev: what it writes where, and how it refuses.
 //!
 //! The kernel's part, that a driver really changes, is seen in the lab (scenarios of `vfio`).
 
@@ -71,6 +71,7 @@ impl Host {
         let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/bind-vfio"))
             .args(arguments)
             .env("RAVELIN_SYS", self.sys.path())
+            .env("RAVELIN_DEV", self.path("dev"))
             .env("LC_ALL", "C")
             .output()
             .expect("it runs");
@@ -93,6 +94,11 @@ fn all_functions_or_those_named_are_shown_with_group_and_driver() {
     let host = Host::new();
     host.drive(NIC, "vfio-pci");
     host.folder(&format!("bus/pci/devices/{NIC}/vfio-dev/vfio3"));
+    // Some kernels name the device and make no node for it.
+    let (_, by_group, _) = host.run(&["show", NIC]);
+    assert!(by_group.trim_end().ends_with("/dev/vfio/7"), "{by_group}");
+    host.folder("dev/vfio/devices");
+    host.put("dev/vfio/devices/vfio3", "");
     let (status, shown, _) = host.run(&["show"]);
     assert_eq!(status, 0);
     let lines: Vec<Vec<&str>> = shown
