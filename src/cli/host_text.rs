@@ -1,6 +1,6 @@
 //! What a host offers, for people.
 
-use ravelin::iommu::iommufd::viommu::{Answer, Step};
+use ravelin::iommu::iommufd::viommu::Step;
 use ravelin::vm::config::values::size_text;
 use ravelin::vm::host_report::{
     HostFunction, HostIommu, HostReport, IommuGroup, IommuKind, Mode, UnitTrial, verdict,
@@ -165,7 +165,7 @@ fn trial(trial: &UnitTrial) -> Vec<String> {
             let refused = version
                 .first_refusal()
                 .map_or("every step ok".to_owned(), |step| {
-                    format!("{} is the first that fails: {}", step.name, answer(&step.answer))
+                    format!("{} is the first that fails: {}", step.name, step.answer)
                 });
             lines.push(row("", &format!("by version {}: {refused}", version.name)));
         }
@@ -175,17 +175,7 @@ fn trial(trial: &UnitTrial) -> Vec<String> {
 }
 
 fn step(step: &Step) -> String {
-    row("", &format!("  {:<33} {}", step.name, answer(&step.answer)))
-}
-
-fn answer(answer: &Answer) -> String {
-    match answer {
-        Answer::Ok => "ok".to_owned(),
-        Answer::NotWritten => "not written".to_owned(),
-        Answer::NotAsked => "not asked".to_owned(),
-        Answer::Refused { errno, hint } if hint.is_empty() => errno.clone(),
-        Answer::Refused { errno, hint } => format!("{errno}: {hint}"),
-    }
+    row("", &format!("  {:<33} {}", step.name, step.answer))
 }
 
 fn mode(mode: &Mode) -> Vec<String> {

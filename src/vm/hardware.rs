@@ -1,10 +1,8 @@
 //! Mode `hw` in a machine: units of the host's that serve the guest's, and the kernel asked beforehand whether they do.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
-
-use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::host_functions::HostFunctions;
 use super::opening::open_node;
@@ -12,15 +10,16 @@ use super::plan::{DeviceKind, HardwarePlan, Plan, ViommuPlan};
 use crate::devices::vfio::host::HostFunction as _;
 use crate::devices::vfio::lent::Lent;
 use crate::iommu::amd::features::Wanted;
-use crate::iommu::iommufd::viommu::{Functions, HwDevice, HwHost, HwParts, NestParent, Processors};
+use crate::iommu::iommufd::viommu::{
+    Functions, HwDevice, HwHost, HwParts, NestParent, Processors, Trial, Tried,
+};
 use crate::iommu::iommufd::{Abi, Ioas, Iommufd, Kernel};
 use crate::iommu::viommu::features::offer;
 use crate::iommu::viommu::host::{HostDevice, InterruptTarget, ViommuHost};
 use crate::pci::tree::NodeKind;
-use crate::platform::addr::{Bdf, PAGE_SIZE, Sbdf};
+use crate::platform::addr::{Bdf, Sbdf};
 use crate::platform::host::HostError;
-use crate::platform::kvm::{Kvm, KvmVm};
-use crate::platform::memory::GuestRam;
+use crate::platform::kvm::Kvm;
 
 /// The guest's processors, to which the host's units send interrupts.
 pub(super) struct GuestProcessors {
@@ -156,14 +155,11 @@ impl Serving<'_> {
     fn names(&self, planned: &ViommuPlan, hardware: &HardwarePlan, index: usize) -> Functions {
         let at = hardware.function;
         let segment = at.map_or(0, |at| at.segment);
-        let mut unused = (0..=u16::MAX).rev().map(Bdf::from_requester_id);
-        let free = |bdf: &Bdf| !self.host.has(Sbdf { segment, bdf: *bdf });
-        // Each has its own, as what the kernel writes there goes with the unit.
-        let translate_device = unused.by_ref().filter(free).nth(index);
         Functions {
             host_iommu: at.map_or(Bdf::from_requester_id(0), |at| at.bdf),
             guest_iommu: planned.bdf,
-            translate_device: translate_device.unwrap_or(Bdf::from_requester_id(u16::MAX)),
+            // Each has its own, as what the kernel writes there goes with the unit.
+            translate_device: nobody(&self.host, segment, index),
         }
     }
 }
@@ -195,46 +191,57 @@ fn check_features(host: &HwHost, hardware: &HardwarePlan) -> io::Result<()> {
     )))
 }
 
-/// Ask the kernel of this host whether the unit of the function at `at` serves guests by one of `abis`: the function is
-/// bound, a vIOMMU is made over a page of memory and proven, and all of it given back. Else what was refused.
-pub(super) fn ask(host: &HostFunctions, at: Sbdf, abis: &[Abi]) -> Result<(), String> {
-    let said = |error: HostError| format!("{error}: {}", error.source);
-    // Some versions take a guest of KVM's; what KVM itself lacks is told when the machine is built.
-    let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), usize::try_from(PAGE_SIZE).expect("small"))]);
-    let ram = ram.map(GuestRam::new).map_err(|error| error.to_string())?;
-    let vm = Kvm::open().and_then(|kvm| KvmVm::new(&kvm, &ram)).ok();
-    let tried = || -> Result<(), HostError> {
-        let iommufd = Iommufd::open()?;
-        let function = Arc::new(open_node(host, at, &iommufd)?);
-        let space = Ioas::new(iommufd.clone(), ram.clone())?;
-        let kernel: Arc<dyn Kernel> = iommufd;
-        let parent = NestParent::new(&kernel, function.id(), space.id())?;
-        let iommu = host.iommu(at).and_then(|name| host.iommu_function(&name));
-        let serving = HwHost::new(HwParts {
-            name: "a guest's".to_owned(),
-            kernel,
-            parent,
-            devices: vec![HwDevice {
-                id: function.id(),
-                function,
-            }],
-            abis: abis.to_vec(),
-            functions: Functions {
-                host_iommu: iommu.map_or(Bdf::from_requester_id(0), |iommu| iommu.bdf),
-                guest_iommu: Bdf::from_requester_id(2),
-                translate_device: Bdf::from_requester_id(u16::MAX),
-            },
-            processors: vm.as_ref().map(|vm| -> Arc<dyn Processors> {
-                Arc::new(GuestProcessors::new(vm.descriptor(), Vec::new()))
-            }),
-        })?;
-        let proven = serving.viommu_alloc().and_then(|viommu| {
-            drop(viommu.page);
-            serving.destroy(viommu.id)
-        });
-        proven.map_err(|source| HostError::new("make a vIOMMU", source))
+/// What the kernel of this host answers to each step of a guest's life by each of `abis`, asked with the function at
+/// `at`, which is opened and closed again.
+///
+/// # Errors
+/// When the function cannot be had.
+pub(super) fn try_out(host: &HostFunctions, at: Sbdf, abis: &[Abi]) -> Result<Tried, HostError> {
+    let iommufd = Iommufd::open()?;
+    let function = open_node(host, at, &iommufd)?;
+    let kernel: Arc<dyn Kernel> = iommufd;
+    let device = HwDevice {
+        id: function.id(),
+        function: Arc::new(function),
     };
-    tried().map_err(said)
+    // Only some versions ask for it; what KVM itself lacks is told elsewhere.
+    let vm = Kvm::open().ok().and_then(|kvm| kvm.blank_vm().ok());
+    let iommu = host.iommu(at).and_then(|name| host.iommu_function(&name));
+    let own = iommu.map_or(Bdf::from_requester_id(0), |iommu| iommu.bdf);
+    let trial = Trial {
+        kernel: &kernel,
+        device: &device,
+        abis,
+        functions: Functions {
+            host_iommu: own,
+            guest_iommu: own,
+            translate_device: nobody(host, at.segment, 0),
+        },
+        vm: vm.as_ref().map(AsRawFd::as_raw_fd),
+    };
+    Ok(trial.run())
+}
+
+/// Whether the kernel of this host has the unit of the function at `at` serve guests by one of `abis`; else what it did not
+/// do, and what it said.
+pub(super) fn ask(host: &HostFunctions, at: Sbdf, abis: &[Abi]) -> Result<(), String> {
+    let tried = try_out(host, at, abis).map_err(|error| format!("{error}: {}", error.source))?;
+    if tried.version().is_some() {
+        return Ok(());
+    }
+    let versions = tried.versions.iter();
+    let refused = versions.filter_map(|version| Some((version.name, version.first_refusal()?)));
+    let refused = refused.map(|(name, step)| format!("{} of version {name}: {}", step.name, step.answer));
+    let refused = refused.collect::<Vec<_>>().join("; ");
+    Err(format!("its kernel does not serve guests by it ({refused})"))
+}
+
+/// The `index`th of the numbers, from the highest down, that no function of `host` has in `segment`.
+fn nobody(host: &HostFunctions, segment: u16, index: usize) -> Bdf {
+    let numbers = (0..=u16::MAX).rev().map(Bdf::from_requester_id);
+    let mut free = numbers.filter(|bdf| !host.has(Sbdf { segment, bdf: *bdf }));
+    free.nth(index)
+        .expect("a host has fewer functions than a segment has numbers")
 }
 
 #[cfg(test)]

@@ -1,20 +1,13 @@
 //! What the running kernel answers for mode `hw`, with a function that nobody uses.
 
-use std::collections::BTreeSet;
-use std::os::fd::AsRawFd;
-use std::path::Path;
-use std::sync::Arc;
-
 use serde::Serialize;
 
 use super::{HostFunction, HostIommu, HostReport, chain};
-use crate::devices::vfio::cdev::Cdev;
-use crate::devices::vfio::host::HostFunction as _;
-use crate::iommu::iommufd::viommu::{Functions, HwDevice, Trial, Tried};
-use crate::iommu::iommufd::{Abi, Iommufd, Kernel};
-use crate::platform::addr::{Bdf, Sbdf};
-use crate::platform::host::HostError;
-use crate::platform::kvm::Kvm;
+use crate::iommu::iommufd::Abi;
+use crate::iommu::iommufd::viommu::Tried;
+use crate::platform::addr::Sbdf;
+use crate::vm::hardware::try_out;
+use crate::vm::host_functions::HostFunctions;
 
 /// What one host IOMMU's driver answered.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -53,18 +46,19 @@ pub(super) fn of_this_host(host: &HostReport, abis: &[Abi]) -> Result<Vec<UnitTr
     Ok(trials)
 }
 
-/// The functions behind `iommu` that vfio-pci has, with their nodes.
-fn bound<'a>(host: &'a HostReport, iommu: &'a HostIommu) -> impl Iterator<Item = (Sbdf, &'a Path)> {
+/// The functions behind `iommu` that vfio-pci has.
+fn bound<'a>(host: &'a HostReport, iommu: &'a HostIommu) -> impl Iterator<Item = Sbdf> + 'a {
     let functions = host.groups.iter().flat_map(|group| &group.functions);
     let behind = functions.filter(|function| function.iommu.as_ref() == Some(&iommu.name));
-    behind.filter_map(|function: &HostFunction| Some((function.address, function.node.as_deref()?)))
+    let bound = behind.filter(|function| function.node.is_some());
+    bound.map(|function: &HostFunction| function.address)
 }
 
 /// Ask with the first function behind `iommu` that can be had; `None` where none is bound.
 fn unit(host: &HostReport, iommu: &HostIommu, abis: &[Abi]) -> Option<UnitTrial> {
     let mut first_refused = None;
-    for (function, node) in bound(host, iommu) {
-        let answers = ask(host, iommu, function, node, abis).map_err(|error| chain(&error));
+    for function in bound(host, iommu) {
+        let answers = try_out(&HostFunctions::here(), function, abis).map_err(|error| chain(&error));
         let had = answers.is_ok();
         let trial = UnitTrial {
             iommu: iommu.name.clone(),
@@ -77,48 +71,4 @@ fn unit(host: &HostReport, iommu: &HostIommu, abis: &[Abi]) -> Option<UnitTrial>
         first_refused.get_or_insert(trial);
     }
     first_refused
-}
-
-fn ask(
-    host: &HostReport,
-    iommu: &HostIommu,
-    function: Sbdf,
-    node: &Path,
-    abis: &[Abi],
-) -> Result<Tried, HostError> {
-    let iommufd = Iommufd::open()?;
-    let cdev = Cdev::open(function, node, &iommufd)?;
-    let kernel: Arc<dyn Kernel> = iommufd;
-    let device = HwDevice {
-        id: cdev.id(),
-        function: Arc::new(cdev),
-    };
-    // Only some versions ask for it.
-    let vm = Kvm::open().ok().and_then(|kvm| kvm.blank_vm().ok());
-    let own = iommu.function.map_or(Bdf::from_requester_id(0), |own| own.bdf);
-    let trial = Trial {
-        kernel: &kernel,
-        device: &device,
-        abis,
-        functions: Functions {
-            host_iommu: own,
-            guest_iommu: own,
-            translate_device: nobody(host, function),
-        },
-        vm: vm.as_ref().map(AsRawFd::as_raw_fd),
-    };
-    Ok(trial.run())
-}
-
-/// A number that no function of the host has in the segment of `function`.
-fn nobody(host: &HostReport, function: Sbdf) -> Bdf {
-    let grouped = host.groups.iter().flat_map(|group| &group.functions);
-    let all = grouped.chain(&host.ungrouped).map(|function| function.address);
-    let taken: BTreeSet<Bdf> = all
-        .filter(|at| at.segment == function.segment)
-        .map(|at| at.bdf)
-        .collect();
-    let mut numbers = (0..=u16::MAX).rev().map(Bdf::from_requester_id);
-    let free = numbers.find(|bdf| !taken.contains(bdf));
-    free.expect("a host has fewer functions than a segment has numbers")
 }

@@ -1,5 +1,6 @@
 //! What of AMD's interface the running kernel takes, step by step.
 
+use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -86,6 +87,18 @@ impl Answer {
     fn refused(error: &io::Error) -> Self {
         let (errno, hint) = requests::said(error);
         Self::Refused { errno, hint }
+    }
+}
+
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ok => f.write_str("ok"),
+            Self::NotWritten => f.write_str("not written"),
+            Self::NotAsked => f.write_str("not asked"),
+            Self::Refused { errno, hint } if hint.is_empty() => f.write_str(errno),
+            Self::Refused { errno, hint } => write!(f, "{errno}: {hint}"),
+        }
     }
 }
 
