@@ -27,6 +27,7 @@ mod devices;
 mod hardware;
 mod host;
 mod hostile;
+mod hw;
 mod intel_host;
 mod iommufd;
 mod kernel_tests;
