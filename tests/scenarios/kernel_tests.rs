@@ -148,5 +148,5 @@ fn the_kernels_tests_of_endpoints_pass_on_the_test_device_behind_a_unit() {
         "port=rp0",
     ];
     let ended = guest(&arguments, &[test], &format!("kernel_test {test}"));
-    passed(&ended, test, 20);
+    passed(&ended, test, 19);
 }
