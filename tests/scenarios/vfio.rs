@@ -479,7 +479,7 @@ ip addr flush dev "$nic"
 }
 
 #[test]
-fn a_disk_behind_an_iommu_of_the_guest_reads_what_the_host_wrote_and_is_formatted() {
+fn a_disk_behind_an_iommu_of_the_guest_carries_data_both_ways() {
     let block = Path::new("/dev/nvme0n1");
     wait_for(block);
     shell(&format!(
@@ -491,14 +491,11 @@ fn a_disk_behind_an_iommu_of_the_guest_reads_what_the_host_wrote_and_is_formatte
     let ended = machine("lab", &disk, ",id=disk")
         .arguments(BEHIND_AN_IOMMU)
         .arguments(["--memory", "384M"])
-        .guest_program("/usr/sbin/mke2fs")
-        .guest_program("/usr/sbin/e2fsck")
         .script(&format!(
             r#"
 at=$(readlink -f /sys/block/nvme0n1/device/device)
 say read "$(dd if=/dev/nvme0n1 bs=1M count={AMOUNT} iflag=direct 2>/dev/null | sha256sum | cut -c 1-64)"
-check formats mke2fs -q -F -t ext4 /dev/nvme0n1
-check is_whole e2fsck -f -n /dev/nvme0n1
+check writes dd if=/dev/urandom of=/dev/nvme0n1 bs=1M count={AMOUNT} oflag=direct
 say wrote "$(dd if=/dev/nvme0n1 bs=1M count={AMOUNT} iflag=direct 2>/dev/null | sha256sum | cut -c 1-64)"
 {BEHIND}"#
         ))
@@ -508,7 +505,7 @@ say wrote "$(dd if=/dev/nvme0n1 bs=1M count={AMOUNT} iflag=direct 2>/dev/null | 
     let _returned = disk.back();
     wait_for(block);
     assert_eq!(hash_of(block), ended.console.said("wrote"));
-    shell(&format!("e2fsck -f -n {}", block.display()));
+    assert_ne!(ended.console.said("wrote"), by_host);
 }
 
 #[test]
