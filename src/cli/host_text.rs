@@ -196,7 +196,7 @@ fn mode(mode: &Mode) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use ravelin::iommu::iommufd::viommu::{Tried, VIOMMU_ALLOC, Version};
+    use ravelin::iommu::iommufd::viommu::{Answer, Tried, VIOMMU_ALLOC, Version};
 
     use super::*;
 
