@@ -527,7 +527,7 @@ fn a_guest_that_is_killed_while_it_uses_the_nic_leaves_it_to_the_host() {
 fn the_host_takes_its_nic_back_from_a_guest_that_runs() {
     let nic = Given::nic();
     let mut running = machine("debian-7.3", &nic, "")
-        .arguments(["--cpus", "2", "--memory", "384M"])
+        .arguments(["--cpus", "2", "--memory", "384M", "--log", "info"])
         .guest_program("/usr/bin/setpci")
         .script(&format!(
             r#"{NETWORK}

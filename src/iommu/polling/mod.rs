@@ -25,7 +25,7 @@ use hearing::{Hearing, Line};
 
 /// A unit whose doorbell may be polled: its commands are Ravelin's to carry out.
 ///
-/// It calls [`Polling::catch_up`] before an access of the guest's takes effect, and [`Polling::written`] after a write.
+/// It calls `Polling::catch_up` before an access of the guest's takes effect, and `Polling::written` after a write.
 pub trait Polled: Send + Sync {
     /// What the operator calls it.
     fn name(&self) -> &str;
