@@ -6,7 +6,6 @@ mod machine;
 mod plan_text;
 mod topology;
 
-use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -113,21 +112,9 @@ fn abis(said: Option<&Path>) -> Result<Vec<Abi>, ConfigError> {
     let Some(said) = said else {
         return Ok(Abi::built_in().into());
     };
-    if let Some(abi) = said.to_str().and_then(Abi::named) {
-        return Ok(vec![abi]);
-    }
-    let wrong = |problem: String| {
+    let abi = Abi::said(&said.to_string_lossy(), said).map_err(|problem| {
         let flag = Place::Flag(format!("--abi {}", said.display()).into());
         ConfigError::at(&flag, problem)
-    };
-    let text = fs::read_to_string(said).map_err(|error| {
-        wrong(format!(
-            "it is no version (v-a, v-c, v-d, v-e), and as a file it cannot be read: {error}"
-        ))
-    })?;
-    let abi = Abi::from_toml(&text).map_err(|error| match error.line(&text) {
-        Some(line) => wrong(format!("line {line}: {error}")),
-        None => wrong(error.to_string()),
     })?;
     Ok(vec![abi])
 }
@@ -142,7 +129,7 @@ fn checked(machine: &MachineArguments, host: &HostFunctions) -> Result<Plan, Fai
 }
 
 fn run_machine(run: &RunArguments, started: Instant) -> Result<u8, Failure> {
-    let plan = checked(&run.machine, &HostFunctions::here())?;
+    let plan = checked(&run.machine, &HostFunctions::here().asking())?;
     if plan.boot.is_none() {
         let problem = "no kernel was named; say --kernel FILE, or `kernel` in the machine file";
         return Err(ConfigError::at(&Place::Flag("run".into()), problem).into());

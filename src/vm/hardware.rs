@@ -233,7 +233,7 @@ pub(super) fn ask(host: &HostFunctions, at: Sbdf, abis: &[Abi]) -> Result<(), St
     let refused = versions.filter_map(|version| Some((version.name, version.first_refusal()?)));
     let refused = refused.map(|(name, step)| format!("{} of version {name}: {}", step.name, step.answer));
     let refused = refused.collect::<Vec<_>>().join("; ");
-    Err(format!("its kernel does not serve guests by it ({refused})"))
+    Err(format!("the kernel does not have it serve guests: {refused}"))
 }
 
 /// The `index`th of the numbers, from the highest down, that no function of `host` has in `segment`.

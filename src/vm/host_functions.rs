@@ -3,7 +3,6 @@
 //! A plan needs what a function decodes, and nothing is opened for that; whether it can be used now is looked at
 //! apart ([`check`]). All is read below a root path, so that a recorded tree stands for a host that is not at hand.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -26,17 +25,22 @@ use crate::platform::addr::Sbdf;
 #[derive(Debug, Clone)]
 pub struct HostFunctions {
     root: PathBuf,
-    /// How its kernel is asked; `None` for a host that is not at hand.
+    /// How its kernel is asked; `None` where it is only read.
     ask: Option<Ask>,
-    /// What it answered, by the function it was asked with and the versions: it is asked once.
-    answers: Arc<Mutex<BTreeMap<Asked, Result<(), String>>>>,
+    /// What it answered: it is asked once.
+    answers: Arc<Mutex<Vec<Answer>>>,
 }
 
 /// Ask a host's kernel whether the unit of a function serves guests by one of these versions of its interface.
 type Ask = fn(&HostFunctions, Sbdf, &[Abi]) -> Result<(), String>;
 
-/// A function, and versions by their names.
-type Asked = (Sbdf, Vec<&'static str>);
+/// The function and the versions that a kernel was asked with, and what it said.
+#[derive(Debug)]
+struct Answer {
+    at: Sbdf,
+    abis: Vec<Abi>,
+    said: Result<(), String>,
+}
 
 /// How a function shows itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,20 +92,28 @@ const INTERRUPT_PIN: usize = 0x3d;
 const BRIDGE: u32 = 0x0604;
 
 impl HostFunctions {
-    /// Of this host.
+    /// Of this host, which is only read.
     #[must_use]
     pub fn here() -> Self {
         Self::below(Path::new("/"))
     }
 
-    /// Of the host whose file systems begin at `root`.
+    /// Of the host whose file systems begin at `root`, which is only read.
     #[must_use]
     pub fn below(root: &Path) -> Self {
         Self {
             root: root.to_owned(),
-            // Only the file systems of this host begin there.
-            ask: (root == Path::new("/")).then_some(hardware::ask),
+            ask: None,
             answers: Arc::default(),
+        }
+    }
+
+    /// The same of this host, whose kernel is asked where what it has is in no file. For machines that are about to run.
+    #[must_use]
+    pub fn asking(self) -> Self {
+        Self {
+            ask: Some(hardware::ask),
+            ..self
         }
     }
 
@@ -248,14 +260,21 @@ impl HostFunctions {
     }
 
     /// Whether the kernel has the unit of the function at `at` serve guests by one of `abis`; else what it says to which
-    /// step. `None` for a host that is not at hand. Asking takes the function for a moment.
+    /// step. `None` where the host is only read. Asking takes the function for a moment.
     #[must_use]
     pub fn answers(&self, at: Sbdf, abis: &[Abi]) -> Option<Result<(), String>> {
         let ask = self.ask?;
-        let asked = (at, abis.iter().map(|abi| abi.name).collect());
         let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        let answer = answers.entry(asked).or_insert_with(|| ask(self, at, abis));
-        Some(answer.clone())
+        if let Some(known) = answers.iter().find(|known| known.at == at && known.abis == abis) {
+            return Some(known.said.clone());
+        }
+        let said = ask(self, at, abis);
+        answers.push(Answer {
+            at,
+            abis: abis.to_vec(),
+            said: said.clone(),
+        });
+        Some(said)
     }
 
     /// The IOMMU group of the function at `at`: the kernel's number.

@@ -357,9 +357,9 @@ mod tests {
         );
     }
 
-    #[test]
-    fn the_registers_of_iommus_are_at_the_end_of_the_hole_and_in_no_window() {
-        let unit = |root| FunctionSpec {
+    /// The IOMMU of root complex number `root`.
+    fn unit(root: usize) -> FunctionSpec {
+        FunctionSpec {
             name: format!("iommu{root}"),
             kind: NodeKind::Iommu(root),
             identity: emulated::IDENTITY,
@@ -367,7 +367,11 @@ mod tests {
             slot: None,
             bars: Vec::new(),
             intx: false,
-        };
+        }
+    }
+
+    #[test]
+    fn the_registers_of_iommus_are_at_the_end_of_the_hole_and_in_no_window() {
         let spec = |units| TreeSpec {
             functions: (0..units).map(unit).collect(),
             ..shared(65)
@@ -385,15 +389,6 @@ mod tests {
 
     #[test]
     fn registers_of_guests_are_after_ram_and_before_every_window() {
-        let unit = |root| FunctionSpec {
-            name: format!("iommu{root}"),
-            kind: NodeKind::Iommu(root),
-            identity: emulated::IDENTITY,
-            parent: Parent::Root(root),
-            slot: None,
-            bars: Vec::new(),
-            intx: false,
-        };
         let spec = TreeSpec {
             functions: (0..3).map(unit).collect(),
             ..shared(3)

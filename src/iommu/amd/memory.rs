@@ -55,6 +55,25 @@ impl<M: SystemMemory + ?Sized> SystemMemory for Arc<M> {
     }
 }
 
+/// Exchanges before a quadword that changes all the time counts as one that does not answer.
+const ATTEMPTS: usize = 16;
+
+/// Replace the quadword at `at`, a multiple of 8, by what `new` makes of it, whoever else changes it meanwhile.
+pub fn change<M: SystemMemory + ?Sized>(
+    memory: &M,
+    at: Gpa,
+    new: impl Fn(u64) -> u64,
+) -> Result<(), Unreachable> {
+    let mut old = memory.load(at)?;
+    for _ in 0..ATTEMPTS {
+        match memory.compare_exchange(at, old, new(old))? {
+            Ok(()) => return Ok(()),
+            Err(found) => old = found,
+        }
+    }
+    Err(Unreachable)
+}
+
 /// Do `f` on the aligned quadword at `at`.
 fn quadword<T>(ram: &GuestRam, at: Gpa, f: impl FnOnce(&AtomicU64) -> T) -> Result<T, Unreachable> {
     let slice = GuestMemoryBackend::get_slice(ram.backend(), GuestAddress(at.0), size_of::<u64>())
@@ -107,6 +126,43 @@ mod tests {
         assert_eq!(ram.compare_exchange(Gpa(0x4ff8), 8, 9), Ok(Err(7)));
         assert_eq!(ram.compare_exchange(Gpa(0x4ff8), 7, 9), Ok(Ok(())));
         assert_eq!(ram.load(Gpa(0x4ff8)), Ok(9));
+    }
+
+    /// Memory whose quadwords somebody else changes before every exchange.
+    struct Restless(AtomicU64);
+
+    impl SystemMemory for Restless {
+        fn read(&self, _at: Gpa, _data: &mut [u8]) -> Result<(), Unreachable> {
+            Err(Unreachable)
+        }
+
+        fn write(&self, _at: Gpa, _data: &[u8]) -> Result<(), Unreachable> {
+            Err(Unreachable)
+        }
+
+        fn load(&self, _at: Gpa) -> Result<u64, Unreachable> {
+            Ok(self.0.fetch_add(1, Ordering::Relaxed))
+        }
+
+        fn store(&self, _at: Gpa, _value: u64) -> Result<(), Unreachable> {
+            Err(Unreachable)
+        }
+
+        fn compare_exchange(&self, at: Gpa, _old: u64, _new: u64) -> Result<Result<(), u64>, Unreachable> {
+            self.load(at).map(Err)
+        }
+    }
+
+    #[test]
+    fn a_change_makes_of_a_quadword_what_is_asked_and_gives_up_where_it_never_rests() {
+        let ram = ram();
+        ram.store(Gpa(0x4000), 5).expect("RAM");
+        change(&ram, Gpa(0x4000), |old| old | 2).expect("RAM");
+        assert_eq!(ram.load(Gpa(0x4000)), Ok(7));
+        assert_eq!(change(&ram, Gpa(0x1000), |old| old), Err(Unreachable));
+        let restless = Restless(AtomicU64::new(0));
+        assert_eq!(change(&restless, Gpa(0), |old| old), Err(Unreachable));
+        assert_eq!(restless.0.into_inner(), 1 + ATTEMPTS as u64);
     }
 
     #[test]

@@ -12,7 +12,9 @@
 //! What no published text settles can be set in a TOML table over one of them ([`Abi::from_toml`]): the type number of the
 //! vIOMMU, the user data, the types and flags of HW queues, the request that routes interrupts, and the type of event queues.
 
+use std::fs;
 use std::ops::Range;
+use std::path::Path;
 
 use serde::Deserialize;
 
@@ -293,6 +295,24 @@ impl Abi {
     #[must_use]
     pub fn named(name: &str) -> Option<Self> {
         Self::built_in().into_iter().find(|abi| abi.name == name)
+    }
+
+    /// The version that `said` names, or else that the file at `path` is about.
+    ///
+    /// # Errors
+    /// What is wrong, with the line where it is one's.
+    pub fn said(said: &str, path: &Path) -> Result<Self, String> {
+        if let Some(abi) = Self::named(said) {
+            return Ok(abi);
+        }
+        let text = fs::read_to_string(path).map_err(|error| {
+            let versions = Self::built_in().map(|abi| abi.name).join(", ");
+            format!("no such version, there are {versions}; and as a file it cannot be read: {error}")
+        })?;
+        Self::from_toml(&text).map_err(|error| match error.line(&text) {
+            Some(line) => format!("line {line}: {error}"),
+            None => error.to_string(),
+        })
     }
 
     /// What the TOML table `text` says over the built-in version that its key `base` names.

@@ -404,3 +404,29 @@ fn the_iommu_a_function_is_said_to_be_behind_is_the_one_it_is_behind() {
     let other = planned(&format!("{roots}[[viommu]]\non = \"rc1\"\n{device}")).expect_err("elsewhere");
     assert!(other.contains("vfio0 is behind no IOMMU where it is"), "{other}");
 }
+
+#[test]
+fn a_host_that_is_only_read_is_not_asked_and_one_that_is_asked_is_asked_once_for_each_version() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    static ASKED: AtomicUsize = AtomicUsize::new(0);
+    fn ask(_: &HostFunctions, _: Sbdf, abis: &[Abi]) -> Result<(), String> {
+        ASKED.fetch_add(1, Ordering::Relaxed);
+        Err(format!("type {}", abis[0].viommu_type))
+    }
+    let at: Sbdf = NIC.parse().expect("an address");
+    let [stock, ..] = Abi::built_in();
+    let host = nic();
+    let read = HostFunctions::below(host.root());
+    assert_eq!(read.answers(at, std::slice::from_ref(&stock)), None);
+    let asked = read.answering(ask);
+    // Of one name, as tables over one version are.
+    let other = Abi {
+        viommu_type: stock.viommu_type + 1,
+        ..stock.clone()
+    };
+    for abi in [&stock, &other, &stock] {
+        let expected = Err(format!("type {}", abi.viommu_type));
+        assert_eq!(asked.answers(at, std::slice::from_ref(abi)), Some(expected));
+    }
+    assert_eq!(ASKED.load(Ordering::Relaxed), 2);
+}

@@ -31,14 +31,14 @@ pub(super) fn judge(host: &HostReport) -> Vec<Mode> {
         missing,
         without: Vec::new(),
     };
-    let passed = || [machine(host), passthrough(host)].concat();
-    let hardware = [passed(), hardware_unit(host), kernel(host)].concat();
+    let passed = |by_groups| [machine(host), passthrough(host, by_groups)].concat();
+    let hardware = [passed(false), hardware_unit(host), kernel(host)].concat();
     vec![
         mode("machine", "guests with emulated devices", machine(host)),
         mode(
             "passed",
             "functions of the host, without an IOMMU of the guest",
-            passed(),
+            passed(true),
         ),
         mode(
             "emulated",
@@ -48,7 +48,7 @@ pub(super) fn judge(host: &HostReport) -> Vec<Mode> {
         mode(
             "shadowed",
             "an emulated IOMMU before functions of the host",
-            passed(),
+            passed(false),
         ),
         Mode {
             without: avic(host),
@@ -72,7 +72,8 @@ fn machine(host: &HostReport) -> Vec<String> {
         .collect()
 }
 
-fn passthrough(host: &HostReport) -> Vec<String> {
+/// What functions of the host need, which may also be opened by their groups where `by_groups` says so.
+fn passthrough(host: &HostReport, by_groups: bool) -> Vec<String> {
     let functions = || host.groups.iter().flat_map(|group| &group.functions);
     let bound = functions().any(|function| function.driver.as_deref() == Some(VFIO_PCI));
     let lacks = [
@@ -81,7 +82,7 @@ fn passthrough(host: &HostReport) -> Vec<String> {
             "an IOMMU: none is in use; look for it in the firmware's settings and the kernel's command line",
         ),
         (
-            !host.iommufd,
+            !(host.iommufd || by_groups && host.vfio_groups),
             "/dev/iommu: load iommufd, of a kernel with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV",
         ),
         (!host.vfio_pci, "the driver vfio-pci: load it"),

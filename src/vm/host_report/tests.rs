@@ -371,6 +371,18 @@ fn options_of_modules_and_of_the_kernels_build_are_told() {
 }
 
 #[test]
+fn functions_without_an_iommu_before_them_may_be_opened_by_their_groups() {
+    let host = server();
+    fs::remove_file(host.root().join("dev/iommu")).expect("it had one");
+    let report = host.file("dev/vfio/vfio", "").read(&usable());
+    assert_eq!(missing(&report, "passed"), "");
+    assert!(missing(&report, "shadowed").starts_with("/dev/iommu: load iommufd"));
+    fs::remove_file(host.root().join("dev/vfio/vfio")).expect("there");
+    let report = host.read(&usable());
+    assert!(missing(&report, "passed").starts_with("/dev/iommu: load iommufd"));
+}
+
+#[test]
 fn a_host_is_not_asked_without_a_node_or_a_function() {
     let mut report = server().read(&usable());
     let why = trial::of_this_host(&report, &[]).expect_err("none has a node");

@@ -6,12 +6,9 @@
 use super::maps::Broken;
 use super::{Guest, Guests, lock};
 use crate::iommu::amd::Unit;
-use crate::iommu::amd::memory::{SystemMemory, Unreachable};
+use crate::iommu::amd::memory::{SystemMemory, Unreachable, change};
 use crate::iommu::amd::spec::viommu::COMMAND_DIRTY;
 use crate::platform::addr::Gpa;
-
-/// Exchanges before a quadword that changes all the time counts as one that does not answer.
-const ATTEMPTS: usize = 16;
 
 impl<M: SystemMemory> Unit<M> {
     /// Commands of `guest` are about to be fetched.
@@ -48,18 +45,7 @@ impl<M: SystemMemory> Unit<M> {
         let at = COMMAND_DIRTY + u64::from(guest.id >> 6) * 8;
         let bit = 1 << (guest.id & 63);
         let private = self.reach(guests.own).ok_or(Broken { at })?;
-        let unreachable = |Unreachable| Broken { at };
-        for _ in 0..ATTEMPTS {
-            let old = private.load(Gpa(at)).map_err(unreachable)?;
-            let new = if set { old | bit } else { old & !bit };
-            if private
-                .compare_exchange(Gpa(at), old, new)
-                .map_err(unreachable)?
-                .is_ok()
-            {
-                return Ok(());
-            }
-        }
-        Err(Broken { at })
+        let new = |old| if set { old | bit } else { old & !bit };
+        change(&private, Gpa(at), new).map_err(|Unreachable| Broken { at })
     }
 }

@@ -16,15 +16,13 @@
 
 use super::maps::Broken;
 use crate::iommu::amd::device_table::{InterruptControl, interrupt_half_is_reserved, read_pair};
-use crate::iommu::amd::memory::{SystemMemory, Unreachable};
+use crate::iommu::amd::memory::{SystemMemory, Unreachable, change};
 use crate::iommu::amd::remap::Delivery;
 use crate::iommu::amd::spec::irte::{IrteGa, IrteGuest};
 use crate::iommu::amd::spec::viommu::InterruptTablePointer;
 use crate::iommu::amd::{Effects, Unit};
 use crate::platform::addr::{Bdf, Gpa};
 
-/// Exchanges before an IRR that changes all the time counts as one that does not answer.
-const ATTEMPTS: usize = 16;
 /// Where the backing page of a virtual APIC has the IRR: 32 bits each, 16 bytes apart (publication 24593, section 15.29).
 const IRR: u64 = 0x200;
 /// Lower vectors are no interrupts of a local APIC.
@@ -133,24 +131,12 @@ impl<M: SystemMemory> Unit<M> {
     fn post(&self, entry: IrteGuest) -> Result<GuestInterrupt, Broken> {
         let vector = entry.vector();
         let at = (entry.backing_page() << 12) + IRR + u64::from(vector >> 5) * 0x10;
-        let unreachable = |Unreachable| Broken { at };
-        for _ in 0..ATTEMPTS {
-            let old = self.memory.load(Gpa(at)).map_err(unreachable)?;
-            let new = old | 1 << (vector & 31);
-            if self
-                .memory
-                .compare_exchange(Gpa(at), old, new)
-                .map_err(unreachable)?
-                .is_ok()
-            {
-                return Ok(GuestInterrupt::Posted(Posted {
-                    tag: entry.ga_tag(),
-                    running: entry.is_run(),
-                    destination: u32::from(entry.destination_31_24()) << 24 | entry.destination_23_0(),
-                    vector,
-                }));
-            }
-        }
-        Err(Broken { at })
+        change(&self.memory, Gpa(at), |irr| irr | 1 << (vector & 31)).map_err(|Unreachable| Broken { at })?;
+        Ok(GuestInterrupt::Posted(Posted {
+            tag: entry.ga_tag(),
+            running: entry.is_run(),
+            destination: u32::from(entry.destination_31_24()) << 24 | entry.destination_23_0(),
+            vector,
+        }))
     }
 }

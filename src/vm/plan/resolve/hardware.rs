@@ -1,7 +1,5 @@
 //! Mode `hw` in a plan: which unit of the host's serves one of the guest's, and whether it can.
 
-use std::fs;
-
 use crate::iommu::iommufd::Abi;
 use crate::iommu::viommu::features::missing;
 use crate::pci::tree::{NodeKind, RootComplex};
@@ -149,7 +147,7 @@ pub(super) fn possible(
         }
         Some(Err(problem)) => Err(format!("{iommu} has what it takes, but {problem}")),
         None => {
-            let why = format!("{iommu} has what it takes; this host's kernel is not at hand to be asked");
+            let why = format!("{iommu} has what it takes; the kernel is asked when the machine is run");
             Ok((found, why))
         }
     })
@@ -178,19 +176,8 @@ fn abi(viommu: &Viommu) -> Result<Option<Abi>, ConfigError> {
     let Some(said) = &viommu.abi else {
         return Ok(None);
     };
-    if let Some(abi) = Abi::named(&said.0) {
-        return Ok(Some(abi));
-    }
-    let wrong = |problem| viommu.source().wrong("abi", problem);
     let path = viommu.source().place_of("abi").resolve(said.0.as_ref());
-    let text = fs::read_to_string(&path).map_err(|error| {
-        let versions = Abi::built_in().map(|abi| abi.name).join(", ");
-        wrong(format!(
-            "no such version, there are {versions}; and no such file, {error}"
-        ))
-    })?;
-    Abi::from_toml(&text).map(Some).map_err(|error| {
-        let line = error.line(&text).map_or(String::new(), |line| format!(":{line}"));
-        wrong(format!("{}{line}: {error}", path.display()))
-    })
+    let abi = Abi::said(&said.0, &path);
+    abi.map(Some)
+        .map_err(|problem| viommu.source().wrong("abi", problem))
 }
