@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use super::device_table::{Decision, decide};
 use super::events::{Event, Kind, PageFault, Source, Tag};
 use super::grace::Inside;
-use super::iotlb::{Key, Space};
+use super::iotlb::{Key, Seen, Space};
 use super::memory::SystemMemory;
 use super::registers::Exclusion;
 use super::remap::{Lost, Remapped, Remapping, is_interrupt};
@@ -46,7 +46,16 @@ struct Decided {
     requester: Bdf,
     pasid: Option<Pasid>,
     privileged: bool,
-    cached_as: CachedAs,
+    lookup: Lookup,
+}
+
+/// How the cache is asked.
+#[derive(Clone, Copy)]
+struct Lookup {
+    seen: Seen,
+    /// What the entry allows.
+    allowed: Access,
+    user: bool,
 }
 
 /// Under which key tables are cached, what the entry allows, and whether a user asks.
@@ -64,7 +73,7 @@ impl Decided {
         self.requester == request.requester
             && self.pasid == request.pasid
             && self.privileged == request.privileged
-            && self.cached_as.allowed.allows(request.access)
+            && self.lookup.allowed.allows(request.access)
     }
 }
 
@@ -83,9 +92,9 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
     #[inline]
     pub fn translate(&self, request: &Request) -> Result<Translation, Box<Abort>> {
         let decided = self.decided.get().filter(|decided| decided.is_about(request));
-        if let Some(Decided { cached_as, .. }) = decided
+        if let Some(Decided { lookup, .. }) = decided
             && !is_interrupt(request.at.0)
-            && let Some(hit) = self.find(cached_as, request)
+            && let Some(hit) = self.find(&lookup, request)
         {
             return Ok(hit);
         }
@@ -115,8 +124,13 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
             Decision::Forward => Ok(untranslated(request.at, Access::BOTH, PAGE_SIZE - 1)),
             Decision::Identity(allowed) => Ok(untranslated(request.at, allowed, u64::MAX)),
             decision => {
-                let Some(cached_as) = cached_as(&decision) else {
+                let Some(CachedAs { key, allowed, user }) = cached_as(&decision) else {
                     return Err(unit.refuse(request, &dte, &decision));
+                };
+                let lookup = Lookup {
+                    seen: unit.iotlb.seen(key),
+                    allowed,
+                    user,
                 };
                 // Where a range is excluded, the next address may be in it.
                 if !exclusion.base.enable() {
@@ -124,12 +138,12 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
                         requester: request.requester,
                         pasid: request.pasid,
                         privileged: request.privileged,
-                        cached_as,
+                        lookup,
                     }));
                 }
-                match self.find(cached_as, request) {
+                match self.find(&lookup, request) {
                     Some(hit) => Ok(hit),
-                    None => unit.miss(request, &dte, &decision, cached_as.allowed),
+                    None => unit.miss(request, &dte, &decision, allowed),
                 }
             }
         }
@@ -137,13 +151,16 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
 
     /// What the cache has for `request`.
     #[inline]
-    fn find(&self, CachedAs { key, allowed, user }: CachedAs, request: &Request) -> Option<Translation> {
-        let hit = self.unit.iotlb.find(key, request.at.0, request.access, user)?;
+    fn find(&self, lookup: &Lookup, request: &Request) -> Option<Translation> {
+        let hit = self
+            .unit
+            .iotlb
+            .find(&lookup.seen, request.at.0, request.access, lookup.user)?;
         self.inside.count();
         Some(Translation {
             target: Gpa(hit.target),
             run: hit.run,
-            allowed: hit.allowed.and(allowed),
+            allowed: hit.allowed.and(lookup.allowed),
         })
     }
 

@@ -48,15 +48,20 @@ pub enum Space {
 }
 
 impl Key {
-    /// First quadword of an entry for the granule that begins at `at`, never 0.
-    const fn tag(self, class: usize, at: u64) -> u64 {
+    /// What the tags of its entries have in common, never 0.
+    const fn tags(self) -> u64 {
         const VALID: u64 = 1 << 63;
         let space = match self.space {
             Space::Host => 0,
             Space::Guest { nested: false, .. } => 1,
             Space::Guest { nested: true, .. } => 2,
         };
-        VALID | (class as u64) << 56 | space << 53 | at >> GRANULES[class] & ((1 << 52) - 1)
+        VALID | space << 53
+    }
+
+    /// First quadword of an entry for the granule that begins at `at`.
+    const fn tag(self, class: usize, at: u64) -> u64 {
+        tag(self.tags(), class, at)
     }
 
     /// Second quadword of an entry.
@@ -67,6 +72,23 @@ impl Key {
         };
         self.domain as u64 | (pasid as u64) << 16
     }
+}
+
+/// The tag of the granule of `class` that begins at `at`, among `tags`.
+#[inline]
+const fn tag(tags: u64, class: usize, at: u64) -> u64 {
+    tags | (class as u64) << 56 | at >> GRANULES[class] & ((1 << 52) - 1)
+}
+
+/// An address space as the cache had it at some moment. By it entries of that moment are found, also those that were
+/// dropped since by domain: whoever keeps one is inside ([`super::grace`]), so that invalidations wait.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen {
+    tags: u64,
+    owner: u64,
+    stamp: u64,
+    /// A bit for each class of which there are entries.
+    classes: u8,
 }
 
 /// What a hit says.
@@ -89,6 +111,8 @@ pub struct Ticket {
 
 /// Third quadword of an entry: target, and beside it what a page cannot need below bit 12.
 mod value {
+    use super::Access;
+
     pub(super) const READ: u64 = 1;
     pub(super) const WRITE: u64 = 1 << 1;
     pub(super) const USER: u64 = 1 << 2;
@@ -96,6 +120,12 @@ mod value {
     pub(super) const SHIFT: u32 = 4;
     pub(super) const SHIFT_MASK: u64 = 0x3f;
     pub(super) const FRAME: u64 = !0xfff;
+
+    /// What is set where `need` is allowed and leaves no mark undone.
+    #[inline]
+    pub(super) fn needed(need: Access, user: bool) -> u64 {
+        u64::from(need.read) * READ + u64::from(need.write) * (WRITE | SETTLED) + u64::from(user) * USER
+    }
 }
 
 /// An entry: tag, owner, value, stamp. One cache line each.
@@ -103,9 +133,18 @@ mod value {
 #[repr(align(64))]
 struct Entry(Slot<4>);
 
+impl Entry {
+    /// Its value, if it is of this granule of that space.
+    #[inline]
+    fn value(&self, tag: u64, seen: &Seen) -> Option<u64> {
+        let [_, owner, value, stamp] = self.0.find(tag)?;
+        (owner == seen.owner && stamp == seen.stamp).then_some(value)
+    }
+}
+
 /// The cache.
 pub struct Iotlb {
-    entries: Box<[Entry]>,
+    sets: Box<[[Entry; WAYS]]>,
     /// What is left of a 64-bit hash after this many bits is the number of a set.
     set_shift: u32,
     /// Changes when everything is invalidated.
@@ -129,7 +168,7 @@ impl Iotlb {
         );
         Self {
             set_shift: u64::BITS - sets.trailing_zeros(),
-            entries: (0..sets * WAYS).map(|_| Entry::default()).collect(),
+            sets: (0..sets).map(|_| Default::default()).collect(),
             all: AtomicU64::new(0),
             domains: Box::new(std::array::from_fn(|_| AtomicU64::new(0))),
             announced: Announced::default(),
@@ -147,12 +186,12 @@ impl Iotlb {
 
     /// The entries in which a tag may stand.
     #[inline]
-    fn set(&self, tag: u64, owner: u64) -> &[Entry] {
+    fn set(&self, tag: u64, owner: u64) -> &[Entry; WAYS] {
         let mixed = (tag ^ owner.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         // The highest bits of the product depend on every bit of both.
         #[expect(clippy::cast_possible_truncation, reason = "less than the number of sets")]
         let set = (mixed >> self.set_shift) as usize;
-        &self.entries[set * WAYS..set * WAYS + WAYS]
+        &self.sets[set]
     }
 
     /// The largest page ever kept under a granule, as a logarithm; 0 for none.
@@ -161,36 +200,49 @@ impl Iotlb {
         u32::from(kept.to_le_bytes()[class])
     }
 
-    /// Find a translation of `at` that allows `need` and leaves no mark undone.
+    /// The space of `key` as it is now.
     #[inline]
-    pub fn find(&self, key: Key, at: u64, need: Access, user: bool) -> Option<Hit> {
-        let stamp = self.stamp(key.domain);
-        let owner = key.owner();
+    pub fn seen(&self, key: Key) -> Seen {
+        Seen {
+            tags: key.tags(),
+            owner: key.owner(),
+            stamp: self.stamp(key.domain),
+            classes: self.classes(),
+        }
+    }
+
+    /// A bit for each class in which something was ever kept.
+    fn classes(&self) -> u8 {
         let kept = self.largest.load(Ordering::Relaxed);
-        for (class, granule) in GRANULES.into_iter().enumerate() {
-            if Self::largest(kept, class) == 0 {
+        (0..GRANULES.len()).fold(0, |classes, class| {
+            classes | u8::from(Self::largest(kept, class) != 0) << class
+        })
+    }
+
+    /// Find a translation of `at` that allows `need` and leaves no mark undone.
+    #[inline(always)]
+    pub fn find(&self, seen: &Seen, at: u64, need: Access, user: bool) -> Option<Hit> {
+        let needed = value::needed(need, user);
+        let mut left = seen.classes;
+        while left != 0 {
+            let class = left.trailing_zeros() as usize;
+            left &= left - 1;
+            let tag = tag(seen.tags, class, at);
+            let mut set = self.set(tag, seen.owner).iter();
+            let Some(value) = set.find_map(|entry| entry.value(tag, seen)) else {
                 continue;
+            };
+            if value & needed != needed {
+                return None;
             }
-            let tag = key.tag(class, at);
-            for entry in self.set(tag, owner) {
-                let Some([_, found, value, filled]) = entry.0.find(tag) else {
-                    continue;
-                };
-                if found != owner || filled != stamp {
-                    continue;
-                }
-                let allowed = Access::new(value & value::READ != 0, value & value::WRITE != 0);
-                let settled = !need.write || value & value::SETTLED != 0;
-                if !allowed.allows(need) || !settled || user && value & value::USER == 0 {
-                    return None;
-                }
-                let within = at & ((1 << granule) - 1);
-                return Some(Hit {
-                    target: (value & value::FRAME) + within,
-                    run: (1 << granule) - within,
-                    allowed,
-                });
-            }
+            let allowed = Access::new(value & value::READ != 0, value & value::WRITE != 0);
+            let granule = 1 << GRANULES[class];
+            let within = at & (granule - 1);
+            return Some(Hit {
+                target: (value & value::FRAME) + within,
+                run: granule - within,
+                allowed,
+            });
         }
         None
     }

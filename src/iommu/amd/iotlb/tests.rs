@@ -31,7 +31,9 @@ fn keep(cache: &Iotlb, key: Key, at: u64, leaf: Leaf) {
 }
 
 fn target(cache: &Iotlb, key: Key, at: u64) -> Option<u64> {
-    cache.find(key, at, Access::BOTH, true).map(|hit| hit.target)
+    cache
+        .find(&cache.seen(key), at, Access::BOTH, true)
+        .map(|hit| hit.target)
 }
 
 fn page(at: u64) -> PageRange {
@@ -57,7 +59,9 @@ fn a_kept_page_is_found_up_to_its_end() {
         };
         let at = (7 << shift) + 0x123;
         keep(&cache, key, at, leaf(1 << 40, shift));
-        let hit = cache.find(key, at, Access::READ, true).expect("kept");
+        let hit = cache
+            .find(&cache.seen(key), at, Access::READ, true)
+            .expect("kept");
         assert_eq!(
             (hit.target, hit.run),
             ((1 << 40) + 0x123, (1 << granule) - 0x123),
@@ -88,22 +92,46 @@ fn what_a_page_does_not_allow_is_walked_again() {
         ..leaf(0x5000, 12)
     };
     keep(&cache, HOST, 0x1000, read_only);
-    assert!(cache.find(HOST, 0x1000, Access::READ, true).is_some());
-    assert!(cache.find(HOST, 0x1000, Access::WRITE, true).is_none());
+    assert!(
+        cache
+            .find(&cache.seen(HOST), 0x1000, Access::READ, true)
+            .is_some()
+    );
+    assert!(
+        cache
+            .find(&cache.seen(HOST), 0x1000, Access::WRITE, true)
+            .is_none()
+    );
     let unmarked = Leaf {
         settled: false,
         ..leaf(0x5000, 12)
     };
     keep(&cache, HOST, 0x1000, unmarked);
-    assert!(cache.find(HOST, 0x1000, Access::READ, true).is_some());
-    assert!(cache.find(HOST, 0x1000, Access::WRITE, true).is_none());
+    assert!(
+        cache
+            .find(&cache.seen(HOST), 0x1000, Access::READ, true)
+            .is_some()
+    );
+    assert!(
+        cache
+            .find(&cache.seen(HOST), 0x1000, Access::WRITE, true)
+            .is_none()
+    );
     let supervisor = Leaf {
         user: false,
         ..leaf(0x5000, 12)
     };
     keep(&cache, HOST, 0x1000, supervisor);
-    assert!(cache.find(HOST, 0x1000, Access::WRITE, false).is_some());
-    assert!(cache.find(HOST, 0x1000, Access::WRITE, true).is_none());
+    assert!(
+        cache
+            .find(&cache.seen(HOST), 0x1000, Access::WRITE, false)
+            .is_some()
+    );
+    assert!(
+        cache
+            .find(&cache.seen(HOST), 0x1000, Access::WRITE, true)
+            .is_none()
+    );
 }
 
 #[test]
@@ -211,4 +239,22 @@ fn the_cache_holds_no_more_than_it_was_made_for() {
         .filter(|n| target(&cache, HOST, n << 12).is_some())
         .count();
     assert!((1..=8).contains(&found), "{found}");
+}
+
+#[test]
+fn who_saw_a_space_before_its_domain_went_finds_it_and_who_looks_anew_does_not() {
+    let cache = Iotlb::new(SETS);
+    keep(&cache, HOST, 0x1000, leaf(0x5000, 12));
+    keep(&cache, HOST, 0x2000, leaf(0x6000, 12));
+    let before = cache.seen(HOST);
+    cache.invalidate_pages(HOST.domain, None, page(0x1000));
+    cache.invalidate_domain(HOST.domain);
+    let found = |seen: &Seen, at| cache.find(seen, at, Access::BOTH, true).map(|hit| hit.target);
+    assert_eq!(found(&before, 0x1000), None, "pages are gone for everybody");
+    assert_eq!(found(&before, 0x2000), Some(0x6000));
+    assert_eq!(found(&cache.seen(HOST), 0x2000), None);
+    // What is kept from here on is not of that moment.
+    keep(&cache, HOST, 0x2000, leaf(0x7000, 12));
+    assert_eq!(found(&before, 0x2000), None);
+    assert_eq!(found(&cache.seen(HOST), 0x2000), Some(0x7000));
 }
