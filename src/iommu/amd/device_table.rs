@@ -86,8 +86,10 @@ pub enum Decision {
 }
 
 /// Decide about `request` by the entry `dte` (section 2.2.2, Table 8; the order of the questions counts).
+///
+/// Always inline: what a hit does not ask for is then never put together.
 #[must_use]
-#[inline]
+#[inline(always)]
 pub fn decide(control: Control, exclusion: Exclusion, dte: &Dte, request: &Request) -> Decision {
     let (host, guest) = (dte.host, dte.guest);
     if !host.v() {
@@ -148,6 +150,7 @@ const fn host_track(host: Host) -> Track {
 }
 
 /// The guest table of the request's address space; `None` where GLX or the paging mode is reserved.
+#[inline(always)]
 fn guest_table(
     control: Control,
     dte: &Dte,

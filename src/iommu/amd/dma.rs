@@ -94,7 +94,7 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
         let decided = self.decided.get().filter(|decided| decided.is_about(request));
         if let Some(Decided { lookup, .. }) = decided
             && !is_interrupt(request.at.0)
-            && let Some(hit) = self.find(&lookup, request)
+            && let Some(hit) = self.find(lookup, request)
         {
             return Ok(hit);
         }
@@ -125,6 +125,8 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
             Decision::Identity(allowed) => Ok(untranslated(request.at, allowed, u64::MAX)),
             decision => {
                 let Some(CachedAs { key, allowed, user }) = cached_as(&decision) else {
+                    // Copies, so that hits need neither in memory.
+                    let (dte, decision) = (dte, decision);
                     return Err(unit.refuse(request, &dte, &decision));
                 };
                 let lookup = Lookup {
@@ -141,21 +143,25 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
                         lookup,
                     }));
                 }
-                match self.find(&lookup, request) {
+                match self.find(lookup, request) {
                     Some(hit) => Ok(hit),
-                    None => unit.miss(request, &dte, &decision, allowed),
+                    None => {
+                        // Copies, so that hits need neither in memory.
+                        let (dte, decision) = (dte, decision);
+                        unit.miss(request, &dte, &decision, allowed)
+                    }
                 }
             }
         }
     }
 
     /// What the cache has for `request`.
-    #[inline]
-    fn find(&self, lookup: &Lookup, request: &Request) -> Option<Translation> {
+    #[inline(always)]
+    fn find(&self, lookup: Lookup, request: &Request) -> Option<Translation> {
         let hit = self
             .unit
             .iotlb
-            .find(&lookup.seen, request.at.0, request.access, lookup.user)?;
+            .find(lookup.seen, request.at.0, request.access, lookup.user)?;
         self.inside.count();
         Some(Translation {
             target: Gpa(hit.target),

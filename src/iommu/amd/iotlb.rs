@@ -136,7 +136,7 @@ struct Entry(Slot<4>);
 impl Entry {
     /// Its value, if it is of this granule of that space.
     #[inline]
-    fn value(&self, tag: u64, seen: &Seen) -> Option<u64> {
+    fn value(&self, tag: u64, seen: Seen) -> Option<u64> {
         let [_, owner, value, stamp] = self.0.find(tag)?;
         (owner == seen.owner && stamp == seen.stamp).then_some(value)
     }
@@ -221,7 +221,7 @@ impl Iotlb {
 
     /// Find a translation of `at` that allows `need` and leaves no mark undone.
     #[inline(always)]
-    pub fn find(&self, seen: &Seen, at: u64, need: Access, user: bool) -> Option<Hit> {
+    pub fn find(&self, seen: Seen, at: u64, need: Access, user: bool) -> Option<Hit> {
         let needed = value::needed(need, user);
         let mut left = seen.classes;
         while left != 0 {

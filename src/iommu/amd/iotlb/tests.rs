@@ -32,7 +32,7 @@ fn keep(cache: &Iotlb, key: Key, at: u64, leaf: Leaf) {
 
 fn target(cache: &Iotlb, key: Key, at: u64) -> Option<u64> {
     cache
-        .find(&cache.seen(key), at, Access::BOTH, true)
+        .find(cache.seen(key), at, Access::BOTH, true)
         .map(|hit| hit.target)
 }
 
@@ -59,9 +59,7 @@ fn a_kept_page_is_found_up_to_its_end() {
         };
         let at = (7 << shift) + 0x123;
         keep(&cache, key, at, leaf(1 << 40, shift));
-        let hit = cache
-            .find(&cache.seen(key), at, Access::READ, true)
-            .expect("kept");
+        let hit = cache.find(cache.seen(key), at, Access::READ, true).expect("kept");
         assert_eq!(
             (hit.target, hit.run),
             ((1 << 40) + 0x123, (1 << granule) - 0x123),
@@ -92,14 +90,10 @@ fn what_a_page_does_not_allow_is_walked_again() {
         ..leaf(0x5000, 12)
     };
     keep(&cache, HOST, 0x1000, read_only);
+    assert!(cache.find(cache.seen(HOST), 0x1000, Access::READ, true).is_some());
     assert!(
         cache
-            .find(&cache.seen(HOST), 0x1000, Access::READ, true)
-            .is_some()
-    );
-    assert!(
-        cache
-            .find(&cache.seen(HOST), 0x1000, Access::WRITE, true)
+            .find(cache.seen(HOST), 0x1000, Access::WRITE, true)
             .is_none()
     );
     let unmarked = Leaf {
@@ -107,14 +101,10 @@ fn what_a_page_does_not_allow_is_walked_again() {
         ..leaf(0x5000, 12)
     };
     keep(&cache, HOST, 0x1000, unmarked);
+    assert!(cache.find(cache.seen(HOST), 0x1000, Access::READ, true).is_some());
     assert!(
         cache
-            .find(&cache.seen(HOST), 0x1000, Access::READ, true)
-            .is_some()
-    );
-    assert!(
-        cache
-            .find(&cache.seen(HOST), 0x1000, Access::WRITE, true)
+            .find(cache.seen(HOST), 0x1000, Access::WRITE, true)
             .is_none()
     );
     let supervisor = Leaf {
@@ -124,12 +114,12 @@ fn what_a_page_does_not_allow_is_walked_again() {
     keep(&cache, HOST, 0x1000, supervisor);
     assert!(
         cache
-            .find(&cache.seen(HOST), 0x1000, Access::WRITE, false)
+            .find(cache.seen(HOST), 0x1000, Access::WRITE, false)
             .is_some()
     );
     assert!(
         cache
-            .find(&cache.seen(HOST), 0x1000, Access::WRITE, true)
+            .find(cache.seen(HOST), 0x1000, Access::WRITE, true)
             .is_none()
     );
 }
@@ -249,12 +239,12 @@ fn who_saw_a_space_before_its_domain_went_finds_it_and_who_looks_anew_does_not()
     let before = cache.seen(HOST);
     cache.invalidate_pages(HOST.domain, None, page(0x1000));
     cache.invalidate_domain(HOST.domain);
-    let found = |seen: &Seen, at| cache.find(seen, at, Access::BOTH, true).map(|hit| hit.target);
-    assert_eq!(found(&before, 0x1000), None, "pages are gone for everybody");
-    assert_eq!(found(&before, 0x2000), Some(0x6000));
-    assert_eq!(found(&cache.seen(HOST), 0x2000), None);
+    let found = |seen, at| cache.find(seen, at, Access::BOTH, true).map(|hit| hit.target);
+    assert_eq!(found(before, 0x1000), None, "pages are gone for everybody");
+    assert_eq!(found(before, 0x2000), Some(0x6000));
+    assert_eq!(found(cache.seen(HOST), 0x2000), None);
     // What is kept from here on is not of that moment.
     keep(&cache, HOST, 0x2000, leaf(0x7000, 12));
-    assert_eq!(found(&before, 0x2000), None);
-    assert_eq!(found(&cache.seen(HOST), 0x2000), Some(0x7000));
+    assert_eq!(found(before, 0x2000), None);
+    assert_eq!(found(cache.seen(HOST), 0x2000), Some(0x7000));
 }
