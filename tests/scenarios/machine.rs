@@ -393,7 +393,10 @@ impl Running {
         let before = look();
         thread::sleep(Duration::from_secs(1));
         let lines = before.iter().zip(look()).map(|((name, before), (_, after))| {
-            format!("{name}): {} ms", after.saturating_sub(*before) * 10)
+            let number = name.split(' ').next().unwrap_or_default();
+            // Where in the kernel it sleeps; 0 where it does not.
+            let sleeps = fs::read_to_string(folder.join(number).join("wchan")).unwrap_or_default();
+            format!("{name}): {} ms, in {sleeps}", after.saturating_sub(*before) * 10)
         });
         let lines: Vec<_> = lines.collect();
         format!("--- its threads ran, of the next second\n{}", lines.join("\n"))
