@@ -10,7 +10,7 @@ root_suite=trixie
 
 # In the lab host by name; everything else comes as a dependency.
 root_packages=(
-    acpica-tools busybox-static cpio ethtool fio iperf3 iproute2 iputils-ping
+    acpica-tools busybox-static cpio e2fsprogs ethtool fio iperf3 iproute2 iputils-ping
     kmod libcap-ng-utils numactl pciutils procps socat strace stress-ng
     xz-utils zstd
 )

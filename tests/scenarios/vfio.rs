@@ -3,6 +3,7 @@
 //! What they need of the host: an IOMMU, iommufd, vfio-pci, an e1000e on a network that hands out addresses, and an
 //! NVMe disk whose content nobody wants; the lab has all of it.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -506,6 +507,87 @@ say wrote "$(dd if=/dev/nvme0n1 bs=1M count={AMOUNT} iflag=direct 2>/dev/null | 
     wait_for(block);
     assert_eq!(hash_of(block), ended.console.said("wrote"));
     assert_ne!(ended.console.said("wrote"), by_host);
+}
+
+#[test]
+fn a_file_system_made_by_a_guest_behind_an_iommu_is_whole_on_the_host() {
+    let block = Path::new("/dev/nvme0n1");
+    wait_for(block);
+    let disk = Given::disk();
+    let ended = machine("debian-6.12", &disk, ",id=disk")
+        .arguments(BEHIND_AN_IOMMU)
+        .arguments(["--memory", "384M"])
+        .guest_program("/usr/sbin/mkfs.ext4")
+        .guest_program("/usr/sbin/e2fsck")
+        .script(&format!(
+            r#"
+at=$(readlink -f /sys/block/nvme0n1/device/device)
+check formats mkfs.ext4 -q -F /dev/nvme0n1
+modprobe ext4
+mkdir -p /tmp/disk
+check mounts mount -t ext4 /dev/nvme0n1 /tmp/disk
+check writes dd if=/dev/urandom of=/tmp/disk/data bs=1M count={AMOUNT}
+check copies cp -a /bin /tmp/disk/programs
+say wrote "$(cat /tmp/disk/data /tmp/disk/programs/busybox | sha256sum | cut -c 1-64)"
+check unmounts umount /tmp/disk
+check is_whole e2fsck -f -n /dev/nvme0n1
+{BEHIND}"#
+        ))
+        .run()
+        .well();
+    let _returned = disk.back();
+    wait_for(block);
+    let read = shell(
+        "e2fsck -f -n /dev/nvme0n1 >&2; at=$(mktemp -d); mount -o ro /dev/nvme0n1 $at; \
+         cat $at/data $at/programs/busybox | sha256sum | cut -c 1-64; umount $at",
+    );
+    assert_eq!(read, ended.console.said("wrote"));
+}
+
+/// Has the driver of the NIC `$nic` try it without the network, and says what it found by test.
+const SELF_TEST: &str = r#"{ ethtool -t "$nic" offline || true; } | sed -n 's/^\(.*test\)  *(.*)[^0-9-]*\([0-9-]*\)$/\1=\2/p' | tr '\n' ' '"#;
+
+/// Of what [`SELF_TEST`] said, the tests that found nothing wrong.
+fn tests_passed(said: &str) -> BTreeSet<&str> {
+    let tests = said.split("=0 ").filter_map(|test| test.strip_suffix(" test"));
+    tests
+        .map(|test| test.rsplit(' ').next().unwrap_or_default())
+        .collect()
+}
+
+#[test]
+fn of_a_self_test_those_count_as_passed_that_found_nothing() {
+    let said = "Register test=376 Eeprom test=0 Interrupt test=4 Loopback test=0 Link test=0 ";
+    assert_eq!(tests_passed(said), BTreeSet::from(["Eeprom", "Loopback", "Link"]));
+    assert!(tests_passed("").is_empty());
+}
+
+#[test]
+fn the_hosts_nic_passes_as_much_of_its_drivers_own_test_in_a_guest_as_on_the_host() {
+    let nic = Given::nic();
+    let ended = machine("lab", &nic, "")
+        .arguments(BEHIND_AN_IOMMU)
+        .guest_program("/usr/sbin/ethtool")
+        .script(&format!(
+            r#"{NETWORK}
+say tested "$({SELF_TEST}; echo .)"
+{BEHIND}"#
+        ))
+        .run()
+        .well();
+    let returned = nic.back();
+    let interface = Interface::of(&returned.at);
+    interface.up();
+    let on_the_host = shell(&format!("nic={}; {SELF_TEST}; echo .", interface.0));
+    interface.down();
+    let in_the_guest = tests_passed(ended.console.said("tested"));
+    // QEMU's model has not all registers, and its loop-back passes now and then.
+    let on_the_host = tests_passed(&on_the_host);
+    assert!(on_the_host.contains("Eeprom"), "{on_the_host:?}");
+    assert!(
+        on_the_host.is_subset(&in_the_guest),
+        "{on_the_host:?}, and in the guest {in_the_guest:?}"
+    );
 }
 
 #[test]
