@@ -13,6 +13,7 @@ mod steps;
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -92,7 +93,7 @@ const IDENTITY: Identity = Identity {
     subsystem_vendor: 0x8086,
     subsystem: 0xa01f,
 };
-const ASKED: [Asked; 10] = [
+const ASKED: [Asked; 11] = [
     Asked::Read,
     Asked::Write,
     Asked::Map,
@@ -103,6 +104,7 @@ const ASKED: [Asked; 10] = [
     Asked::Reset,
     Asked::Attach,
     Asked::Detach,
+    Asked::Export,
 ];
 const KINDS: [Interrupt; 3] = [Interrupt::Intx, Interrupt::Msi, Interrupt::Msix];
 const COMMAND: u64 = 4;
@@ -170,6 +172,12 @@ impl HostFunction for Watched {
         let inside = |(start, of): &(u64, u64)| *start <= offset && offset + len <= start + of;
         assert!(self.region(region).mappable.iter().any(inside));
         HostFunction::map(&*self.device, region, offset, len)
+    }
+    fn export(&self, region: Region, offset: u64, len: u64) -> io::Result<OwnedFd> {
+        assert!(len > 0 && offset % 0x1000 == 0 && len % 0x1000 == 0);
+        let inside = |(start, of): &(u64, u64)| *start <= offset && offset + len <= start + of;
+        assert!(self.region(region).mappable.iter().any(inside));
+        self.device.export(region, offset, len)
     }
     fn set_interrupts(&self, kind: Interrupt, first: u32, eventfds: &[Option<&EventFd>]) -> io::Result<()> {
         let count = HostFunction::interrupt(&*self.device, kind).count as usize;
@@ -440,6 +448,7 @@ fuzz_target!(|data: &[u8]| {
         host: Lent::new(watched.clone()),
         reset_with: None,
         space: Arc::new(Ioas::new(Host::new(), GuestRam::new(ram)).expect("made")),
+        has_peers: true,
         identity: IDENTITY,
         bars: specs.clone(),
         memory: space.clone(),

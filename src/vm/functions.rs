@@ -227,6 +227,7 @@ fn host_function(
         host,
         reset_with: connections.passed.reset_with(index),
         space,
+        has_peers: connections.passed.has_several(),
         identity: node.identity,
         bars: node.bars.iter().map(spec).collect(),
         memory: connections.device_memory.clone(),

@@ -108,6 +108,11 @@ impl Passed {
         Some((function, self.space.clone()?))
     }
 
+    /// Whether there are several functions, which may have to do with one another.
+    pub(super) fn has_several(&self) -> bool {
+        self.functions.iter().flatten().nth(1).is_some()
+    }
+
     /// The unit of the host's that serves unit number `index` of the plan, and what it is over, which goes after it.
     pub(super) fn host(&self, index: usize) -> Option<(Arc<HwHost>, Arc<Ioas>)> {
         let host = self.hosts.get(index)?.clone()?;
@@ -210,6 +215,7 @@ mod tests {
         let open = |_| -> Result<Arc<dyn HostFunction>, HostError> { Ok(device.clone()) };
         let passed = Passed::attach(&two(), &ram(), host.clone(), open, none, ANY).expect("attached");
         let (_, space) = passed.function(0).expect("the first");
+        assert!(passed.has_several());
         assert!(passed.function(1).is_none() && passed.function(2).is_some() && passed.function(3).is_none());
         assert_eq!(device.attached(), [space.id(), space.id()]);
         assert_eq!(host.mapped(space.id()), [(0, 1 << 20)]);

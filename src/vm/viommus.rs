@@ -17,7 +17,7 @@ use super::plan::{Doorbell, Plan, ViommuPlan};
 use crate::iommu::amd::spec::registers::Reg;
 use crate::iommu::amd::window::RegisterWindow;
 use crate::iommu::emulated::{GuestControls, GuestPages, RemappingIoApic};
-use crate::iommu::iommufd::Attach;
+use crate::iommu::iommufd::{Attach, Copies};
 use crate::iommu::polling::{DoorbellThread, LateWrites};
 use crate::iommu::shadow::{Shadow, ShadowParts, Views};
 use crate::pci::topology::Topology;
@@ -110,11 +110,13 @@ impl<'a> Viommus<'a> {
                 name: unit.name().to_owned(),
                 unit: views,
                 requests: space.requests().clone(),
-                space,
+                space: space.clone(),
                 ram: ram.clone(),
                 functions,
             })?;
-            unit.add_follower(Arc::new(shadow));
+            let shadow = Arc::new(shadow);
+            space.tell(Arc::downgrade(&shadow) as Weak<dyn Copies>);
+            unit.add_follower(shadow);
         }
         Ok(())
     }

@@ -1,16 +1,20 @@
 //! A BAR as the guest reaches it: pages that are the device's own memory, and pages that are trapped.
 //!
 //! Trapped are the MSI-X table and its pending bits with all of their pages, what the host does not let map, and BARs
-//! that are smaller than a page. Everything else costs the guest no exit.
+//! that are smaller than a page. Everything else costs the guest no exit, and other functions of the host reach it as well,
+//! where the host lets them.
 
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::host::{HostFunction, PAGE, Region};
+use super::peers::Peers;
 use crate::guest_warn;
+use crate::iommu::iommufd::Shared;
 use crate::pci::bar::BarSpec;
 use crate::pci::tree::BarKind;
-use crate::platform::addr::Gpa;
+use crate::platform::addr::{Gpa, GpaRange};
 use crate::platform::device_memory::{DeviceMemory, DeviceMemoryHost, MappedDeviceMemory};
 
 /// The mapped pages of one BAR.
@@ -21,14 +25,33 @@ pub(super) struct MappedBar {
 }
 
 struct Memory {
+    /// What other functions reach of the spans now; goes before them.
+    shared: Vec<Shared>,
     /// What the guest has of the spans now; goes before them.
     live: Vec<Box<dyn MappedDeviceMemory>>,
-    spans: Vec<(u64, Arc<DeviceMemory>)>,
+    /// Where the guest has the BAR.
+    at: Option<Gpa>,
+    spans: Vec<Span>,
+}
+
+/// Pages of the BAR.
+struct Span {
+    /// Of the first byte, in the BAR.
+    offset: u64,
+    memory: Arc<DeviceMemory>,
+    /// The same for other functions, where there are any and the host lets them.
+    exported: Option<OwnedFd>,
 }
 
 impl MappedBar {
-    /// The BAR `spec` of `host`, of which `trapped` are not mapped.
-    pub(super) fn new(name: &str, host: &dyn HostFunction, spec: &BarSpec, trapped: &[Range<u64>]) -> Self {
+    /// The BAR `spec` of `host`, of which `trapped` are not mapped, for the guest and for `peers`.
+    pub(super) fn new(
+        name: &str,
+        host: &dyn HostFunction,
+        spec: &BarSpec,
+        trapped: &[Range<u64>],
+        peers: Option<&Peers>,
+    ) -> Self {
         let region = Region::Bar(spec.index);
         let mappable = match spec.kind {
             BarKind::Io => Vec::new(),
@@ -37,7 +60,11 @@ impl MappedBar {
         let mut mapped = Vec::new();
         for (offset, len) in spans(&mappable, trapped) {
             match host.map(region, offset, len) {
-                Ok(memory) => mapped.push((offset, memory)),
+                Ok(memory) => mapped.push(Span {
+                    offset,
+                    memory,
+                    exported: peers.and_then(|peers| peers.export(host, region, offset, len)),
+                }),
                 // It works without, an exit per access.
                 Err(error) => tracing::warn!(
                     name, bar = spec.index, offset, len, %error,
@@ -48,7 +75,9 @@ impl MappedBar {
         Self {
             index: spec.index,
             memory: Mutex::new(Memory {
+                shared: Vec::new(),
                 live: Vec::new(),
+                at: None,
                 spans: mapped,
             }),
         }
@@ -61,27 +90,66 @@ impl MappedBar {
     /// Nothing of the device's memory is mapped from here on, wherever the guest has the BAR.
     pub(super) fn unmap(&self) {
         let mut memory = self.memory();
+        memory.shared.clear();
         memory.live.clear();
         memory.spans.clear();
     }
 
+    /// No other function reaches the BAR from here on.
+    pub(super) fn withdraw(&self) {
+        self.memory().shared.clear();
+    }
+
+    /// The others reach the BAR where the guest has it, whatever became of mappings that there were: a reset ends them.
+    pub(super) fn share(&self, peers: &Peers) {
+        self.memory().share(peers);
+    }
+
     /// The guest has the BAR at `at` from here on, or nowhere.
-    pub(super) fn moved(&self, name: &str, host: &dyn DeviceMemoryHost, at: Option<Gpa>) {
+    pub(super) fn moved(
+        &self,
+        name: &str,
+        host: &dyn DeviceMemoryHost,
+        peers: Option<&Peers>,
+        at: Option<Gpa>,
+    ) {
         let mut memory = self.memory();
-        let Memory { live, spans } = &mut *memory;
-        live.clear();
+        memory.shared.clear();
+        memory.live.clear();
+        memory.at = at;
         let Some(at) = at else { return };
-        for (offset, span) in spans {
-            let Some(at) = at.checked_add(*offset) else {
+        let Memory { live, spans, .. } = &mut *memory;
+        for span in spans {
+            let Some(at) = at.checked_add(span.offset) else {
                 continue;
             };
-            match host.map(at, span) {
+            match host.map(at, &span.memory) {
                 Ok(mapped) => live.push(mapped),
                 Err(error) => {
                     let error: &(dyn std::error::Error + 'static) = &error;
                     guest_warn!(name, error, "accesses to a stretch of a BAR cost an exit each");
                 }
             }
+        }
+        if let Some(peers) = peers {
+            memory.share(peers);
+        }
+    }
+}
+
+impl Memory {
+    fn share(&mut self, peers: &Peers) {
+        // What was there goes first: it is in the way.
+        self.shared.clear();
+        let Some(at) = self.at else { return };
+        for span in &self.spans {
+            let range = at
+                .checked_add(span.offset)
+                .and_then(|at| GpaRange::new(at, span.memory.len()));
+            let shared = range
+                .zip(span.exported.as_ref())
+                .and_then(|(range, exported)| peers.share(range, exported));
+            self.shared.extend(shared);
         }
     }
 }

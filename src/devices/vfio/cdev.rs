@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -292,6 +292,14 @@ impl HostFunction for Cdev {
     fn map(&self, region: Region, offset: u64, len: u64) -> io::Result<Arc<DeviceMemory>> {
         let at = self.within(region, offset, len)?;
         DeviceMemory::map(&self.device, at, len).map(Arc::new)
+    }
+
+    fn export(&self, region: Region, offset: u64, len: u64) -> io::Result<OwnedFd> {
+        let Region::Bar(bar) = region else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        self.within(region, offset, len)?;
+        uapi::export(&self.device, bar.into(), offset, len)
     }
 
     fn set_interrupts(&self, kind: Interrupt, first: u32, eventfds: &[Option<&EventFd>]) -> io::Result<()> {

@@ -4,7 +4,7 @@
 //! they choose.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
@@ -97,6 +97,13 @@ pub trait HostFunction: Attach {
 
     /// Map `len` bytes from `offset` of `region` on, both multiples of 4 KiB.
     fn map(&self, region: Region, offset: u64, len: u64) -> io::Result<Arc<DeviceMemory>>;
+
+    /// `len` bytes from `offset` of `region` on, both multiples of 4 KiB, as a dma-buf for other devices' address spaces. What
+    /// it is mapped to leads nowhere once the function was reset or closed.
+    ///
+    /// # Errors
+    /// When the host gives none of this function: kernels before Linux 7 do not.
+    fn export(&self, region: Region, offset: u64, len: u64) -> io::Result<OwnedFd>;
 
     /// Signal `eventfds` when the vectors of `kind` from `first` on interrupt; `None` for nothing. Interrupts of this
     /// kind are on from here on.

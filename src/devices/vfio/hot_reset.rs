@@ -56,8 +56,19 @@ fn listed(words: &[u32]) -> Vec<Companion> {
 
 /// Functions of one machine that are reset together.
 pub struct HotResetSet {
-    /// Which of them wait for the reset.
-    waiting: Mutex<Vec<bool>>,
+    /// How each of them stands to the reset.
+    states: Mutex<Vec<State>>,
+}
+
+/// How a function stands to the reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// It is used.
+    Used,
+    /// It waits for the reset.
+    Waits,
+    /// The reset has come, and it was not used since.
+    Reset,
 }
 
 /// One of them.
@@ -72,7 +83,7 @@ impl HotResetSet {
     #[must_use]
     pub fn of(functions: usize) -> Vec<HotResetMember> {
         let set = Arc::new(Self {
-            waiting: Mutex::new(vec![false; functions]),
+            states: Mutex::new(vec![State::Used; functions]),
         });
         let member = |number| HotResetMember {
             set: set.clone(),
@@ -81,8 +92,8 @@ impl HotResetSet {
         (0..functions).map(member).collect()
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Vec<bool>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn states(&self) -> MutexGuard<'_, Vec<State>> {
+        self.states.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -93,23 +104,23 @@ impl HotResetMember {
     /// When the host refuses it; all go on waiting.
     pub(super) fn silenced(&self, host: &dyn HostFunction) -> io::Result<bool> {
         // Under the lock: none is used again while the reset is under way.
-        let mut waiting = self.set.waiting();
-        if let Some(waits) = waiting.get_mut(self.number) {
-            *waits = true;
+        let mut states = self.set.states();
+        if let Some(state) = states.get_mut(self.number) {
+            *state = State::Waits;
         }
-        if !waiting.iter().all(|waits| *waits) {
+        if !states.iter().all(|state| *state == State::Waits) {
             return Ok(false);
         }
         host.hot_reset()?;
-        waiting.fill(false);
+        states.fill(State::Reset);
         Ok(true)
     }
 
-    /// The guest uses the function.
-    pub(super) fn used(&self) {
-        if let Some(waits) = self.set.waiting().get_mut(self.number) {
-            *waits = false;
-        }
+    /// The guest uses the function. Whether the reset came before that.
+    pub(super) fn used(&self) -> bool {
+        let mut states = self.set.states();
+        let state = states.get_mut(self.number);
+        state.is_some_and(|state| std::mem::replace(state, State::Used) == State::Reset)
     }
 }
 
@@ -157,11 +168,12 @@ mod tests {
         let device = Device::nic();
         let members = HotResetSet::of(2);
         assert!(!members[0].silenced(&*device).expect("waits"));
-        members[0].used();
+        assert!(!members[0].used(), "it was not reset");
         assert!(!members[1].silenced(&*device).expect("waits"));
         assert_eq!(device.told(), []);
         assert!(members[0].silenced(&*device).expect("reset"));
         assert_eq!(device.told(), [Told::HotReset]);
+        assert!(members[1].used() && !members[1].used());
         // Each has to be silenced anew.
         assert!(!members[0].silenced(&*device).expect("waits"));
     }

@@ -4,6 +4,7 @@
 //! and the machine hold is this; once it is returned, requests fail as those to a device that is gone do.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -98,6 +99,10 @@ impl HostFunction for Lent {
         self.host()?.map(region, offset, len)
     }
 
+    fn export(&self, region: Region, offset: u64, len: u64) -> io::Result<OwnedFd> {
+        self.host()?.export(region, offset, len)
+    }
+
     fn set_interrupts(&self, kind: Interrupt, first: u32, eventfds: &[Option<&EventFd>]) -> io::Result<()> {
         self.host()?.set_interrupts(kind, first, eventfds)
     }
@@ -161,6 +166,7 @@ mod tests {
             gone(lent.reset()) && gone(lent.hot_reset()) && gone(lent.disable_interrupts(Interrupt::Msi))
         );
         assert!(lent.map(Region::Bar(0), 0, 0x1000).is_err() && lent.companions().is_err());
+        assert!(lent.export(Region::Bar(0), 0, 0x1000).is_err());
         assert!(lent.is_returned() && !lent.resets());
         // Nothing of it reaches anything.
         lent.attach(8).expect("as good as attached");

@@ -2,8 +2,8 @@
 //!
 //! The guest's view of configuration space, BARs and interrupts is ours (`survey`, `bar`, `interrupts`); its
 //! accesses to the device's memory and the device's requests and messages are the hardware's own. The device reaches
-//! guest RAM and nothing else: its requests pass the host's IOMMU, and it is attached to an address space before it is
-//! part of a machine.
+//! guest RAM, memory of other functions of the host that the guest has, and nothing else: its requests pass the host's
+//! IOMMU, and it is attached to an address space before it is part of a machine.
 //!
 //! The device decodes its BARs from the beginning to the end, so that no access of the guest's can meet a device that
 //! does not answer; whether the guest reaches them is decided by what is mapped for it. It may issue requests while
@@ -18,6 +18,7 @@ pub mod hot_reset;
 mod interrupts;
 pub mod lent;
 mod notices;
+mod peers;
 mod survey;
 #[cfg(any(test, fuzzing))]
 pub mod testing;
@@ -51,6 +52,7 @@ use hot_reset::HotResetMember;
 use interrupts::{Interrupts, Structure, structure_at, trapped};
 use lent::Lent;
 use notices::Notices;
+use peers::Peers;
 use survey::{BARS, BARS_END, COMMAND, D3_HOT, Given, INITIATE_FLR, Image, MsiPlace, MsixPlace, POWER_STATE};
 
 /// What a passed function is made of.
@@ -63,6 +65,8 @@ pub struct VfioParts {
     pub reset_with: Option<HotResetMember>,
     /// The address space it is attached to.
     pub space: Arc<Ioas>,
+    /// Others are attached to that, too, which are to reach the function's memory.
+    pub has_peers: bool,
     /// How the guest knows it.
     pub identity: Identity,
     /// Its BARs as planned.
@@ -86,6 +90,8 @@ pub struct VfioFunction {
     requester: Arc<Requester>,
     bars: Vec<BarSpec>,
     mapped: Vec<MappedBar>,
+    /// Other functions of the host, if there are any.
+    peers: Option<Peers>,
     interrupts: Interrupts,
     notices: Notices,
     power: Option<u16>,
@@ -147,10 +153,16 @@ impl VfioFunction {
             bars: sizes,
         };
         let survey = survey::survey(&image, &given);
+        let peers = parts
+            .has_peers
+            .then(|| Peers::new(name.clone(), parts.space.clone()));
         let mapped = parts
             .bars
             .iter()
-            .map(|spec| MappedBar::new(&name, &*host, spec, &trapped(survey.msix, spec.index)))
+            .map(|spec| {
+                let trapped = trapped(survey.msix, spec.index);
+                MappedBar::new(&name, &*host, spec, &trapped, peers.as_ref())
+            })
             .collect();
         let places = (survey.msi, survey.msix);
         let interrupts = Interrupts::new(&name, host.clone(), parts.msi.clone(), places, line)?;
@@ -169,6 +181,7 @@ impl VfioFunction {
             requester: parts.msi.requester().clone(),
             bars: parts.bars,
             mapped,
+            peers,
             interrupts,
             notices,
             power: survey.power,
@@ -244,6 +257,8 @@ impl VfioFunction {
 
     /// The device as after power-on, as far as the host can do that now.
     fn reset_device(&self) -> io::Result<()> {
+        // The host ends what others have mapped of it by itself; here it goes in order, copies first.
+        self.mapped.iter().for_each(MappedBar::withdraw);
         // No request of before the reset is under way after it.
         self.bus_master.store(false, Ordering::Release);
         let silenced = self.write_command(false);
@@ -258,7 +273,15 @@ impl VfioFunction {
             .map_or(Ok(false), |member| member.silenced(&*self.host));
         // The host puts registers back as they were; whether it does that with every reset, nobody has to know.
         let decoding = self.write_command(false);
+        self.share();
         silenced.and(reset).and(together).and(decoding)
+    }
+
+    /// Have other functions reach the memory of this one where the guest has it.
+    fn share(&self) {
+        if let Some(peers) = &self.peers {
+            self.mapped.iter().for_each(|bar| bar.share(peers));
+        }
     }
 
     fn registers(&self) -> MutexGuard<'_, Registers> {
@@ -449,8 +472,11 @@ impl Function for VfioFunction {
         if self.bus_master.swap(allowed, Ordering::AcqRel) == allowed {
             return;
         }
-        if let (true, Some(member)) = (allowed, &self.reset_with) {
-            member.used();
+        if let (true, Some(member)) = (allowed, &self.reset_with)
+            && member.used()
+        {
+            // It was reset with the last of the others, which ended what these had mapped of it.
+            self.share();
         }
         let contained = || self.contained.load(Ordering::Acquire);
         let open = allowed && !contained();
@@ -499,7 +525,7 @@ impl Function for VfioFunction {
 
     fn bar_moved(&self, bar: u8, at: Option<Gpa>) {
         if let Some(mapped) = self.mapped.iter().find(|mapped| mapped.index == bar) {
-            mapped.moved(&self.name, &*self.memory, at);
+            mapped.moved(&self.name, &*self.memory, self.peers.as_ref(), at);
         }
     }
 

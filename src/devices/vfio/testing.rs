@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -22,6 +22,8 @@ pub enum Asked {
     Write,
     /// [`HostFunction::map`].
     Map,
+    /// [`HostFunction::export`].
+    Export,
     /// [`HostFunction::set_interrupts`].
     SetInterrupts,
     /// [`HostFunction::disable_interrupts`].
@@ -73,6 +75,8 @@ pub struct Device {
     file: std::fs::File,
     /// What its binding calls it, and who else is to know what it is attached to.
     bound: Option<(u32, Arc<dyn Attach>)>,
+    /// Called when it is about to be reset.
+    before_reset: Option<Box<dyn Fn() + Send + Sync>>,
     state: Mutex<State>,
 }
 
@@ -81,6 +85,7 @@ struct State {
     /// What reads of a BAR give: the BAR's number in every byte.
     told: Vec<Told>,
     attached: Vec<u32>,
+    exported: usize,
     refused: BTreeMap<Asked, i32>,
     /// The kind of interrupts that is on.
     on: Option<Interrupt>,
@@ -135,10 +140,12 @@ impl Device {
             companions: Vec::new(),
             file: std::fs::File::open("/dev/null").expect("every host has it"),
             bound: None,
+            before_reset: None,
             state: Mutex::new(State {
                 config: config.to_vec(),
                 told: Vec::new(),
                 attached: Vec::new(),
+                exported: 0,
                 refused: BTreeMap::new(),
                 on: None,
                 eventfds: BTreeMap::new(),
@@ -165,6 +172,13 @@ impl Device {
     #[must_use]
     pub fn bound(mut self, id: u32, kernel: Arc<dyn Attach>) -> Self {
         self.bound = Some((id, kernel));
+        self
+    }
+
+    /// The same that calls `look` before each of its resets.
+    #[must_use]
+    pub fn before_reset(mut self, look: impl Fn() + Send + Sync + 'static) -> Self {
+        self.before_reset = Some(Box::new(look));
         self
     }
 
@@ -200,6 +214,11 @@ impl Device {
     /// The address spaces it was attached to, in order.
     pub fn attached(&self) -> Vec<u32> {
         self.state().attached.clone()
+    }
+
+    /// How many stretches of its memory it exported.
+    pub fn exported(&self) -> usize {
+        self.state().exported
     }
 
     /// The device's own bytes of configuration space become these.
@@ -319,6 +338,14 @@ impl HostFunction for Device {
         DeviceMemory::map(&file, 0, len).map(Arc::new)
     }
 
+    fn export(&self, _region: Region, _offset: u64, len: u64) -> io::Result<OwnedFd> {
+        let mut state = self.asked(Asked::Export)?;
+        let file = std::fs::File::from(rustix::fs::memfd_create("bar", rustix::fs::MemfdFlags::CLOEXEC)?);
+        file.set_len(len)?;
+        state.exported += 1;
+        Ok(file.into())
+    }
+
     fn set_interrupts(&self, kind: Interrupt, first: u32, eventfds: &[Option<&EventFd>]) -> io::Result<()> {
         let mut state = self.asked(Asked::SetInterrupts)?;
         if state.on.is_some_and(|on| on != kind) {
@@ -363,6 +390,7 @@ impl HostFunction for Device {
     }
 
     fn reset(&self) -> io::Result<()> {
+        self.before_reset.iter().for_each(|look| look());
         self.asked(Asked::Reset)?.told.push(Told::Reset);
         Ok(())
     }
@@ -376,6 +404,7 @@ impl HostFunction for Device {
     }
 
     fn hot_reset(&self) -> io::Result<()> {
+        self.before_reset.iter().for_each(|look| look());
         self.asked(Asked::HotReset)?.told.push(Told::HotReset);
         Ok(())
     }

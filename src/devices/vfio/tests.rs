@@ -1,6 +1,7 @@
 //! A passed function over a device whose registers and failures the test chooses.
 
 mod ends;
+mod peers;
 
 use std::sync::Mutex;
 
@@ -69,6 +70,7 @@ fn parts(
         host: Lent::new(device),
         reset_with: None,
         space: Arc::new(Ioas::new(host.clone(), GuestRam::new(ram)).expect("made")),
+        has_peers: true,
         identity: IDENTITY,
         bars: bars(),
         memory: space.clone(),

@@ -8,7 +8,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use vfio_bindings::bindings::vfio as abi;
 
@@ -29,6 +29,8 @@ pub(super) enum Request {
     GetHotResetInfo = 12,
     /// VFIO_DEVICE_PCI_HOT_RESET.
     HotReset = 13,
+    /// VFIO_DEVICE_FEATURE; of all features only those of words.
+    Feature = 17,
     /// VFIO_DEVICE_BIND_IOMMUFD.
     BindIommufd = 18,
     /// VFIO_DEVICE_ATTACH_IOMMUFD_PT.
@@ -43,6 +45,11 @@ const fn number(request: u32) -> libc::c_ulong {
 
 /// Issue `request` on `device` with the structure `words`, whose first word becomes its size.
 pub(super) fn issue(device: &File, request: Request, words: &mut [u32]) -> io::Result<()> {
+    answer(device, request, words).map(drop)
+}
+
+/// The same; what the call returned.
+fn answer(device: &File, request: Request, words: &mut [u32]) -> io::Result<libc::c_int> {
     let size = u32::try_from(size_of_val(words)).map_err(io::Error::other)?;
     *words.first_mut().ok_or(io::ErrorKind::InvalidInput)? = size;
     // SAFETY: the descriptor is open for as long as `device` lives; each of these requests reads and writes at most as
@@ -52,7 +59,34 @@ pub(super) fn issue(device: &File, request: Request, words: &mut [u32]) -> io::R
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(())
+    Ok(result)
+}
+
+/// `len` bytes from `offset` of region number `region` of `device` on, whole pages, as a dma-buf of their own.
+pub(super) fn export(device: &File, region: u32, offset: u64, len: u64) -> io::Result<OwnedFd> {
+    let halves = |value: u64| {
+        let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+        [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
+    };
+    let ([offset_low, offset_high], [len_low, len_high]) = (halves(offset), halves(len));
+    let open = (libc::O_RDWR | libc::O_CLOEXEC).cast_unsigned();
+    // argsz, flags; region, flags of the file, flags, how many ranges; the range.
+    let mut words = [
+        0,
+        abi::VFIO_DEVICE_FEATURE_GET | abi::VFIO_DEVICE_FEATURE_DMA_BUF,
+        region,
+        open,
+        0,
+        1,
+        offset_low,
+        offset_high,
+        len_low,
+        len_high,
+    ];
+    let descriptor = answer(device, Request::Feature, &mut words)?;
+    // SAFETY: the kernel has just opened this descriptor for us, which is what this feature returns, and nobody else
+    // knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
 /// Reset `device`.
@@ -115,6 +149,7 @@ mod tests {
         assert_eq!(number(VFIO_DEVICE_RESET), 0x3b6f);
         assert_eq!(number(Request::GetHotResetInfo as u32), 0x3b70);
         assert_eq!(number(Request::HotReset as u32), 0x3b71);
+        assert_eq!(number(Request::Feature as u32), 0x3b75);
         assert_eq!(number(Request::BindIommufd as u32), 0x3b76);
         assert_eq!(number(Request::DetachIommufd as u32), 0x3b78);
         assert_eq!(number(Request::GetGroupStatus as u32), 0x3b67);
@@ -131,6 +166,8 @@ mod tests {
             reset(&file).expect_err("no device").raw_os_error(),
             Some(libc::ENOTTY)
         );
+        let exported = export(&file, 0, 0, 0x1000).expect_err("no device");
+        assert_eq!(exported.raw_os_error(), Some(libc::ENOTTY));
     }
 
     #[test]

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vfio_bindings::bindings::vfio as abi;
 
 use super::iommufd::{Copied, Requests};
+use crate::platform::addr::GpaRange;
 use crate::platform::host::HostError;
 use crate::platform::memory::GuestRam;
 
@@ -131,6 +132,13 @@ impl Requests for Container {
         uapi::map_ram(&self.file, ram, region)
     }
 
+    fn map_file(&self, _ioas: u32, _file: BorrowedFd<'_>, _range: GpaRange) -> io::Result<()> {
+        Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "a container takes no dma-buf; that takes /dev/iommu",
+        ))
+    }
+
     fn windows(&self, _ioas: u32) -> io::Result<Vec<RangeInclusive<u64>>> {
         let words = uapi::info(&self.file)?;
         windows_of(&words).ok_or_else(|| {
@@ -196,6 +204,7 @@ pub fn capability(words: &[u32], first: u32, id: u32) -> Option<&[u32]> {
 mod tests {
     use super::*;
     use crate::iommu::amd::request::Access;
+    use crate::platform::addr::Gpa;
 
     const CAPS: u32 = abi::VFIO_IOMMU_INFO_CAPS;
 
@@ -233,6 +242,13 @@ mod tests {
         };
         let copy = container.copy(&copied).expect_err("there is no such request");
         assert_eq!(copy.kind(), io::ErrorKind::Unsupported);
+        let range = GpaRange::new(Gpa(0xe000_0000), 0x1000).expect("valid");
+        let shared = container.map_file(SPACE, container.as_fd(), range);
+        let shared = shared.expect_err("there is no such request");
+        assert_eq!(
+            shared.to_string(),
+            "a container takes no dma-buf; that takes /dev/iommu"
+        );
     }
 
     #[test]

@@ -324,6 +324,14 @@ impl Views for EmulatedUnit {
     fn view(&self, device: Bdf) -> View {
         self.unit.view(device)
     }
+
+    fn settle_soon(&self) {
+        // The event loop does that with commands, of which there may be none.
+        self.perform(Effects {
+            more_commands: true,
+            ..Effects::default()
+        });
+    }
 }
 
 impl AsRawFd for EmulatedUnit {

@@ -1,4 +1,6 @@
 //! Guest RAM as an I/O address space: every byte at the address where the guest has it.
+//!
+//! Memory of devices may be beside it ([`Ioas::share`]).
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -7,6 +9,7 @@ use rustix::process::{Resource, getrlimit};
 use rustix::thread::{CapabilitySet, capabilities};
 
 use super::Requests;
+use super::shared::Sharing;
 use crate::platform::addr::GpaRange;
 use crate::platform::host::HostError;
 use crate::platform::memory::GuestRam;
@@ -15,10 +18,11 @@ use crate::platform::memory::GuestRam;
 ///
 /// Dropping it unmaps and destroys it; what was attached to it is detached before that.
 pub struct Ioas {
-    requests: Arc<dyn Requests>,
-    id: u32,
+    pub(super) requests: Arc<dyn Requests>,
+    pub(super) id: u32,
     /// What is mapped; it lives for as long as devices may reach it.
     ram: GuestRam,
+    pub(super) sharing: Sharing,
 }
 
 impl Ioas {
@@ -27,7 +31,12 @@ impl Ioas {
         let id = requests
             .alloc()
             .map_err(|source| HostError::new("make an I/O address space for guest RAM", source))?;
-        Ok(Self { requests, id, ram })
+        Ok(Self {
+            requests,
+            id,
+            ram,
+            sharing: Sharing::default(),
+        })
     }
 
     /// The host it is of.

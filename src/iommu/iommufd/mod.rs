@@ -8,6 +8,7 @@ pub mod abi;
 pub(crate) mod fake;
 mod ioas;
 mod kernel;
+mod shared;
 #[cfg(any(test, fuzzing))]
 pub mod testing;
 mod uapi;
@@ -21,12 +22,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::iommu::amd::request::Access;
+use crate::platform::addr::GpaRange;
 use crate::platform::host::HostError;
 use crate::platform::memory::GuestRam;
 
 pub use abi::{Abi, AbiError};
 pub use ioas::{Ioas, Memlock};
 pub use kernel::Kernel;
+pub use shared::{Copies, Shared};
 
 /// Where it is.
 pub const NODE: &str = "/dev/iommu";
@@ -41,6 +44,9 @@ pub trait Requests: Send + Sync {
 
     /// Map region number `region` of `ram` where the guest has it. `ram` stays until the address space is destroyed.
     fn map(&self, ioas: u32, ram: &GuestRam, region: usize) -> io::Result<()>;
+
+    /// Map the first bytes of `file`, a dma-buf of a device's memory, at `range`: whole pages, for reading and writing.
+    fn map_file(&self, ioas: u32, file: BorrowedFd<'_>, range: GpaRange) -> io::Result<()>;
 
     /// What may be mapped, with the devices attached now.
     fn windows(&self, ioas: u32) -> io::Result<Vec<RangeInclusive<u64>>>;
@@ -133,6 +139,10 @@ impl Requests for Iommufd {
 
     fn map(&self, ioas: u32, ram: &GuestRam, region: usize) -> io::Result<()> {
         uapi::map_ram(&self.file, ioas, ram, region)
+    }
+
+    fn map_file(&self, ioas: u32, file: BorrowedFd<'_>, range: GpaRange) -> io::Result<()> {
+        uapi::map_file(&self.file, ioas, file, range)
     }
 
     fn windows(&self, ioas: u32) -> io::Result<Vec<RangeInclusive<u64>>> {

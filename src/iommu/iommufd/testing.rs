@@ -4,14 +4,18 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::RangeInclusive;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{Attach, Copied, Requests};
 use crate::iommu::amd::request::Access;
+use crate::platform::addr::GpaRange;
 use crate::platform::memory::GuestRam;
 
 /// Mappings begin and end at multiples of this.
 const PAGE: u64 = 0x1000;
+/// Where the first byte of every file is in memory.
+pub const DEVICE: u64 = 1 << 62;
 
 /// A kind of request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -22,6 +26,8 @@ pub enum Call {
     Destroy,
     /// [`Requests::map`].
     Map,
+    /// [`Requests::map_file`].
+    MapFile,
     /// [`Requests::windows`].
     Windows,
     /// [`Requests::copy`].
@@ -190,6 +196,29 @@ impl Requests for Host {
             access: Access::BOTH,
         };
         space.insert(range.start().0, area);
+        Ok(())
+    }
+
+    fn map_file(&self, ioas: u32, _file: BorrowedFd<'_>, range: GpaRange) -> io::Result<()> {
+        let mut state = self.asked(Call::MapFile)?;
+        let (first, last) = (range.start().0, range.last().0);
+        let windows = state.windows.clone().unwrap_or_else(|| vec![0..=u64::MAX]);
+        let inside = |window: &RangeInclusive<u64>| window.contains(&first) && window.contains(&last);
+        if !(first | range.len()).is_multiple_of(PAGE) || !windows.iter().any(inside) {
+            return kernel(libc::EINVAL);
+        }
+        let Some(space) = state.spaces.get_mut(&ioas) else {
+            return kernel(libc::ENOENT);
+        };
+        if !overlapping(space, first, last).is_empty() {
+            return kernel(libc::EEXIST);
+        }
+        let area = Area {
+            len: range.len(),
+            memory: DEVICE,
+            access: Access::BOTH,
+        };
+        space.insert(first, area);
         Ok(())
     }
 

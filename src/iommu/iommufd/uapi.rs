@@ -11,13 +11,14 @@
 use std::fs::File;
 use std::io;
 use std::ops::RangeInclusive;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 
 use iommufd_bindings::iommufd as abi;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::Copied;
+use crate::platform::addr::GpaRange;
 use crate::platform::memory::GuestRam;
 
 /// A structure of /dev/iommu's and the request it belongs to.
@@ -40,6 +41,7 @@ requests! {
     iommu_ioas_copy: IOMMUFD_CMD_IOAS_COPY,
     iommu_ioas_iova_ranges: IOMMUFD_CMD_IOAS_IOVA_RANGES,
     iommu_ioas_map: IOMMUFD_CMD_IOAS_MAP,
+    iommu_ioas_map_file: IOMMUFD_CMD_IOAS_MAP_FILE,
     iommu_ioas_unmap: IOMMUFD_CMD_IOAS_UNMAP,
 }
 
@@ -107,6 +109,24 @@ pub(super) fn map_ram(iommufd: &File, ioas: u32, ram: &GuestRam, region: usize) 
     };
     // SAFETY: the size is the structure's; `user_va` is the start of a live mapping of `length` bytes, which is guest
     // RAM: nothing in this process refers to it but by volatile copies, so that devices may write there at any time.
+    unsafe { issue(iommufd, &mut argument) }
+}
+
+/// Map the first bytes of `memory` at `range`, for reading and writing.
+pub(super) fn map_file(iommufd: &File, ioas: u32, memory: BorrowedFd<'_>, range: GpaRange) -> io::Result<()> {
+    let mut argument = abi::iommu_ioas_map_file {
+        size: size_of_request::<abi::iommu_ioas_map_file>(),
+        flags: abi::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE
+            | abi::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE
+            | abi::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA,
+        ioas_id: ioas,
+        fd: memory.as_raw_fd(),
+        start: 0,
+        length: range.len(),
+        iova: range.start().0,
+    };
+    // SAFETY: the size is the structure's, and there is no address of this process in it: what is mapped belongs to the
+    // file, which the kernel itself keeps for as long as anything maps it.
     unsafe { issue(iommufd, &mut argument) }
 }
 
@@ -281,6 +301,8 @@ pub(super) fn event_queue(iommufd: &File, argument: &mut [u8]) -> io::Result<Own
 mod tests {
     use super::*;
     use crate::iommu::amd::request::Access;
+    use crate::platform::addr::Gpa;
+    use std::os::fd::AsFd;
 
     #[test]
     fn data_is_pointed_at_where_the_structures_of_the_kernels_interface_have_room() {
@@ -373,6 +395,13 @@ mod tests {
             (abi::iommu_ioas_unmap::NUMBER, size_of::<abi::iommu_ioas_unmap>()),
             (0x86, 24)
         );
+        assert_eq!(
+            (
+                abi::iommu_ioas_map_file::NUMBER,
+                size_of::<abi::iommu_ioas_map_file>()
+            ),
+            (0x8f, 40)
+        );
     }
 
     #[test]
@@ -392,5 +421,10 @@ mod tests {
             access: Access::BOTH,
         };
         assert_eq!(enotty(copy(&file, &page)), Some(libc::ENOTTY));
+        let range = GpaRange::new(Gpa(0xe000_0000), 0x1000).expect("valid");
+        assert_eq!(
+            enotty(map_file(&file, 1, file.as_fd(), range)),
+            Some(libc::ENOTTY)
+        );
     }
 }

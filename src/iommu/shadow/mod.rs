@@ -11,6 +11,9 @@
 //! before the wait     tables scanned, host's mappings changed, functions switched over     [Follower::settle]
 //! ```
 //!
+//! The address space with guest RAM may have memory of devices beside it, and so tables may lead there. When that memory goes,
+//! what leads there goes at once, before it; when it comes, what led nowhere is looked at again.
+//!
 //! A settled shadow is what the tables said when they were last invalidated. The host's requests that fail leave less
 //! mapped than the guest asked for, never more: where one to unmap fails, the address space is given up, its functions
 //! blocked, and another made.
@@ -28,9 +31,9 @@ use super::amd::pages::PageRange;
 use super::amd::processor::{Follower, NoAnswer};
 use super::amd::request::{Access, Pasid};
 use super::amd::view::{Tables, View};
-use super::iommufd::{Attach, Ioas, Requests};
+use super::iommufd::{Attach, Copies, Ioas, Requests};
 use crate::guest_warn;
-use crate::platform::addr::Bdf;
+use crate::platform::addr::{Bdf, GpaRange};
 use crate::platform::dma::Requester;
 use crate::platform::host::HostError;
 use crate::platform::memory::GuestRam;
@@ -44,6 +47,9 @@ const STEPS: usize = 4;
 pub trait Views: Send + Sync {
     /// What requests of `device` without PASID reach by now.
     fn view(&self, device: Bdf) -> View;
+
+    /// Have followers settle soon, though nobody waits for them.
+    fn settle_soon(&self);
 }
 
 /// What a shadow is made of.
@@ -200,6 +206,31 @@ impl Follower for Shadow {
 
     fn settle(&self) -> bool {
         self.state().settle(&self.host)
+    }
+}
+
+/// The spaces are copies of the one with guest RAM in it.
+impl Copies for Shadow {
+    fn shared(&self, _range: GpaRange) {
+        self.state().spaces.iter_mut().for_each(Space::memory_came);
+        self.unit.upgrade().inspect(|unit| unit.settle_soon());
+    }
+
+    fn withdrawn(&self, range: GpaRange) {
+        let mut state = self.state();
+        let mut broken = false;
+        for index in 0..state.spaces.len() {
+            let gone = state.spaces[index].memory_goes(range.start().0, range.last().0);
+            if let Err(Broken(error)) = gone {
+                tracing::error!(iommu = self.host.name, %range, %error, "the host does not unmap memory of a device that goes; what reached it is blocked");
+                state.replace(index, &self.host);
+                broken = true;
+            }
+        }
+        drop(state);
+        if broken {
+            self.unit.upgrade().inspect(|unit| unit.settle_soon());
+        }
     }
 }
 

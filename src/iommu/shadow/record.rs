@@ -37,6 +37,12 @@ impl Record {
         before.into_iter().chain(others).map(|(_, run)| *run)
     }
 
+    /// The runs that lead to a byte in `first..=last` of memory, ascending.
+    pub(super) fn leading_to(&self, first: u64, last: u64) -> Vec<Run> {
+        let leads = |run: &&Run| run.target <= last && first <= run.target + (run.len - 1);
+        self.runs.values().filter(leads).copied().collect()
+    }
+
     /// `first..=last` and all of every run that has a part there: as a unit forgets the whole of a page when a part
     /// of it is invalidated.
     pub(super) fn around(&self, first: u64, last: u64) -> (u64, u64) {
@@ -212,6 +218,19 @@ mod tests {
         assert_eq!(record.around(0x1000, 0x2fff), (0x1000, 0x5fff));
         assert_eq!(record.around(0x6000, 0x6fff), (0x6000, 0x6fff));
         assert_eq!(record.around(0, u64::MAX), (0, u64::MAX));
+    }
+
+    #[test]
+    fn runs_are_found_by_where_they_lead() {
+        let runs = [
+            run(0x1000, 0x2000, 0x8000),
+            run(0x4000, 0x1000, 0x20_0000),
+            run(0x9000, 0x1000, 0x9000),
+        ];
+        let record = holding(&runs);
+        assert_eq!(record.leading_to(0x9000, 0x9fff), [runs[0], runs[2]]);
+        assert_eq!(record.leading_to(0x9fff, 0x20_0000), [runs[0], runs[1], runs[2]]);
+        assert_eq!(record.leading_to(0xa000, 0x1f_ffff), []);
     }
 
     #[test]

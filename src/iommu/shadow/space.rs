@@ -12,6 +12,7 @@ use crate::iommu::amd::request::Access;
 use crate::iommu::amd::scan::{Bound, Run, Scanned};
 use crate::iommu::amd::view::View;
 use crate::iommu::iommufd::Copied;
+use crate::platform::addr::GpaRange;
 use crate::platform::host::HostError;
 
 /// What one step looks at and asks of the host: 64 MiB in small pages, or 64 runs. A step is some milliseconds at most.
@@ -47,6 +48,8 @@ pub(super) struct Space {
     record: Record,
     /// Ascending, without overlaps.
     pending: Vec<Pending>,
+    /// Something leads where nothing is, or was when it was looked at.
+    leads_nowhere: bool,
 }
 
 impl Space {
@@ -64,6 +67,7 @@ impl Space {
             view,
             record: Record::default(),
             pending: Vec::new(),
+            leads_nowhere: false,
         };
         space.invalidate(PageRange::Everything);
         Ok(space)
@@ -116,6 +120,27 @@ impl Space {
         self.pending.insert(at, new);
     }
 
+    /// Memory came: what led nowhere is to be looked at again.
+    pub(super) fn memory_came(&mut self) {
+        if std::mem::take(&mut self.leads_nowhere) || matches!(self.view, View::Identity(_)) {
+            self.invalidate(PageRange::Everything);
+        }
+    }
+
+    /// Memory at `first..=last` goes: nothing leads there from here on.
+    pub(super) fn memory_goes(&mut self, first: u64, last: u64) -> Result<(), Broken> {
+        for run in self.record.leading_to(first, last) {
+            self.leads_nowhere = true;
+            let before = first.checked_sub(1).and_then(|end| in_memory(&run, 0, end));
+            let behind = last
+                .checked_add(1)
+                .and_then(|start| in_memory(&run, start, u64::MAX));
+            let kept: Vec<Run> = before.into_iter().chain(behind).collect();
+            self.apply(run.iova, run.last(), &kept)?;
+        }
+        Ok(())
+    }
+
     /// Look at a bounded piece of what may have changed, and have the host follow.
     pub(super) fn step(&mut self) -> Result<(), Broken> {
         let Some(Pending { first, last, entries }) = self.pending.first().copied() else {
@@ -154,7 +179,7 @@ impl Space {
         match self.view {
             View::Nothing => {}
             View::Identity(access) => {
-                let all = self.host.ram.ranges().map(|range| Run {
+                let all = self.memory().into_iter().map(|range| Run {
                     iova: range.start().0,
                     len: range.len(),
                     target: range.start().0,
@@ -180,27 +205,35 @@ impl Space {
         }
     }
 
-    /// What of `runs` the host can map: from where it lets devices be, to guest RAM, each in one region of it.
-    fn fitting(&self, runs: &[Run]) -> Vec<Run> {
+    /// What there is to lead to: regions of guest RAM, and memory of devices.
+    fn memory(&self) -> Vec<GpaRange> {
+        self.host.ram.ranges().chain(self.host.space.shared()).collect()
+    }
+
+    /// What of `runs` the host can map: from where it lets devices be, to memory, each in one region of it.
+    fn fitting(&mut self, runs: &[Run]) -> Vec<Run> {
         let mut fitting = Vec::new();
+        let regions = self.memory();
         for run in runs {
             let mut left = run.len;
             for window in &self.host.windows {
                 let Some(part) = run.within(*window.start(), *window.end()) else {
                     continue;
                 };
-                let regions = self.host.ram.ranges();
-                let inside = regions.filter_map(|range| in_memory(&part, range.start().0, range.last().0));
+                let inside = regions
+                    .iter()
+                    .filter_map(|range| in_memory(&part, range.start().0, range.last().0));
                 for piece in inside {
                     left -= piece.len;
                     fitting.push(piece);
                 }
             }
             if left > 0 {
+                self.leads_nowhere = true;
                 guest_warn!(
                     iommu = self.host.name,
                     "the guest maps {:#x}-{:#x} to {:#x}, of which {left:#x} bytes are not there for devices of the \
-                     host: not guest RAM, or where the host lets no device be",
+                     host: neither guest RAM nor memory of theirs, or where the host lets no device be",
                     run.iova,
                     run.last(),
                     run.target

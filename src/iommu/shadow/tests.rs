@@ -1,7 +1,11 @@
 //! Guests that map and unmap, and what their functions reach at the host then.
 
+mod shared;
+
 use std::collections::BTreeSet;
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -23,13 +27,22 @@ const LEAF: u64 = 1 << 62 | 1 << 61 | 1;
 const DOMAIN: u16 = 7;
 
 /// What the unit would say of each function.
-struct Unit(Mutex<Vec<View>>);
+#[derive(Default)]
+struct Unit {
+    views: Mutex<Vec<View>>,
+    /// To have its followers settle.
+    asked: AtomicBool,
+}
 
 impl Views for Unit {
     fn view(&self, device: Bdf) -> View {
-        let views = self.0.lock().expect("a test's own");
+        let views = self.views.lock().expect("a test's own");
         let at = usize::from(device.requester_id());
         views.get(at).copied().unwrap_or(View::Nothing)
+    }
+
+    fn settle_soon(&self) {
+        self.asked.store(true, Ordering::Relaxed);
     }
 }
 
@@ -41,7 +54,8 @@ struct Rig {
     unit: Arc<Unit>,
     ram: GuestRam,
     ram_space: u32,
-    shadow: Option<Shadow>,
+    space: Weak<Ioas>,
+    shadow: Option<Arc<Shadow>>,
 }
 
 fn tables() -> View {
@@ -87,12 +101,16 @@ impl Rig {
         kernel.set_windows(windows);
         let ram_space = space.id();
         let identity = View::Identity(Access::BOTH);
-        let unit = Arc::new(Unit(Mutex::new(vec![identity; 2])));
+        let unit = Arc::new(Unit {
+            views: Mutex::new(vec![identity; 2]),
+            ..Unit::default()
+        });
         let views: Weak<dyn Views> = Arc::downgrade(&unit) as Weak<dyn Views>;
         let requesters = [0, 1].map(|number| Arc::new(Requester::new(at(number))));
         let behind = |number: usize| -> (Arc<Requester>, Arc<dyn Attach>) {
             (requesters[number].clone(), functions[number].clone())
         };
+        let weak = Arc::downgrade(&space);
         let shadow = Shadow::new(ShadowParts {
             name: "iommu0".to_owned(),
             unit: views,
@@ -101,6 +119,9 @@ impl Rig {
             ram: ram.clone(),
             functions: vec![behind(0), behind(1)],
         });
+        let shadow = Arc::new(shadow.expect("made"));
+        let space = weak.upgrade().expect("the shadow has it");
+        space.tell(Arc::downgrade(&shadow) as Weak<dyn Copies>);
         let rig = Self {
             kernel,
             functions,
@@ -108,7 +129,8 @@ impl Rig {
             unit,
             ram,
             ram_space,
-            shadow: Some(shadow.expect("made")),
+            space: weak,
+            shadow: Some(shadow),
         };
         rig.put(UPPER + 8, LEAF | 1 << 9 | LOWER);
         rig
@@ -156,7 +178,7 @@ impl Rig {
 
     /// The entry of function `number` changes.
     fn view(&self, number: u16, view: View) {
-        self.unit.0.lock().expect("a test's own")[usize::from(number)] = view;
+        self.unit.views.lock().expect("a test's own")[usize::from(number)] = view;
         self.commands(&[Command::InvalidateDevice {
             device: device(number),
         }]);
@@ -345,7 +367,7 @@ fn class_21_at_the_end_functions_are_attached_to_nothing_and_no_space_is_left() 
 #[test]
 fn a_unit_that_is_gone_blocks() {
     let mut rig = Rig::attached();
-    rig.unit = Arc::new(Unit(Mutex::new(Vec::new())));
+    rig.unit = Arc::default();
     rig.commands(&[Command::InvalidateAll]);
     assert!(rig.mapped().is_empty());
 }
@@ -460,7 +482,7 @@ fn one_call_does_a_bounded_part_and_the_function_stays_where_it_was_until_all_is
     [0, 2, 3]
         .into_iter()
         .for_each(|entry| rig.put(UPPER + entry * 8, LEAF | 1 << 9 | LOWER));
-    rig.unit.0.lock().expect("a test's own")[0] = tables();
+    rig.unit.views.lock().expect("a test's own")[0] = tables();
     let entry = Command::InvalidateDevice { device: device(0) };
     rig.shadow().follow(&[entry]).expect("it answers");
     assert!(!rig.shadow().settle());

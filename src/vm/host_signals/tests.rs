@@ -71,6 +71,7 @@ fn bench(parent: Parent, open: bool) -> Bench {
             name: "nic".to_owned(),
             host: Lent::new(device.clone()),
             reset_with: None,
+            has_peers: true,
             space: Arc::new(Ioas::new(Host::new(), GuestRam::new(ram)).expect("made")),
             identity: node.identity,
             bars: bars().to_vec(),

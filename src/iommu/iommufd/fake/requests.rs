@@ -2,9 +2,11 @@
 
 use std::io;
 use std::ops::RangeInclusive;
+use std::os::fd::BorrowedFd;
 
 use super::{Fake, Object, refuse};
 use crate::iommu::iommufd::{Copied, Requests};
+use crate::platform::addr::GpaRange;
 use crate::platform::memory::GuestRam;
 
 impl Fake {
@@ -29,6 +31,11 @@ impl Requests for Fake {
             Object::Ioas => state.filled.push(ioas),
             _ => return refuse(libc::ENOENT),
         }
+        Ok(())
+    }
+
+    fn map_file(&self, ioas: u32, _file: BorrowedFd<'_>, _range: GpaRange) -> io::Result<()> {
+        self.ask()?.objects.get(ioas)?;
         Ok(())
     }
 
