@@ -36,6 +36,7 @@ mod legacy_host;
 mod life;
 mod multiboot;
 mod nested_vfio;
+mod peers;
 mod refused;
 mod sim;
 mod terminal;

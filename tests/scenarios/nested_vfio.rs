@@ -13,7 +13,7 @@ use crate::vfio::Given;
 /// What both programs begin with: `PROGRAM WAY FUNCTION`, where WAY is `group`, `iommufd`, or `pasid` for a domain of
 /// iommufd's in which PASIDs may be used. Structures are those of `linux/vfio.h` and `linux/iommufd.h`, whose requests
 /// are numbers and nothing else.
-const VFIO: &str = r#"#!/bin/perl
+pub(crate) const VFIO: &str = r#"#!/bin/perl
 my ($way, $function) = @ARGV;
 my ($page, $memory) = (0x1000, 0x20000000);
 
@@ -34,7 +34,7 @@ sub poke {
     syscall(0, fileno $source, $at + 0, length $bytes) == length $bytes or die "pipe: $!\n";
 }
 
-my ($device, $map, $unmap);
+my ($device, $map, $unmap, $iommu, $ioas);
 if ($way eq 'group') {
     my ($number) = readlink("/sys/bus/pci/devices/$function/iommu_group") =~ /(\d+)$/;
     my ($container, $group) = (file('/dev/vfio/vfio'), file("/dev/vfio/$number"));
@@ -48,11 +48,11 @@ if ($way eq 'group') {
 } else {
     opendir(my $nodes, "/sys/bus/pci/devices/$function/vfio-dev") or die "vfio-dev: $!\n";
     my ($node) = grep /^vfio/, readdir $nodes;
-    my $iommu = file('/dev/iommu');
+    $iommu = file('/dev/iommu');
     $device = file("/dev/vfio/devices/$node");
     request($device, 118, my $bound = pack 'L2 l L', 16, 0, fileno $iommu, 0);
     request($iommu, 0x81, my $space = pack 'L3', 12, 0, 0);
-    my ($id, $ioas) = (unpack('x12 L', $bound), unpack('x8 L', $space));
+    (my $id, $ioas) = (unpack('x12 L', $bound), unpack('x8 L', $space));
     my $table = $ioas;
     if ($way eq 'pasid') {
         request($iommu, 0x89, my $domain = pack 'L8 Q L2', 48, 8, $id, $ioas, (0) x 7);
@@ -61,7 +61,6 @@ if ($way eq 'group') {
     request($device, 119, my $attached = pack 'L3', 12, 0, $table);
     $map = sub { request($iommu, 0x85, my $of = pack 'L4 Q3', 40, 7, $ioas, 0, $_[0], $_[2], $_[1]) };
     $unmap = sub { request($iommu, 0x86, my $of = pack 'L2 Q2', 24, $ioas, $_[0], $_[1]) };
-    our @open = ($iommu);
 }
 
 # Registers are bytes of the device's file: BAR N from N << 40 on, configuration space from 7 << 40 on.
@@ -174,12 +173,10 @@ for my $turn (1 .. $turns) {
 print "$way: $copied of $turns copied, $stopped stopped\n";
 "#;
 
-/// A driver of an e1000e, the host's own NIC: frames go out and come in again by the controller's loopback, each from
-/// and to pages mapped for it alone; then from and to pages that are not mapped any more. Registers and descriptors are
-/// those of the 82574's datasheet, sections 3.2, 3.3 and 10.2.
-const NIC: &str = r#"
-my ($rings, $out, $in, $received) = (0x10000000, 0x20000000, 0x30000000, 0x800);
-my ($sent, $returned, $kept, $hidden) = (0, 0, 0, 0);
+/// A driver of an e1000e, the host's own NIC: frames go out and come in again by the controller's loopback. Registers and
+/// descriptors are those of the 82574's datasheet, sections 3.2, 3.3 and 10.2.
+pub(crate) const NIC: &str = r#"
+my ($rings, $received, $sent) = (0x10000000, 0x800, 0);
 sub comes {
     my ($done, $tries) = @_;
     for (1 .. $tries) {
@@ -221,9 +218,13 @@ sub loop_back {
     $sent++ if comes(sub { $done->(0) }, 500);
     return comes(sub { $done->($received) }, 100);
 }
-
-my $turns = 8;
 my ($ours, $theirs) = ($memory + $page, $memory + 2 * $page);
+"#;
+
+/// Frames each from and to pages mapped for it alone; then from and to pages that are not mapped any more.
+const FRAMES: &str = r#"
+my ($out, $in, $turns) = (0x20000000, 0x30000000, 8);
+my ($returned, $kept, $hidden) = (0, 0, 0);
 for my $turn (0 .. $turns - 1) {
     my $frame = "\xff" x 6 . "\x02\0\0\0\0\1" . pack('n', 0x88b5) . pack('L*', map { ($turn + 3) * 0x01000193 * $_ } 1 .. 96);
     poke($ours, $frame);
@@ -280,7 +281,7 @@ fn host(guest: &'static str, arguments: &[&str], script: &str) -> Ended {
         .guest_program("/usr/bin/perl")
         .guest_program("/usr/bin/setpci")
         .guest_file("bin/vfio_rng", format!("{VFIO}{RNG}").as_bytes())
-        .guest_file("bin/vfio_nic", format!("{VFIO}{NIC}").as_bytes())
+        .guest_file("bin/vfio_nic", format!("{VFIO}{NIC}{FRAMES}").as_bytes())
         .guest_file("bin/vfio_copy", format!("{VFIO}{COPY}").as_bytes())
         .script(&format!("{DISK_TOOLS}{TO_VFIO}{FAULTS}{script}"))
         .run()

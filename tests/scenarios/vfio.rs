@@ -82,7 +82,7 @@ pub(crate) struct Given {
 }
 
 /// A function that is the host's again, and nobody else's yet.
-struct Returned {
+pub(crate) struct Returned {
     at: String,
     _alone: Option<MutexGuard<'static, ()>>,
 }
@@ -118,12 +118,13 @@ impl Given {
         self.back().has_a_link();
     }
 
-    fn disk() -> Self {
+    /// The host's NVMe disk, once nobody else has it.
+    pub(crate) fn disk() -> Self {
         Self::new("nvme", &DISK)
     }
 
     /// Give it back once its machine has ended; its own driver has it again, and the host holds nothing for a guest.
-    fn back(self) -> Returned {
+    pub(crate) fn back(self) -> Returned {
         let returned = self.back_from_a_machine();
         nothing_is_pinned();
         returned
