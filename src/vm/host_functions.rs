@@ -305,17 +305,36 @@ impl HostFunctions {
                 bound(&folder)
             ));
         }
-        for other in self.group(&group) {
-            let folder = self.folder(other);
-            if other != at && !self.leaves_alone(other) {
-                return Err(format!(
-                    "{other} is in the same IOMMU group, {group}, and {}; `scripts/bind-vfio bind {other}` gives it to \
-                     vfio-pci",
-                    bound(&folder)
-                ));
-            }
+        let others = self.group(&group).into_iter();
+        if let Some(other) = others
+            .filter(|other| *other != at)
+            .find(|other| !self.leaves_alone(*other))
+        {
+            return Err(format!(
+                "{other} is in the same IOMMU group, {group}, and {}; `scripts/bind-vfio bind {other}` gives it to \
+                 vfio-pci",
+                bound(&self.folder(other))
+            ));
         }
         self.reachable(at, handed)
+    }
+
+    /// What keeps the IOMMU group of the function at `at` from being given away: each of its functions that a driver of the
+    /// host's has, with that, and what to do.
+    #[must_use]
+    pub fn in_the_way(&self, at: Sbdf) -> Vec<String> {
+        let group = self.iommu_group(at).map(|group| self.group(&group));
+        let kept = group
+            .into_iter()
+            .flatten()
+            .filter(|other| !self.leaves_alone(*other));
+        kept.map(|other| {
+            format!(
+                "{other} is in the group, and {}; `scripts/bind-vfio bind {other}` gives it to vfio-pci",
+                bound(&self.folder(other))
+            )
+        })
+        .collect()
     }
 
     /// Whether the nodes are there by which the function at `at` is opened, one way or the other.

@@ -12,7 +12,7 @@ use super::functions::inherited;
 use super::host_functions::{Handed, HostFunctions, Way};
 use super::plan::{DeviceKind, Plan};
 use crate::devices::vfio::cdev::Cdev;
-use crate::devices::vfio::group::Group;
+use crate::devices::vfio::group::{Group, Groups};
 use crate::iommu::container::{self, Container};
 use crate::iommu::iommufd::{self, Iommufd, Kernel, Requests};
 use crate::platform::addr::Sbdf;
@@ -31,7 +31,9 @@ enum Means {
     Groups {
         container: Arc<Container>,
         /// By their nodes, those that are open.
-        groups: BTreeMap<PathBuf, Arc<Group>>,
+        open: BTreeMap<PathBuf, Arc<Group>>,
+        /// The same, for their functions.
+        groups: Arc<Groups>,
     },
 }
 
@@ -61,7 +63,8 @@ impl Opening {
                 );
                 Means::Groups {
                     container: Container::open()?,
-                    groups: BTreeMap::new(),
+                    open: BTreeMap::new(),
+                    groups: Arc::default(),
                 }
             }
         };
@@ -103,11 +106,16 @@ impl Opening {
                 Some(number) => Cdev::of_descriptor(at, handed_function(&self.host, at, *number)?, iommufd),
                 None => open_node(&self.host, at, iommufd),
             },
-            Means::Groups { container, groups } => {
-                let group = match groups.entry(self.host.group_node(at).ok_or_else(|| no_node(at))?) {
+            Means::Groups {
+                container,
+                open,
+                groups,
+            } => {
+                let group = match open.entry(self.host.group_node(at).ok_or_else(|| no_node(at))?) {
                     Entry::Occupied(open) => open.into_mut(),
                     Entry::Vacant(new) => {
-                        let group = Group::open(new.key(), container)?;
+                        let in_the_way = || self.host.in_the_way(at);
+                        let group = Group::open(new.key(), container, groups, in_the_way)?;
                         new.insert(group)
                     }
                 };

@@ -47,7 +47,7 @@ enum Way {
         _iommufd: Arc<Iommufd>,
     },
     /// By the container that its group is in.
-    Group { _group: Arc<Group> },
+    Group { group: Arc<Group> },
 }
 
 /// Where a region is in the node, and what it is.
@@ -108,7 +108,7 @@ impl Cdev {
     pub fn of_group(at: Sbdf, group: &Arc<Group>) -> Result<Self, HostError> {
         let device = group.device(at)?;
         let group = group.clone();
-        Self::described(at, device, Way::Group { _group: group })
+        Self::described(at, device, Way::Group { group })
     }
 
     /// What the host says of `device`, the open function at `at`.
@@ -337,11 +337,17 @@ impl HostFunction for Cdev {
     }
 
     fn companions(&self) -> io::Result<Vec<Companion>> {
-        hot_reset::companions(&self.device)
+        match &self.way {
+            Way::Iommufd { .. } => hot_reset::companions(&self.device),
+            Way::Group { group } => hot_reset::companions_by_groups(&self.device, group.groups()),
+        }
     }
 
     fn hot_reset(&self) -> io::Result<()> {
-        hot_reset::reset(&self.device)
+        match &self.way {
+            Way::Iommufd { .. } => hot_reset::reset(&self.device),
+            Way::Group { group } => hot_reset::reset_by_groups(&self.device, group.groups()),
+        }
     }
 }
 

@@ -68,7 +68,8 @@ pub enum Notice {
 pub struct Companion {
     /// Which.
     pub at: Sbdf,
-    /// Nobody else can have it: it is bound as the function that was asked is, or belongs to an IOMMU group of such.
+    /// Nobody else can have it: it is bound as the function that was asked is, or belongs to an IOMMU group of such, or to a
+    /// group that the machine has.
     pub ours: bool,
 }
 

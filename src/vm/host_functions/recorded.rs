@@ -101,6 +101,10 @@ impl Recorded {
     pub(in crate::vm) fn usable(&self, at: &str) -> Result<(), String> {
         HostFunctions::below(self.0.path()).usable(at.parse().expect("an address"), Handed::default())
     }
+
+    pub(in crate::vm) fn in_the_way(&self, at: &str) -> Vec<String> {
+        HostFunctions::below(self.0.path()).in_the_way(at.parse().expect("an address"))
+    }
 }
 
 /// A host with one NIC.

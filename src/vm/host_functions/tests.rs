@@ -119,6 +119,28 @@ fn a_function_of_another_driver_is_refused_with_the_command_that_helps() {
 }
 
 #[test]
+fn every_function_that_keeps_a_group_is_named_with_what_has_it() {
+    let host = nic();
+    host.node(NIC, "vfio0")
+        .function(SECOND, "0x020000\n", 0x80)
+        .function("0000:41:00.2", "0x020000\n", 0x80)
+        .function("0000:40:01.0", "0x060400\n", 1)
+        .bound("0000:40:01.0", "pcieport");
+    assert!(host.in_the_way(NIC).is_empty());
+    host.bound(SECOND, "igb");
+    let second = "0000:41:00.1 is in the group, and the driver igb has it; `scripts/bind-vfio bind 0000:41:00.1` gives it \
+        to vfio-pci";
+    assert_eq!(host.in_the_way(NIC), [second]);
+    // The function itself may have been taken back meanwhile.
+    host.function("0000:41:00.3", "0x020000\n", 0x80)
+        .bound("0000:41:00.3", "e1000e");
+    let all = host.in_the_way("0000:41:00.3");
+    assert_eq!(all.len(), 2);
+    assert!(all[1].starts_with("0000:41:00.3 is in the group, and the driver e1000e has it"));
+    assert!(host.in_the_way("0000:99:00.0").is_empty());
+}
+
+#[test]
 fn the_function_of_the_group_that_is_in_the_way_is_named_with_its_driver() {
     let host = nic();
     host.node(NIC, "vfio0")
