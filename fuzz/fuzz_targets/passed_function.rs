@@ -5,7 +5,8 @@
 //! Nothing may panic. Nothing is asked of the host beyond what it said it has. Configuration writes reach the device
 //! in Command and in capabilities that are passed, never in BARs, power management, MSI or MSI-X, and it decodes as long
 //! as the guest has it. What the guest sees is a list that ends and an identity that stays. Nothing of the MSI-X
-//! structures is mapped into the guest. In the end the device is silent, reset and detached.
+//! structures is mapped into the guest, and other functions reach what the guest reaches and no more. In the end the device
+//! is silent, reset and detached.
 
 #![no_main]
 
@@ -441,13 +442,13 @@ fuzz_target!(|data: &[u8]| {
         decodes,
         attached: AtomicBool::new(true),
     });
-    let (messages, space) = (Messages::new(), GuestSpace::new());
+    let (messages, space, host) = (Messages::new(), GuestSpace::new(), Host::new());
     let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("a page");
     let parts = VfioParts {
         name: "vfio0".to_owned(),
         host: Lent::new(watched.clone()),
         reset_with: None,
-        space: Arc::new(Ioas::new(Host::new(), GuestRam::new(ram)).expect("made")),
+        space: Arc::new(Ioas::new(host.clone(), GuestRam::new(ram)).expect("made")),
         has_peers: true,
         identity: IDENTITY,
         bars: specs.clone(),
@@ -462,12 +463,16 @@ fuzz_target!(|data: &[u8]| {
     for step in steps::<Step>(input.take_rest()) {
         run(&function, &device, &space, &specs, step);
         assert_eq!(identity(), is);
+        for stretch in host.spaces().into_iter().flat_map(|space| host.mapped(space)) {
+            assert!(space.mapped().contains(&stretch), "{stretch:x?}");
+        }
         let _heard = device.told();
     }
     let _seen = capabilities(&function);
     device.relent();
     drop(function);
     assert_eq!(space.mapped(), []);
+    assert!(host.spaces().is_empty(), "others reach it still");
     assert!(!watched.attached.load(Ordering::Relaxed), "still attached");
     assert!(KINDS.iter().all(|kind| !device.is_on(*kind)), "interrupts stay on");
     assert!(!shape.resets || device.told().contains(&Told::Reset));
