@@ -55,7 +55,9 @@ fn a_nic_of_the_host_reads_the_registers_of_a_disk_beside_it() {
         [(&nic, 0), (&disk, 1)].map(|(given, port)| format!("host={},port=rp{port},id=fn{port}", given.at));
     let ended = Machine::new("lab")
         .deadline(Duration::from_secs(200))
-        .arguments(["--memory", "384M", "--cpus", "2", "--viommu", "emulated"])
+        .arguments([
+            "--memory", "384M", "--cpus", "2", "--viommu", "emulated", "--log", "info",
+        ])
         .arguments(["--root-port", "rp0", "--root-port", "rp1"])
         .arguments(["--vfio-device", &first, "--vfio-device", &second])
         .guest_program("/usr/bin/perl")
