@@ -1,5 +1,6 @@
 //! The unit as devices and processors of a machine meet it.
 
+use std::os::fd::AsFd;
 use std::sync::{Arc, Weak};
 
 use vm_memory::{Bytes, GuestAddress};
@@ -7,11 +8,12 @@ use vm_memory::{Bytes, GuestAddress};
 use super::testing::{Rig, device, indexed, requester};
 use super::*;
 use crate::iommu::amd::request::Access;
-use crate::iommu::iommufd::testing::{Function as HostFunction, Host};
-use crate::iommu::iommufd::{Attach, Ioas, Memlock};
+use crate::iommu::iommufd::testing::{DEVICE, Function as HostFunction, Host};
+use crate::iommu::iommufd::{Attach, Copies, Ioas, Memlock};
 use crate::iommu::shadow::{Shadow, ShadowParts};
 use crate::pci::Function;
 use crate::pci::access::DwordWrite;
+use crate::platform::addr::Gpa;
 use crate::platform::irq::IoApicHost;
 
 /// What a remapped interrupt reaches the processors as.
@@ -366,24 +368,27 @@ fn its_state_is_told_in_one_line() {
 }
 
 /// A function of the host's at the place of the device under test, behind the unit.
-fn of_the_host(rig: &Rig) -> (Arc<Host>, Arc<HostFunction>) {
+fn of_the_host(rig: &Rig) -> (Arc<Host>, Arc<HostFunction>, Weak<Ioas>) {
     let kernel = Host::new();
     let function = kernel.function();
     let space = Arc::new(Ioas::new(kernel.clone(), rig.ram.clone()).expect("made"));
     function.attach(space.id()).expect("attached");
     space.map_ram(Memlock { limit: None }).expect("mapped");
+    let weak = Arc::downgrade(&space);
     let unit: Weak<dyn Views> = Arc::downgrade(&rig.unit) as Weak<dyn Views>;
     let behind: Arc<dyn Attach> = function.clone();
     let shadow = Shadow::new(ShadowParts {
         name: "iommu0".to_owned(),
         unit,
         requests: kernel.clone(),
-        space,
+        space: space.clone(),
         ram: rig.ram.clone(),
         functions: vec![(requester(), behind)],
     });
-    rig.unit.add_follower(Arc::new(shadow.expect("made")));
-    (kernel, function)
+    let shadow = Arc::new(shadow.expect("made"));
+    space.tell(Arc::downgrade(&shadow) as Weak<dyn Copies>);
+    rig.unit.add_follower(shadow);
+    (kernel, function, weak)
 }
 
 /// INVALIDATE_IOMMU_PAGES of the device's domain.
@@ -392,7 +397,7 @@ const INVALIDATE: u64 = 3 << 60 | 1 << 32;
 #[test]
 fn a_function_of_the_host_reaches_what_was_mapped_once_the_wait_is_answered() {
     let rig = Rig::running();
-    let (kernel, function) = of_the_host(&rig);
+    let (kernel, function, _) = of_the_host(&rig);
     assert_eq!(function.reaches(0x3008), Some((0x3008, Access::BOTH)));
     rig.cover();
     assert_eq!(function.reaches(0x3008), None);
@@ -411,7 +416,7 @@ fn a_function_of_the_host_reaches_what_was_mapped_once_the_wait_is_answered() {
 #[test]
 fn a_wait_behind_much_work_is_answered_when_the_work_is_done_and_holds_up_no_processor() {
     let rig = Rig::running();
-    let (kernel, function) = of_the_host(&rig);
+    let (kernel, function, _) = of_the_host(&rig);
     rig.cover();
     (0..512).for_each(|page| rig.map(page, 0x50_0000));
     rig.put(INVALIDATE, 0x7fff_ffff_ffff_f000 | 1);
@@ -422,4 +427,28 @@ fn a_wait_behind_much_work_is_answered_when_the_work_is_done_and_holds_up_no_pro
     assert_eq!(rig.flag(), 9);
     let place = function.place().expect("attached");
     assert_eq!(kernel.mapped(place).len(), 512);
+}
+
+#[test]
+fn memory_of_another_function_that_comes_is_reached_without_a_command() {
+    const BAR: u64 = 0xe000_0000;
+    let rig = Rig::running();
+    let (_kernel, function, space) = of_the_host(&rig);
+    rig.cover();
+    rig.map(3, BAR);
+    rig.put(INVALIDATE, 0x3000);
+    rig.put_wait(9);
+    rig.ring();
+    assert_eq!((rig.flag(), function.reaches(0x3008)), (9, None));
+    let _ = rig.unit.more.read();
+    let file = std::fs::File::open("/dev/null").expect("every host has it");
+    let range = GpaRange::new(Gpa(BAR), 0x1000).expect("valid");
+    let space = space.upgrade().expect("the shadow has it");
+    let shared = space.share(range, file.as_fd()).expect("mapped");
+    // As the event loop does when it finds that readable.
+    assert!(rig.unit.more.read().is_ok());
+    rig.unit.run_commands();
+    assert_eq!(function.reaches(0x3008), Some((DEVICE + 8, Access::BOTH)));
+    drop(shared);
+    assert_eq!(function.reaches(0x3008), None);
 }
