@@ -69,19 +69,18 @@ impl<'a> Structure<'a> {
     }
 }
 
-/// User data of a driver's: as long as the driver's structure or longer with zeroes, or as short as it takes.
+/// User data of a driver's: as long as the driver's structure, or as short as it takes. Longer data is invalid whatever it
+/// says, other than a longer structure of a request is (include/linux/iommu.h of Linux 7.3).
 pub(super) struct Tail<'a>(&'a mut [u8]);
 
 impl<'a> Tail<'a> {
     /// `bytes` as a structure of `len` bytes of which the driver needs `least`.
     pub(super) fn read(bytes: &'a mut [u8], len: usize, least: usize) -> io::Result<Self> {
-        if bytes.len() < least {
-            return refuse(libc::EINVAL);
+        if (least..=len).contains(&bytes.len()) {
+            Ok(Self(bytes))
+        } else {
+            refuse(libc::EINVAL)
         }
-        if bytes.iter().skip(len).any(|byte| *byte != 0) {
-            return refuse(libc::E2BIG);
-        }
-        Ok(Self(bytes))
     }
 
     pub(super) fn zero(&self, range: Range<usize>) -> io::Result<()> {

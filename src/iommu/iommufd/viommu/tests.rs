@@ -574,6 +574,41 @@ fn another_type_number_is_refused_by_the_step() {
     assert!(text.contains("type number"), "{text}");
 }
 
+/// As the lab's kernel answers its mock's user data: scenario `a_viommu_of_another_type_or_over_other_tables_is_refused`.
+#[test]
+fn user_data_of_another_length_than_the_versions_is_invalid() {
+    for (version, name, least) in [
+        (Version::E, "v-e", 8),
+        (Version::D, "v-d", 24),
+        (Version::C, "v-c", 12),
+        (Version::A, "v-a", 28),
+    ] {
+        let bench = Bench::new(version);
+        let [nic, _] = bench.devices;
+        let parent = NestParent::new(&bench.kernel, nic, bench.ioas).expect("made");
+        let right = user_data(&named(name), &FUNCTIONS, Some(bench.vm.0.as_raw_fd()));
+        let right = right.expect("a VM").bytes().to_vec();
+        let alloc = |data: &[u8]| {
+            let mut fields = Fields::data(data.len());
+            fields.bytes().copy_from_slice(data);
+            let made = requests::viommu_alloc(&*bench.kernel, 3, nic, parent.id(), &mut fields)?;
+            requests::destroy(&*bench.kernel, made)
+        };
+        for len in least..=right.len() {
+            alloc(&right[..len]).unwrap_or_else(|error| panic!("{name}, {len} bytes: {error}"));
+        }
+        for (data, what) in [
+            (right[..least - 1].to_vec(), "too short"),
+            (Vec::new(), "nothing"),
+            ([&*right, &[0]].concat(), "longer, and zero"),
+            ([&*right, &[1]].concat(), "longer"),
+        ] {
+            let (kind, text) = said(alloc(&data));
+            assert_eq!(kind, io::ErrorKind::InvalidInput, "{name}, {what}: {text}");
+        }
+    }
+}
+
 #[test]
 fn a_stock_kernel_is_told_from_amds_by_what_it_does_not_do() {
     let bench = Bench::new(Version::Stock);
