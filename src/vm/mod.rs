@@ -17,6 +17,7 @@ mod opening;
 mod passed;
 pub mod plan;
 pub mod stats;
+pub mod unit_signals;
 pub mod vcpu_loop;
 mod viommus;
 

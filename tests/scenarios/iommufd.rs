@@ -3,20 +3,31 @@
 //! They need a kernel with CONFIG_IOMMUFD_TEST, which the lab's has, and no hardware. The mock has vIOMMUs with a page to
 //! map, queues, nested tables and event queues of a type of its own; [`Mock`] says AMD's words in the mock's.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+use ravelin::iommu::amd::features::Wanted;
 use ravelin::iommu::amd::spec::dte::{Dte, Host};
 use ravelin::iommu::amd::spec::event::Record;
 use ravelin::iommu::iommufd::viommu::{Functions, HwDevice, HwHost, HwParts, NestParent};
 use ravelin::iommu::iommufd::{Abi, Attach, Ioas, Iommufd, Kernel, Memlock};
+use ravelin::iommu::viommu::features::offer;
 use ravelin::iommu::viommu::host::{HostDevice, HostEvent, Queue, QueueKind, VfPage, Viommu, ViommuHost};
-use ravelin::platform::addr::{Bdf, Gpa};
+use ravelin::iommu::viommu::{ServedParts, ServedUnit};
+use ravelin::platform::addr::{Bdf, Gpa, GpaRange, Sbdf};
+use ravelin::platform::bus::BusDevice;
 use ravelin::platform::device_memory::DeviceMemory;
+use ravelin::platform::dma::Requester;
+use ravelin::platform::host::HostError;
 use ravelin::platform::memory::GuestRam;
+use ravelin::platform::protection::{Watcher, WriteProtection};
+use ravelin::vm::events::EventLoop;
+use ravelin::vm::unit_signals::UnitSignals;
 
 const DESTROY: u32 = 0x80;
 const HWPT_ALLOC: u32 = 0x89;
@@ -287,7 +298,7 @@ fn a_guests_life_is_made_of_the_kernels_own_objects_and_ends_without_any() {
         test(&*bench.iommufd, TRIGGER_VEVENT, 0, &[ids[0]]).expect("reported");
         test(&*bench.iommufd, TRIGGER_VEVENT, 0, &[ids[0]]).expect("reported");
         let told = HostEvent::Record(Record::new().with_device(0x2100));
-        assert_eq!(reader.take().expect("open"), [told, told]);
+        assert_eq!(reader.take().expect("open"), [told.clone(), told.clone()]);
         // 512 fit, and three are too many.
         for _ in 0..515 {
             test(&*bench.iommufd, TRIGGER_VEVENT, 0, &[ids[0]]).expect("reported");
@@ -386,4 +397,75 @@ fn a_viommu_of_another_type_or_over_other_tables_is_refused() {
             "{last}"
         );
     }
+}
+
+/// Nobody stores to the device table of a guest that has no processor.
+struct NoStores;
+
+impl WriteProtection for NoStores {
+    fn watch(&self, _watcher: &Weak<dyn Watcher>, _pages: &BTreeSet<Gpa>) -> Result<(), HostError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn what_the_kernel_tells_of_a_unit_wakes_the_event_loop_and_goes_with_the_unit() {
+    let bench = Bench::new();
+    let (host, ids, devices) = bench.host();
+    let features = host.features().expect("known");
+    let at = |bdf| Arc::new(Requester::new(Sbdf { segment: 0, bdf }));
+    let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(RAM), 2 << 20)]).expect("memory");
+    let unit = ServedUnit::new(ServedParts {
+        name: "iommu0".to_owned(),
+        at: Sbdf::default(),
+        mmio: GpaRange::new(Gpa(0xfeb0_4000), 0x4000).expect("valid"),
+        features: offer(&[features], &Wanted::DEFAULT),
+        ram: GuestRam::new(ram),
+        host,
+        protection: Arc::new(NoStores),
+        functions: vec![(at(name(0x0100)), NIC), (at(name(0x0108)), DISK)],
+    });
+    let unit = unit.unwrap_or_else(|error| panic!("{error}: {}", error.source));
+    let mut events = EventLoop::new().expect("an epoll descriptor");
+    UnitSignals::listen(&unit, &mut events);
+    let soon = || Some(Instant::now() + Duration::from_millis(50));
+    let tell = |times: u32| {
+        for _ in 0..times {
+            test(&*bench.iommufd, TRIGGER_VEVENT, 0, &[ids[0]]).expect("reported");
+        }
+    };
+    let told = || (unit.counts().host_events, unit.counts().lost_events);
+    // Switched on, its functions have names, by which the mock reports.
+    unit.write(0x00, &(RAM | 2).to_le_bytes());
+    unit.write(0x18, &1_u64.to_le_bytes());
+    events.turn(soon()).expect("no error");
+    assert_eq!(told(), (0, 0));
+    tell(2);
+    assert_eq!(told(), (0, 0), "nobody has looked");
+    events.turn(soon()).expect("no error");
+    assert_eq!(told(), (2, 0));
+    // 512 fit, and three are too many; one look takes all of it.
+    tell(515);
+    events.turn(soon()).expect("no error");
+    assert_eq!(told(), (514, 3));
+    let before = Instant::now();
+    events.turn(soon()).expect("no error");
+    assert!(
+        before.elapsed() >= Duration::from_millis(50),
+        "nothing is left to hear"
+    );
+    // The next one is heard as well.
+    tell(1);
+    events.turn(soon()).expect("no error");
+    assert_eq!(told(), (515, 3));
+    assert!(!unit.state().contains("NOT READ"), "{}", unit.state());
+    // It ends with events pending, the loop last.
+    tell(600);
+    drop(unit);
+    events.turn(soon()).expect("no error");
+    drop(events);
+    for device in devices {
+        bench.destroy(device.object).expect("nobody uses it");
+    }
+    bench.destroy(bench.home).expect("unused");
 }

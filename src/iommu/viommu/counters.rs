@@ -23,12 +23,14 @@ pub(super) enum Count {
     Events,
     Watches,
     LostRecords,
+    HostEvents,
+    LostEvents,
     Stops,
     Refusals,
 }
 
 impl Count {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 15] = [
         Self::Stores,
         Self::StrangeStores,
         Self::PassThrough,
@@ -40,6 +42,8 @@ impl Count {
         Self::Events,
         Self::Watches,
         Self::LostRecords,
+        Self::HostEvents,
+        Self::LostEvents,
         Self::Stops,
         Self::Refusals,
     ];
@@ -70,6 +74,10 @@ pub struct Counts {
     pub watches: u64,
     /// Records that the guest's logs did not take.
     pub lost_records: u64,
+    /// Events that the host told of the unit.
+    pub host_events: u64,
+    /// Events that the host lost before anybody heard of them.
+    pub lost_events: u64,
     /// How often the unit was stopped because what serves it did not answer.
     pub stops: u64,
     /// Requests the host refused.
@@ -99,6 +107,8 @@ impl Counters {
             events: of(Count::Events),
             watches: of(Count::Watches),
             lost_records: of(Count::LostRecords),
+            host_events: of(Count::HostEvents),
+            lost_events: of(Count::LostEvents),
             stops: of(Count::Stops),
             refusals: of(Count::Refusals),
         }
@@ -119,6 +129,8 @@ impl fmt::Display for Counts {
             events,
             watches,
             lost_records,
+            host_events,
+            lost_events,
             stops,
             refusals,
         } = self;
@@ -126,7 +138,8 @@ impl fmt::Display for Counts {
             f,
             "{stores} stores to entries, {strange_stores} beside them, {watches} changes of watched pages; attached {nested} times to \
              guest tables, {pass_through} to memory, {blocked} to nothing; {queues_made} rings made, {queues_destroyed} destroyed, \
-             {routes} interrupt routes, {stops} stops, {lost_records} records lost, {events} events put in, {refusals} refusals"
+             {routes} interrupt routes, {stops} stops, {lost_records} records lost, {host_events} events told by the \
+             host, {lost_events} lost there, {events} events put in, {refusals} refusals"
         )
     }
 }

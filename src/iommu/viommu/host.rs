@@ -96,21 +96,23 @@ pub struct Viommu {
 }
 
 /// What the host tells about a guest's unit: records that its own log would have had.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HostEvent {
     /// One of them.
     Record(Record),
     /// So many are missing between the one before and the one behind: nobody took them in time.
     Lost(u32),
+    /// What is no event, and why; what came behind it went with it.
+    Garbage(String),
 }
 
 /// Where the host puts what it tells about a guest's unit.
 pub trait HostEvents: AsFd + Send + Sync {
-    /// Take what has come, in its order: some hundred at a time, and nothing where nothing has. The descriptor is readable
-    /// while there is more.
+    /// Take what has come, in its order: all that the host keeps at a time, which are some hundred, and nothing where
+    /// nothing has. Does not wait. The descriptor is readable while there is more.
     ///
     /// # Errors
-    /// The host's reason, or `InvalidData` for what is no record.
+    /// The host's reason.
     fn take(&self) -> io::Result<Vec<HostEvent>>;
 }
 
@@ -179,7 +181,7 @@ pub trait ViommuHost: Send + Sync {
     fn reset_page(&self, viommu: ObjectId) -> io::Result<()>;
 
     /// Have the host tell what happens to the guest's unit and is not in the guest's own log. Once at a time; the number
-    /// can be destroyed after the reader is gone. `Unsupported` where the host has no such request.
+    /// can be destroyed after the reader is gone, and is before the vIOMMU. `Unsupported` where the host has no such request.
     fn events_alloc(&self, viommu: ObjectId) -> io::Result<(ObjectId, Box<dyn HostEvents>)> {
         let _ = viommu;
         Err(io::ErrorKind::Unsupported.into())

@@ -9,6 +9,7 @@
 //! rings                a queue of the host's exactly while they are on                  [rings]
 //! unit's interrupts    sent where registers or the MSI capability say                   [interrupts]
 //! device table         entries of functions behind the unit, as they change: attached   [following, intent]
+//! host's events         what it tells of the unit: told to the operator, or the unit stops  [hearing]
 //! ```
 //!
 //! # Following the device table
@@ -41,6 +42,7 @@ pub mod testing;
 mod asking;
 mod counters;
 mod following;
+mod hearing;
 mod intent;
 mod interrupts;
 mod rings;
@@ -52,6 +54,7 @@ pub use counters::Counts;
 
 use std::collections::BTreeSet;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
@@ -77,6 +80,7 @@ use crate::platform::protection::{Watcher, WriteProtection};
 use asking::Asking;
 use counters::{Count, Counters};
 use following::Followed;
+use hearing::Ear;
 use host::{HardwareErrors, HostDevice, VfPage, Viommu, ViommuHost};
 use interrupts::MsiState;
 use service::{Said, Service, Table, entry};
@@ -115,6 +119,8 @@ pub struct ServedUnit {
     function: UnitFunction,
     /// `None` only while this is dropped.
     page: Option<VfPage>,
+    /// Where the host tells of the unit, if it does; `None` also while this is dropped.
+    ear: Option<Ear>,
     requesters: Vec<Arc<Requester>>,
     asking: Asking,
     service: Mutex<Service>,
@@ -166,7 +172,8 @@ impl ServedUnit {
     /// A unit made of `parts`, as after power-on: off, its functions attached to guest physical memory.
     ///
     /// # Errors
-    /// When the host makes no vIOMMU, or attaches a function to no memory. Nothing is left of it then.
+    /// When the host makes no vIOMMU, attaches a function to no memory, or has event queues and gives none. Nothing is left of
+    /// it then.
     pub fn new(parts: ServedParts) -> Result<Arc<Self>, HostError> {
         let name = &parts.name;
         let Viommu { id, page } = parts
@@ -185,6 +192,17 @@ impl ServedUnit {
                 ));
             }
         }
+        let ear = match parts.host.events_alloc(id) {
+            Ok((object, reader)) => Some(Ear::new(object, reader)),
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => None,
+            Err(source) => {
+                drop(page);
+                // The error at hand is the one that counts.
+                let _ = parts.host.destroy(id);
+                let action = format!("have the host tell what goes wrong with {name}");
+                return Err(HostError::new(action, source));
+            }
+        };
         let own = MsiPort::new(Arc::new(Requester::new(parts.at)), Arc::new(NoWay));
         let requesters = parts.functions.iter().map(|(requester, _)| requester.clone());
         let requesters = requesters.collect();
@@ -202,6 +220,7 @@ impl ServedUnit {
             ram: parts.ram,
             function,
             page: Some(page),
+            ear,
             requesters,
             asking: Asking {
                 name: parts.name.clone(),
@@ -276,7 +295,12 @@ impl ServedUnit {
             SHOWN.map(|(name, reg)| format!("{name} {:#x}", registers.read(reg)))
         };
         let service = self.service().state();
-        format!("{}; {service}; {}", registers.join(", "), self.counts())
+        let deaf = if self.ear.as_ref().is_some_and(Ear::is_deaf) {
+            "; the host's event queue is NOT READ any more"
+        } else {
+            ""
+        };
+        format!("{}; {service}{deaf}; {}", registers.join(", "), self.counts())
     }
 
     /// Everything but the PCI function as after power-on. No processor runs: functions reach guest memory untranslated.
@@ -299,11 +323,40 @@ impl ServedUnit {
     /// The host says that something went wrong: hear what, and do what follows. Called by whoever it says that to, without
     /// a lock. Without this the next write to a register finds out.
     pub fn hear_errors(&self) {
-        let errors = self.asking.host.take_errors();
+        let errors = self.errors();
         if errors != HardwareErrors::default() {
             self.service().hear(errors, &self.asking);
+        }
+        // Lost records are counted, and change nothing.
+        if errors.broken_at.is_some() {
             self.serve();
         }
+    }
+
+    /// Readable while the host has something to tell of the unit, where it tells anything: [`Self::host_told`] is to be
+    /// called then. Open as long as the unit is.
+    #[must_use]
+    pub fn host_events(&self) -> Option<BorrowedFd<'_>> {
+        self.ear.as_ref().map(Ear::descriptor)
+    }
+
+    /// [`Self::host_events`] is readable, or, `ended`, never will be again: hear what the host tells, as much as it keeps at
+    /// a time, and do what follows. Whether to wait for it any longer: what cannot be read or understood for some time is not
+    /// worth it. Called without a lock.
+    #[must_use]
+    pub fn host_told(&self, ended: bool) -> bool {
+        self.hear_errors();
+        let ear = self.ear.as_ref();
+        ear.is_some_and(|ear| ear.is_worth_waiting(ended, &self.asking))
+    }
+
+    /// What went wrong in the host's unit since the last call.
+    fn errors(&self) -> HardwareErrors {
+        let mut errors = self.asking.host.take_errors();
+        if let Some(ear) = &self.ear {
+            errors.join(ear.listen(&self.asking));
+        }
+        errors
     }
 
     fn registers(&self) -> MutexGuard<'_, Registers> {
@@ -348,7 +401,7 @@ impl ServedUnit {
         }
         loop {
             // Before the registers are looked at: what switched the unit off came later.
-            service.hear(self.asking.host.take_errors(), &self.asking);
+            service.hear(self.errors(), &self.asking);
             let said = self.said();
             service.bring(&said, &self.table(), &self.asking);
             let wanted: BTreeSet<Gpa> = self
@@ -511,12 +564,14 @@ impl Function for ServedUnit {
 impl Drop for ServedUnit {
     fn drop(&mut self) {
         self.page = None;
+        // Nobody may read it when it goes.
+        let events = self.ear.take().map(|ear| ear.object);
         let service = self.service.get_mut().unwrap_or_else(PoisonError::into_inner);
         if !service.watched.is_empty()
             && let Err(error) = self.protection.watch(&self.me, &BTreeSet::new())
         {
             tracing::warn!(iommu = self.name, %error, reason = %error.source, "pages of a device table stay watched");
         }
-        service.end(&self.asking);
+        service.end(events, &self.asking);
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::asking::{Asking, Leftovers};
 use super::counters::Count;
 use super::following::Followed;
-use super::host::{HardwareErrors, QueueKind};
+use super::host::{HardwareErrors, ObjectId, QueueKind};
 use super::intent::{Intent, Refusal, judge};
 use super::interrupts::{self, Routes};
 use super::rings::{self, Rings};
@@ -194,10 +194,13 @@ impl Service {
         }
     }
 
-    /// Give everything back in the order in which the host's objects hang on each other.
-    pub(super) fn end(&mut self, asking: &Asking) {
+    /// Give everything back in the order in which the host's objects hang on each other, with the event queue `events`.
+    pub(super) fn end(&mut self, events: Option<ObjectId>, asking: &Asking) {
         let leftovers = &mut self.leftovers;
         self.rings.end(asking, leftovers);
+        if let Some(events) = events {
+            leftovers.destroy(events, asking);
+        }
         for function in &mut self.functions {
             function.end(asking, leftovers);
         }

@@ -4,3 +4,4 @@ mod broken;
 mod hostile;
 mod linux;
 mod refused;
+mod told;

@@ -27,6 +27,7 @@ use crate::platform::msi::MsiSink;
 use crate::platform::protection::WriteProtection;
 use crate::vm::events::EventLoop;
 use crate::vm::plan::{ViommuMode, ViommuPlan};
+use crate::vm::unit_signals::UnitSignals;
 
 use super::hardware::Hardware;
 
@@ -94,6 +95,7 @@ impl Unit {
             ViommuMode::Hardware => {
                 let (host, space) = host.expect("the host's unit was made for the plan's");
                 let hardware = Hardware::new(planned, root, around, host, space)?;
+                UnitSignals::listen(hardware.unit(), events);
                 Ok(Self::Hardware(Arc::new(hardware)))
             }
             ViommuMode::Simulated => Self::simulated(planned, root, around, events),

@@ -10,8 +10,10 @@ mod structure;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
 
 use super::{Attach, Kernel};
 use crate::platform::device_memory::DeviceMemory;
@@ -62,7 +64,7 @@ struct State {
     routes: Vec<[u32; 4]>,
     mapped: Vec<(u32, Weak<DeviceMemory>)>,
     /// The ends of event queues that the kernel has, by number.
-    events: Vec<(u32, UnixDatagram)>,
+    events: Vec<(u32, Arc<OwnedFd>)>,
     /// Address spaces with memory in them.
     filled: Vec<u32>,
     /// What was destroyed, in order.
@@ -164,11 +166,16 @@ impl Fake {
         self.state().routes.clone()
     }
 
-    /// Put `bytes`, headers and records, into the event queue there is; `false` where nobody can read them any more.
-    pub(super) fn tell(&self, bytes: &[u8]) -> bool {
-        let state = self.state();
-        let (_, queue) = state.events.first().expect("an event queue");
-        queue.send(bytes).is_ok()
+    /// Put `bytes`, headers and records, into the first event queue there is, to be read at once; waits for room. `false`
+    /// where nobody can read them any more.
+    pub(crate) fn tell(&self, bytes: &[u8]) -> bool {
+        let queue = self.state().events.first().expect("an event queue").1.clone();
+        send(&queue, bytes, SendFlags::NOSIGNAL).is_ok()
+    }
+
+    /// Tell nothing more by the first event queue there is, which no kernel does.
+    pub(crate) fn end_events(&self) {
+        self.state().events.remove(0);
     }
 
     /// Begin to answer a request.
@@ -225,13 +232,19 @@ impl Kernel for Fake {
         if state.objects.all().any(same) {
             return refuse(libc::EEXIST);
         }
-        let (read, write) = UnixDatagram::pair()?;
-        read.set_nonblocking(true)?;
+        // What is sent at once is read at once.
+        let (read, write) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        rustix::io::ioctl_fionbio(&read, true)?;
         let id = state.objects.add(Object::Events { viommu });
         structure.set_u32(20, id);
         structure.set_u32(24, u32::try_from(read.as_raw_fd()).expect("open"));
-        state.events.push((id, write));
-        Ok(read.into())
+        state.events.push((id, Arc::new(write)));
+        Ok(read)
     }
 
     fn map(&self, offset: u64, len: u64) -> io::Result<Arc<DeviceMemory>> {
@@ -255,7 +268,7 @@ impl State {
             return refuse(libc::ENOENT);
         }
         // Whoever reads a queue keeps it.
-        let read = |(queue, end): &(u32, UnixDatagram)| *queue == id && end.send(&[]).is_ok();
+        let read = |(queue, end): &(u32, Arc<OwnedFd>)| *queue == id && has_reader(end);
         if self.objects.is_used(id)
             || self.mapped.iter().any(|(owner, _)| *owner == id)
             || self.events.iter().any(read)
@@ -496,6 +509,14 @@ impl State {
         self.routes.push(route);
         Ok(())
     }
+}
+
+/// Whether anybody has the other end.
+fn has_reader(end: &OwnedFd) -> bool {
+    let mut poll = [PollFd::new(end, PollFlags::empty())];
+    let now = Timespec::default();
+    rustix::event::poll(&mut poll, Some(&now)).expect("open");
+    !poll[0].revents().contains(PollFlags::HUP)
 }
 
 /// What the driver checks of a guest's entry, and that nothing else is in it.

@@ -17,8 +17,10 @@ const HEADER: usize = 8;
 const LOST_EVENTS: u32 = 1;
 /// Sequence numbers have 31 bits.
 const SEQUENCE: u32 = 0x7fff_ffff;
-/// The most that is taken at once.
-const AT_ONCE: usize = 128;
+/// Records that the kernel keeps: a log of the default size of a driver of Linux's.
+pub(super) const DEPTH: u32 = 512;
+/// The most that is taken at once: all there can be, and that further ones were lost.
+const AT_ONCE: usize = DEPTH as usize + 1;
 
 /// The reading end of a queue.
 pub(super) struct EventQueue {
@@ -39,16 +41,24 @@ impl EventQueue {
         }
     }
 
-    /// What `bytes` hold, after the record with the number `last`.
-    fn events(&self, bytes: &[u8], last: &mut u32) -> io::Result<Vec<HostEvent>> {
+    /// What `bytes` hold, after the record with the number `last`; up to what is no event.
+    fn events(&self, bytes: &[u8], last: &mut u32) -> Vec<HostEvent> {
         let mut events = Vec::new();
+        if let Err(problem) = self.push_events(&mut events, bytes, last) {
+            events.push(HostEvent::Garbage(problem));
+        }
+        events
+    }
+
+    fn push_events(&self, events: &mut Vec<HostEvent>, bytes: &[u8], last: &mut u32) -> Result<(), String> {
         let mut rest = bytes;
         while !rest.is_empty() {
             let (header, behind) = rest.split_at_checked(HEADER).ok_or_else(|| cut(rest.len()))?;
             let (flags, number) = (word(header, 0), word(header, 4));
             if flags & !LOST_EVENTS != 0 || number > SEQUENCE {
-                let problem = format!("an event with flags {flags:#x} and number {number:#x}");
-                return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
+                return Err(format!(
+                    "an event with flags {flags:#x} and number {number:#x}; flags are 0 or 1, numbers up to {SEQUENCE:#x}"
+                ));
             }
             let further = number.wrapping_sub(*last) & SEQUENCE;
             let lost = if flags == LOST_EVENTS {
@@ -69,13 +79,12 @@ impl EventQueue {
                 rest = behind;
             }
         }
-        Ok(events)
+        Ok(())
     }
 }
 
-fn cut(left: usize) -> io::Error {
-    let problem = format!("an event of which there are only {left} bytes");
-    io::Error::new(io::ErrorKind::InvalidData, problem)
+fn cut(left: usize) -> String {
+    format!("an event of which there are only {left} bytes")
 }
 
 /// The little-endian word at `at`, as far as there are bytes.
@@ -109,7 +118,7 @@ impl HostEvents for EventQueue {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
             other => other?,
         };
-        self.events(bytes.get(..len).unwrap_or(&[]), &mut last)
+        Ok(self.events(bytes.get(..len).unwrap_or(&[]), &mut last))
     }
 }
 
@@ -144,7 +153,7 @@ mod tests {
         ]
         .concat();
         let mut last = SEQUENCE;
-        let events = queue(16).events(&bytes, &mut last).expect("events");
+        let events = queue(16).events(&bytes, &mut last);
         assert_eq!(
             events,
             [
@@ -156,7 +165,7 @@ mod tests {
         );
         // More were lost after that was read, and then there was room again.
         let bytes = [header(LOST_EVENTS, 9), header(0, 10), record(0)].concat();
-        let events = queue(16).events(&bytes, &mut last).expect("events");
+        let events = queue(16).events(&bytes, &mut last);
         assert_eq!(events, [HostEvent::Lost(4), HostEvent::Record(Record::new())]);
     }
 
@@ -164,7 +173,7 @@ mod tests {
     fn numbers_begin_again_at_zero() {
         let mut last = SEQUENCE - 1;
         let bytes = [header(0, SEQUENCE), record(1), header(0, 1), record(2)].concat();
-        let events = queue(16).events(&bytes, &mut last).expect("events");
+        let events = queue(16).events(&bytes, &mut last);
         assert_eq!(
             events,
             [
@@ -178,34 +187,58 @@ mod tests {
     #[test]
     fn records_may_be_longer_or_shorter_than_amds() {
         let bytes = [header(0, 0), vec![0x34, 0x12, 0, 0]].concat();
-        let events = queue(4).events(&bytes, &mut SEQUENCE.clone()).expect("events");
+        let events = queue(4).events(&bytes, &mut SEQUENCE.clone());
         assert_eq!(events, [HostEvent::Record(Record::new().with_device(0x1234))]);
         let bytes = [header(0, 0), record(7), vec![0xff; 8]].concat();
-        let events = queue(24).events(&bytes, &mut SEQUENCE.clone()).expect("events");
+        let events = queue(24).events(&bytes, &mut SEQUENCE.clone());
         assert_eq!(events, [HostEvent::Record(Record::from_bits(7))]);
     }
 
     #[test]
-    fn what_is_no_event_is_invalid() {
+    fn what_is_no_event_ends_what_is_understood() {
         for (bytes, problem) in [
             (vec![0; 7], "an event of which there are only 7 bytes"),
             (
-                [header(0, 0), vec![0; 15]].concat(),
+                [header(0, 1), vec![0; 15]].concat(),
                 "an event of which there are only 15 bytes",
             ),
-            (header(2, 1), "an event with flags 0x2 and number 0x1"),
+            (
+                header(2, 1),
+                "an event with flags 0x2 and number 0x1; flags are 0 or 1, numbers up to 0x7fffffff",
+            ),
             (
                 header(1, 1 << 31),
-                "an event with flags 0x1 and number 0x80000000",
+                "an event with flags 0x1 and number 0x80000000; flags are 0 or 1, numbers up to 0x7fffffff",
             ),
         ] {
-            let error = queue(16)
-                .events(&bytes, &mut SEQUENCE.clone())
-                .expect_err("invalid");
+            // What came before it counts.
+            let bytes = [header(0, 0), record(7), bytes].concat();
             assert_eq!(
-                (error.kind(), error.to_string()),
-                (io::ErrorKind::InvalidData, problem.to_owned())
+                queue(16).events(&bytes, &mut SEQUENCE.clone()),
+                [
+                    HostEvent::Record(Record::from_bits(7)),
+                    HostEvent::Garbage(problem.to_owned())
+                ]
             );
         }
+    }
+
+    #[test]
+    fn all_that_the_kernel_keeps_is_taken_at_once() {
+        let (queue, ours) = {
+            let (theirs, ours) = std::os::unix::net::UnixStream::pair().expect("sockets");
+            theirs.set_nonblocking(true).expect("a socket");
+            (EventQueue::new(theirs.into(), 16), ours)
+        };
+        assert_eq!(queue.take().expect("open"), []);
+        let mut bytes: Vec<u8> = (0..DEPTH)
+            .flat_map(|number| [header(0, number), record(1)].concat())
+            .collect();
+        bytes.extend(header(LOST_EVENTS, DEPTH + 2));
+        std::io::Write::write_all(&mut &ours, &bytes).expect("room");
+        let events = queue.take().expect("open");
+        assert_eq!(events.len(), AT_ONCE);
+        assert_eq!(events.last(), Some(&HostEvent::Lost(3)));
+        assert_eq!(queue.take().expect("open"), []);
     }
 }

@@ -129,9 +129,6 @@ enum Object {
     Events,
 }
 
-/// Records that an event queue keeps: a log of the default size of a driver of Linux's.
-const EVENTS: u32 = 512;
-
 /// What it means that no offset was written.
 const NO_PAGE: &str =
     "; the host's kernel made a vIOMMU and told no VF page, as a stock kernel does for any type";
@@ -529,7 +526,12 @@ impl ViommuHost for HwHost {
         if state.has(Object::Events) {
             return errno(libc::EEXIST);
         }
-        let (id, fd) = requests::events_alloc(&*self.kernel, viommu.0, queue_type, EVENTS)?;
+        let made = requests::events_alloc(&*self.kernel, viommu.0, queue_type, events::DEPTH);
+        // The table said that the kernel has them.
+        let (id, fd) = made.map_err(|error| match error.kind() {
+            io::ErrorKind::Unsupported => io::Error::other(error),
+            _ => error,
+        })?;
         Ok((
             state.keep(id, Object::Events),
             Box::new(EventQueue::new(fd, record)),

@@ -1,13 +1,16 @@
 //! A host that keeps its objects as a kernel does and remembers whoever did not.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
+
+use rustix::event::{EventfdFlags, eventfd};
 
 use crate::iommu::amd::spec::dte::Dte;
 use crate::iommu::viommu::host::{
-    HardwareErrors, HostDevice, HostFeatures, InterruptTarget, ObjectId, Queue, QueueKind, UnitInterrupt,
-    VfPage, Viommu, ViommuHost,
+    HardwareErrors, HostDevice, HostEvent, HostEvents, HostFeatures, InterruptTarget, ObjectId, Queue,
+    QueueKind, UnitInterrupt, VfPage, Viommu, ViommuHost,
 };
 use crate::platform::addr::Bdf;
 use crate::platform::bus::BusDevice;
@@ -23,6 +26,29 @@ enum Object {
     Vdevice(HostDevice, Bdf),
     Nested(Dte),
     Queue(Queue),
+    Events,
+}
+
+/// What the host told, one look after the other.
+type Told = Arc<Mutex<VecDeque<io::Result<Vec<HostEvent>>>>>;
+
+/// Who reads that. The descriptor stands for one and is never readable.
+struct Reader {
+    told: Told,
+    descriptor: OwnedFd,
+}
+
+impl AsFd for Reader {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
+}
+
+impl HostEvents for Reader {
+    fn take(&self) -> io::Result<Vec<HostEvent>> {
+        let mut told = self.told.lock().expect("not poisoned");
+        told.pop_front().unwrap_or_else(|| Ok(Vec::new()))
+    }
 }
 
 #[derive(Default)]
@@ -42,6 +68,8 @@ struct State {
     mapped: Option<Arc<DeviceMemory>>,
     events: Vec<[u32; 4]>,
     errors: HardwareErrors,
+    /// Where it tells what it was not asked, if it has event queues.
+    told: Option<Told>,
     resets: usize,
     /// Who broke which rule of the host's.
     wrongs: Vec<String>,
@@ -113,6 +141,25 @@ impl FakeHost {
     /// Have had `errors` with the guest.
     pub fn err(&self, errors: HardwareErrors) {
         self.state().errors.join(errors);
+    }
+
+    /// Have event queues.
+    pub fn have_events(&self) {
+        self.state().told = Some(Arc::default());
+    }
+
+    /// Answer one look of who reads the event queue.
+    pub fn tell(&self, answer: io::Result<Vec<HostEvent>>) {
+        let state = self.state();
+        let told = state.told.as_ref().expect("event queues");
+        told.lock().expect("not poisoned").push_back(answer);
+    }
+
+    /// What nobody has looked at yet.
+    pub fn untold(&self) -> usize {
+        let state = self.state();
+        let told = state.told.as_ref();
+        told.map_or(0, |told| told.lock().expect("not poisoned").len())
     }
 
     /// How many requests were made.
@@ -378,6 +425,22 @@ impl ViommuHost for FakeHost {
         std::mem::take(&mut self.state().errors)
     }
 
+    fn events_alloc(&self, viommu: ObjectId) -> io::Result<(ObjectId, Box<dyn HostEvents>)> {
+        let Some(told) = self.state().told.clone() else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        let mut state = self.enter("events")?;
+        state.is_viommu(viommu)?;
+        if state.objects.values().any(|object| *object == Object::Events) {
+            return Err(state.wrong("a second event queue".to_owned(), 17));
+        }
+        let reader = Reader {
+            told,
+            descriptor: eventfd(0, EventfdFlags::empty())?,
+        };
+        Ok((state.add(Object::Events, "events".to_owned()), Box::new(reader)))
+    }
+
     fn destroy(&self, id: ObjectId) -> io::Result<()> {
         let mut state = self.enter("destroy")?;
         let Some(object) = state.objects.get(&id).copied() else {
@@ -391,6 +454,10 @@ impl ViommuHost for FakeHost {
                 table.is_some_and(|table| state.objects.contains_key(table))
             }
             Object::Queue(_) => false,
+            Object::Events => state
+                .told
+                .as_ref()
+                .is_some_and(|told| Arc::strong_count(told) > 1),
         };
         // Its page is to be unmapped first.
         let page = state.mapped.as_ref().filter(|_| object == Object::Viommu);
@@ -408,6 +475,7 @@ impl ViommuHost for FakeHost {
             Object::Nested(_) => "nested",
             Object::Vdevice(..) => "vdevice",
             Object::Queue(_) => "queue",
+            Object::Events => "events",
         };
         state.granted.push(format!("destroy {kind}"));
         Ok(())

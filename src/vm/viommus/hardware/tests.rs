@@ -1,5 +1,7 @@
 //! Mode `hw` in a machine, over a kernel that is none: from the plan to the last object.
 
+mod told;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 

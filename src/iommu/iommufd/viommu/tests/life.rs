@@ -152,7 +152,7 @@ fn each_step_of_a_life_costs_so_many_requests() {
         requests(Version::E, &routing()),
         [
             ("host", 7),
-            ("unit", 5),
+            ("unit", 6),
             ("driver starts", 9),
             ("attach", 2),
             ("attach elsewhere", 3),
@@ -164,7 +164,7 @@ fn each_step_of_a_life_costs_so_many_requests() {
             ("driver stops", 7),
             ("reset", 1),
             ("second driver starts", 7),
-            ("end", 10),
+            ("end", 11),
         ]
     );
     // Rings are registers there, written one by one, and nothing sends interrupts.
