@@ -148,8 +148,8 @@ fn endpoint(
         on_root_bus,
         ..
     } = place;
-    let name = planned.name.clone();
-    let (requester, dma) = upstream.dma(place.of(node), connections.ram.clone());
+    let (name, at) = (planned.name.clone(), place.of(node));
+    let (requester, dma) = upstream.dma(at, connections.ram.clone());
     let msi = MsiPort::new(requester, upstream.messages.clone());
     let intx = node.intx.map(|intx| (intx.pin, connections.board.wire(intx.gsi)));
     let device: Arc<dyn VirtioDevice> = match &planned.kind {
@@ -186,9 +186,9 @@ fn endpoint(
                 msi,
                 intx,
                 on_root_bus,
-                agent: upstream.agent(),
+                agent: upstream.agent(at),
             })?;
-            upstream.tell_of_invalidations(device.follower());
+            upstream.tell_of_invalidations(at, device.follower());
             return Ok(device);
         }
         DeviceKind::Vfio(vfio) => unreachable!("{} is no device of ours", vfio.host),

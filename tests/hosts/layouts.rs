@@ -127,6 +127,8 @@ fn what_no_unit_of_the_hosts_can_serve_is_refused_with_what_can() {
             "0000:c1:00.0,port=rp1",
         ]),
         behind(&["--viommu", "hw,intremap=on"]),
+        behind(&["--viommu", "hw,ats=on"]),
+        behind(&["--viommu", "hw,pasid-bits=8"]),
         behind(&["--viommu", "hw,doorbell=poll"]),
         behind(&["--viommu", "hw,abi=v-z"]),
         behind(&["--viommu", "hw,abi=broken.toml"]),

@@ -1,36 +1,22 @@
 //! The test device behind the unit: translations it asks for and has to forget, requests with a process address
 //! space, page requests and their answers.
 
+use std::ops::Deref;
 use std::sync::Arc;
 
-use ravelin::devices::test_device::{Flags, Reg, Rights, Space, Status, TestDevice, TestDeviceParts};
+use ravelin::devices::test_device::{Flags, Reg, Rights, Space, Status};
 use ravelin::iommu::amd::agent::UnitOwner;
 use ravelin::iommu::amd::spec::registers::Control;
 use ravelin::iommu::amd::{Effects, Unit};
-use ravelin::pci::Function;
-use ravelin::pci::access::DwordWrite;
+use ravelin::pci::Function as _;
 use ravelin::platform::addr::{Gpa, Sbdf};
 use ravelin::platform::dma::{Dma, Requester};
-use ravelin::platform::host::HostError;
 use ravelin::platform::memory::GuestRam;
-use ravelin::platform::msi::{MsiMessage, MsiPort, MsiRoute, MsiSink};
 
 use crate::driver::{
     Driver, INVALIDATE_ALL, PPR_LOG, command, device, guest_dte, host_dte, other_device, pte, reg, ring_base,
 };
-
-/// Nobody listens.
-struct Nowhere;
-
-impl MsiSink for Nowhere {
-    fn signal(&self, _requester: &Requester, _message: MsiMessage) {}
-    fn route(&self, _requester: &Arc<Requester>) -> Result<Box<dyn MsiRoute>, HostError> {
-        Err(HostError::new(
-            "route an interrupt to nobody",
-            std::io::Error::other("nobody"),
-        ))
-    }
-}
+use crate::function::{ATS, COPY, Function, PASID, PRI, READ, REQUEST_PAGE, WRITE};
 
 /// Has the unit, and lets its interrupts go by.
 struct Owner(Arc<Unit<GuestRam>>);
@@ -47,21 +33,10 @@ impl UnitOwner for Owner {
     }
 }
 
-const READ: u32 = 0x8;
-const WRITE: u32 = 0x10;
-const COPY: u32 = 0x20;
-const TRANSLATE: u32 = 0x0100_0000;
-const REQUEST_PAGE: u32 = 0x0200_0000;
-
-/// Extended capabilities that the guest switches on.
-const ATS: u16 = 0x0f;
-const PRI: u16 = 0x13;
-const PASID: u16 = 0x1b;
-
 /// A driver of the unit and one of the device.
 struct Bench {
     driver: Driver,
-    function: Arc<TestDevice>,
+    device: Function,
 }
 
 fn bench(driver: Driver) -> Bench {
@@ -70,77 +45,21 @@ fn bench(driver: Driver) -> Bench {
         bdf: device(),
     }));
     requester.set_bus_master(true);
-    let function = TestDevice::new(TestDeviceParts {
-        name: "test0".to_owned(),
-        msix_vectors: 1,
-        dma: Dma::new(requester.clone(), driver.ram.clone()),
-        msi: MsiPort::new(requester, Arc::new(Nowhere)),
-        intx: None,
-        on_root_bus: false,
-        agent: Some(Arc::new(Owner(driver.unit.clone()))),
-    })
-    .expect("a thread");
-    driver.unit.add_follower(function.follower());
-    Bench { driver, function }
+    let dma = Dma::new(requester.clone(), driver.ram.clone());
+    let device = Function::new(requester, dma, Some(Arc::new(Owner(driver.unit.clone()))));
+    driver.unit.add_follower(device.function.follower());
+    Bench { driver, device }
+}
+
+impl Deref for Bench {
+    type Target = Function;
+
+    fn deref(&self) -> &Function {
+        &self.device
+    }
 }
 
 impl Bench {
-    fn get(&self, register: Reg) -> u32 {
-        let mut data = [0; 4];
-        self.function.bar_read(0, register.offset(), &mut data);
-        u32::from_le_bytes(data)
-    }
-
-    fn set(&self, register: Reg, value: u32) {
-        self.function
-            .bar_write(0, register.offset(), &value.to_le_bytes());
-    }
-
-    /// The dword behind the header of the extended capability `id`.
-    fn capability(&self, id: u16) -> u16 {
-        let mut chain = std::iter::successors(Some(0x40_u16), |at| {
-            let next = self.function.config_read(*at) >> 22;
-            u16::try_from(next).ok().filter(|next| *next > 0)
-        });
-        let found = chain.find(|at| self.function.config_read(*at) & 0xffff == u32::from(id));
-        found.expect("a capability") + 1
-    }
-
-    fn configure(&self, dword: u16, value: u32) {
-        let _effect = self.function.config_write(dword, DwordWrite::whole(value));
-    }
-
-    /// ATS, PRI with as many requests as it can have, and PASID with its modes, on.
-    fn enable(&self) {
-        self.configure(self.capability(ATS), 1 << 31);
-        self.configure(self.capability(PASID), 7 << 16);
-        self.configure(self.capability(PRI) + 2, u32::MAX);
-        self.configure(self.capability(PRI), 1);
-    }
-
-    /// Have `command` carried out with requests as `flags` say; how it ended, but for the interrupt.
-    fn run(&self, command: u32, flags: Flags, from: u64, to: u64, len: u32) -> Status {
-        self.function
-            .bar_write(0, Reg::SourceLow.offset(), &from.to_le_bytes());
-        self.function
-            .bar_write(0, Reg::DestinationLow.offset(), &to.to_le_bytes());
-        self.set(Reg::Size, len);
-        self.set(Reg::Flags, flags.bits());
-        self.set(Reg::IrqType, u32::MAX);
-        self.set(Reg::Command, command);
-        self.function.settle();
-        Status::from_bits_retain(self.get(Reg::Status)) - (Status::IRQ_RAISED | Status::UNSIGNALLED)
-    }
-
-    fn translate(&self, at: u64, flags: Flags) -> (Status, u32, u32) {
-        let status = self.run(TRANSLATE, flags, at, 0, 0);
-        (
-            status,
-            self.get(Reg::TranslationLow),
-            self.get(Reg::TranslationInfo),
-        )
-    }
-
     fn bytes(&self, at: u64) -> [u8; 16] {
         self.driver.ram.read_obj(Gpa(at)).expect("RAM")
     }

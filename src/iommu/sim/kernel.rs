@@ -86,6 +86,8 @@ pub(super) struct Kernel {
     parent: u64,
     /// Nothing.
     blocked: u64,
+    /// ATS is on for every device.
+    ats: bool,
     /// Byte of the ring.
     tail: u64,
     sequence: u64,
@@ -107,10 +109,11 @@ fn store(memory: &SimMemory, at: u64, value: u64) {
 }
 
 impl Kernel {
-    /// Lay out memory, and switch `unit` on. `devices` reach nothing.
+    /// Lay out memory, and switch `unit` on. `devices` reach nothing, and have ATS on if `ats`.
     pub(super) fn start(
         unit: &Unit<SimMemory>,
         memory: &SimMemory,
+        ats: bool,
         devices: impl Iterator<Item = Bdf>,
     ) -> io::Result<Self> {
         let mut pages = TablePages::new(TABLES, SimMemory::end());
@@ -138,6 +141,7 @@ impl Kernel {
         let kernel = Self {
             parent,
             blocked,
+            ats,
             tail: 0,
             sequence: 0,
         };
@@ -182,7 +186,16 @@ impl Kernel {
         table(self.parent, PARENT_DOMAIN)
     }
 
-    /// An entry that leads nowhere.
+    /// The same for a device, which the unit trusts to translate by itself where ATS is on.
+    pub(super) fn passing(&self) -> Dte {
+        let parent = self.parent();
+        Dte {
+            guest: parent.guest.with_iotlb(self.ats),
+            ..parent
+        }
+    }
+
+    /// An entry that leads nowhere. What the device has translated before is of no use to it.
     pub(super) fn blocked(&self) -> Dte {
         table(self.blocked, BLOCKED_DOMAIN)
     }

@@ -21,6 +21,7 @@
 //! and the host's on the one that asks for something. Neither is in flight. Whatever an access sets off is carried out
 //! once no lock is held.
 
+mod function;
 mod kernel;
 mod memory;
 mod objects;
@@ -32,13 +33,13 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use vm_memory::Permissions;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::agent::TranslationAgent;
 use super::amd::agent::UnitOwner;
 use super::amd::counters::Counts;
 use super::amd::features::{Features, Wanted};
-use super::amd::passing::Passing;
+use super::amd::processor::Follower;
 use super::amd::spec::command::Opcode;
 use super::amd::spec::dte::Dte;
 use super::amd::spec::event::Record;
@@ -53,12 +54,13 @@ use super::viommu::host::{
     HardwareErrors, HostDevice, HostFeatures, InterruptTarget, ObjectId, Queue, QueueKind, UnitInterrupt,
     VfPage, Viommu, ViommuHost,
 };
-use crate::platform::addr::{Bdf, Iova, Sbdf};
-use crate::platform::dma::{Requester, Run, Translations, Translator};
+use crate::platform::addr::{Bdf, Sbdf};
+use crate::platform::dma::{Requester, Translator};
 use crate::platform::host::HostError;
 use crate::platform::memory::GuestRam;
 use crate::platform::msi::{MsiMessage, MsiSink};
 
+use function::{Function, Told};
 use kernel::{GUEST, Kernel, OWN_FUNCTION, TRANSLATE_DEVICE, control_guest, read_events};
 use objects::{BLOCKED, Object, Objects, PARENT, guest_part, nested_entry, refuse};
 use page::Page;
@@ -80,6 +82,9 @@ pub struct SimParts {
     pub ram: GuestRam,
     /// How many functions the unit serves, at most 2,048.
     pub devices: usize,
+    /// The functions have translation services, and the host has switched ATS on for each: its driver does so where device
+    /// and unit have it, and no guest has a say in that.
+    pub ats: bool,
     /// Where the unit's interrupts go, which nothing remaps.
     pub messages: Arc<dyn MsiSink>,
 }
@@ -102,6 +107,8 @@ pub struct SimHost {
     messages: Arc<dyn MsiSink>,
     /// Readable while commands of the guest's wait that no processor is to be held up with, or errors are to be taken.
     more: EventFd,
+    /// Devices have translation services.
+    ats: bool,
 }
 
 /// No guest has a unit.
@@ -131,9 +138,10 @@ fn function(device: HostDevice) -> Bdf {
 }
 
 /// What the host's unit offers its kernel.
-fn offer() -> Features {
+fn offer(ats: bool) -> Features {
     Features::offer(Wanted {
         pasid_bits: 16,
+        ats,
         virtualizable: true,
         ..Wanted::DEFAULT
     })
@@ -142,7 +150,7 @@ fn offer() -> Features {
 /// What every such unit has.
 #[must_use]
 pub fn features() -> HostFeatures {
-    let Features { efr, efr2, .. } = offer();
+    let Features { efr, efr2, .. } = offer(false);
     HostFeatures {
         efr: efr.into_bits(),
         efr2: efr2.into_bits(),
@@ -161,6 +169,7 @@ impl SimHost {
             at,
             ram,
             devices,
+            ats,
             messages,
         } = parts;
         let refused = |source| HostError::new(format!("model the host's unit behind {name}"), source);
@@ -169,9 +178,9 @@ impl SimHost {
         }
         let more = EventFd::new(EFD_NONBLOCK).map_err(refused)?;
         let memory = SimMemory::new(&name, ram)?;
-        let unit = Unit::at(OWN_FUNCTION, offer(), memory.clone());
+        let unit = Unit::at(OWN_FUNCTION, offer(ats), memory.clone());
         let functions = (0..devices).map(|device| function(HostDevice(device)));
-        let kernel = Kernel::start(&unit, &memory, functions).map_err(refused)?;
+        let kernel = Kernel::start(&unit, &memory, ats, functions).map_err(refused)?;
         let own = Arc::new(Requester::new(at));
         own.set_bus_master(true);
         Ok(Arc::new_cyclic(|me| Self {
@@ -190,6 +199,7 @@ impl SimHost {
             own,
             messages,
             more,
+            ats,
         }))
     }
 
@@ -206,6 +216,27 @@ impl SimHost {
             host: self.clone(),
             function: function(device),
         })
+    }
+
+    /// Whom `device` asks for translations and pages, where devices have such services.
+    #[must_use]
+    pub fn agent(self: &Arc<Self>, device: HostDevice) -> Option<Arc<dyn TranslationAgent>> {
+        self.ats.then(|| -> Arc<dyn TranslationAgent> {
+            Arc::new(Function {
+                host: self.clone(),
+                function: function(device),
+            })
+        })
+    }
+
+    /// Have `follower` hear of commands that go to `device`, invalidations of what it keeps and responses to its page
+    /// requests, by the number that `requester` has in the guest. For as long as the host lives.
+    pub fn add_follower(&self, device: HostDevice, requester: Arc<Requester>, follower: Arc<dyn Follower>) {
+        self.unit.add_follower(Arc::new(Told {
+            function: function(device),
+            requester,
+            follower,
+        }));
     }
 
     /// From now on `window` shows heads, tails and Status of the guest's unit. There is one at most; another is ignored.
@@ -476,14 +507,14 @@ impl ViommuHost for SimHost {
         self.request(|State { kernel, objects }, effects| {
             objects.device(device)?;
             let (entry, flushed) = match table {
-                PARENT => (kernel.parent(), None),
+                PARENT => (kernel.passing(), None),
                 BLOCKED => (kernel.blocked(), None),
                 _ => {
                     let Object::Nested { dte, domain } = objects.get(table)? else {
                         return Err(refuse::invalid());
                     };
                     let name = objects.name(device).ok_or_else(refuse::invalid)?;
-                    (nested_entry(&kernel.parent(), &dte, domain, name), Some(domain))
+                    (nested_entry(&kernel.passing(), &dte, domain, name), Some(domain))
                 }
             };
             effects.join(kernel.set_entry(&self.unit, &self.memory, function(device), &entry));
@@ -635,33 +666,6 @@ impl ViommuHost for SimHost {
 impl AsRawFd for SimHost {
     fn as_raw_fd(&self) -> RawFd {
         self.more.as_raw_fd()
-    }
-}
-
-/// A device of the host's, as the guest's function that it stands for.
-struct Function {
-    host: Arc<SimHost>,
-    function: Bdf,
-}
-
-impl Translator for Function {
-    fn begin(&self) -> Box<dyn Translations + '_> {
-        Box::new(Renamed {
-            function: self.function,
-            passing: Passing::begin(&*self.host),
-        })
-    }
-}
-
-/// Requests on their way through the host's unit, by the host's number.
-struct Renamed<'a> {
-    function: Bdf,
-    passing: Passing<'a, SimHost>,
-}
-
-impl Translations for Renamed<'_> {
-    fn translate(&self, _requester: Bdf, at: Iova, access: Permissions) -> Option<Run> {
-        self.passing.translate(self.function, at, access)
     }
 }
 

@@ -241,12 +241,13 @@ pub(super) fn guest_part(dte: &Dte) -> io::Result<Dte> {
     Ok(kept.with_gcr3_root(dte.gcr3_root()))
 }
 
-/// The entry of a device that the guest calls `name`: the guest's part over `parent`, in the host's domain `domain`.
+/// The entry of a device that the guest calls `name`: the guest's part over `parent`, in the host's domain `domain`. Whether
+/// the device may translate by itself is as in `parent`, whatever the guest says.
 pub(super) fn nested_entry(parent: &Dte, part: &Dte, domain: u16, name: Bdf) -> Dte {
     let host = Host::from_bits(parent.host.into_bits() | part.host.into_bits());
     Dte {
         host,
-        guest: part.guest.with_domain(domain),
+        guest: part.guest.with_domain(domain).with_iotlb(parent.guest.iotlb()),
         interrupt: part.interrupt,
         attribute: Attribute::new()
             .with_vimu_en(true)

@@ -112,6 +112,7 @@ impl Rig {
             },
             ram: ram.clone(),
             devices: 2,
+            ats: false,
             messages: messages.clone(),
         });
         let host = host.expect("memory and an eventfd");
@@ -657,6 +658,7 @@ fn hosts_that_cannot_be_are_refused() {
         at: Sbdf::default(),
         ram: GuestRam::new(ram),
         devices,
+        ats: false,
         messages: Messages::new(),
     };
     assert!(SimHost::new(parts(MOST_DEVICES, ram.clone())).is_ok());

@@ -6,7 +6,9 @@ use std::sync::{Arc, OnceLock};
 use event_manager::{EventOps, EventSubscriber, Events};
 use vmm_sys_util::epoll::EventSet;
 
+use crate::iommu::agent::TranslationAgent;
 use crate::iommu::amd::counters::Counts;
+use crate::iommu::amd::processor::Follower;
 use crate::iommu::amd::spec::registers::Reg;
 use crate::iommu::amd::window::RegisterWindow;
 use crate::iommu::emulated::{EmulatedUnit, UnitParts};
@@ -135,6 +137,7 @@ impl Unit {
             at: planned.sbdf(),
             ram: around.ram.clone(),
             devices: functions.len(),
+            ats: planned.offer.ats,
             messages: around.messages.clone(),
         })?;
         let unit = served(planned, around, host.clone(), &functions)?;
@@ -301,13 +304,29 @@ impl Simulated {
         self.unit.hear_errors();
     }
 
+    /// The function at `at`, by the number that the model has for it, if it is behind the unit.
+    fn device_at(&self, at: Sbdf) -> Option<(HostDevice, &Arc<Requester>)> {
+        let mut functions = self.functions.iter().enumerate();
+        let found = functions.find(|(_, requester)| requester.sbdf() == at);
+        found.map(|(index, requester)| (HostDevice(index), requester))
+    }
+
     /// As whom the function at `at` issues requests, and where those go, if it is behind the unit.
     pub(super) fn function_at(&self, at: Sbdf) -> Option<(Arc<Requester>, Arc<dyn Translator>)> {
-        let planned = |requester: &Arc<Requester>| requester.sbdf() == at;
-        let index = self.functions.iter().position(planned)?;
-        Some((
-            self.functions[index].clone(),
-            self.host.translator(HostDevice(index)),
-        ))
+        let (device, requester) = self.device_at(at)?;
+        Some((requester.clone(), self.host.translator(device)))
+    }
+
+    /// Whom the function at `at` asks for translations and pages, where the unit speaks of that with functions.
+    pub(super) fn agent(&self, at: Sbdf) -> Option<Arc<dyn TranslationAgent>> {
+        let (device, _) = self.device_at(at)?;
+        self.host.agent(device)
+    }
+
+    /// Have `follower` hear what the guest has invalidated of the function at `at`.
+    pub(super) fn add_follower(&self, at: Sbdf, follower: Arc<dyn Follower>) {
+        if let Some((device, requester)) = self.device_at(at) {
+            self.host.add_follower(device, requester.clone(), follower);
+        }
     }
 }

@@ -67,18 +67,21 @@ impl Upstream {
         }
     }
 
-    /// The unit, where it speaks translation services with functions.
-    pub(in crate::vm) fn agent(&self) -> Option<Arc<dyn TranslationAgent>> {
+    /// The unit, as the function at `at` has it before itself, where it speaks translation services with functions.
+    pub(in crate::vm) fn agent(&self, at: Sbdf) -> Option<Arc<dyn TranslationAgent>> {
         match &self.unit {
             Some(Unit::Emulated(unit)) if unit.offers_ats() => Some(unit.clone()),
-            _ => None,
+            Some(Unit::Simulated(simulated)) => simulated.agent(at),
+            Some(Unit::Emulated(_) | Unit::Hardware(_)) | None => None,
         }
     }
 
-    /// Have `follower` hear what the unit has invalidated, where it tells.
-    pub(in crate::vm) fn tell_of_invalidations(&self, follower: Arc<dyn Follower>) {
-        if let Some(Unit::Emulated(unit)) = &self.unit {
-            unit.add_follower(follower);
+    /// Have `follower`, of the function at `at`, hear what the unit has invalidated, where it tells.
+    pub(in crate::vm) fn tell_of_invalidations(&self, at: Sbdf, follower: Arc<dyn Follower>) {
+        match &self.unit {
+            Some(Unit::Emulated(unit)) => unit.add_follower(follower),
+            Some(Unit::Simulated(simulated)) => simulated.add_follower(at, follower),
+            Some(Unit::Hardware(_)) | None => {}
         }
     }
 

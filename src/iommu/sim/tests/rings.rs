@@ -58,6 +58,7 @@ fn one_ring_of_two_units_means_to_each_what_is_its_own() {
         at: Sbdf::default(),
         ram: rig.ram.clone(),
         devices: 1,
+        ats: false,
         messages: rig.messages.clone(),
     });
     let second = second.expect("memory and an eventfd");

@@ -9,7 +9,7 @@ use crate::vm::config::said::ConfigError;
 use crate::vm::config::section::Section;
 use crate::vm::config::sections::Viommu;
 use crate::vm::host_functions::{HostFunctions, UNCONFINED};
-use crate::vm::plan::{DeviceKind, DevicePlan, HardwarePlan};
+use crate::vm::plan::{DeviceKind, DevicePlan, HardwarePlan, ViommuMode};
 
 use super::names::Names;
 use super::viommus::against_served;
@@ -124,7 +124,7 @@ pub(super) fn possible(
 ) -> Result<Result<(HardwarePlan, String), String>, ConfigError> {
     let abi = abi(viommu)?;
     for other in &config.viommus {
-        if let Some((key, _)) = against_served(other) {
+        if let Some((key, ..)) = against_served(other, ViommuMode::Hardware) {
             return Ok(Err(format!("{key} was said, which no unit of a host's has")));
         }
     }

@@ -134,11 +134,14 @@ fn served(decided: &[Decided]) -> Option<HostFeatures> {
 /// told alike. `None` when there are none.
 fn offer(viommus: &[Viommu], decided: &[Decided]) -> Result<Option<ViommuOffer>, ConfigError> {
     let served = served(decided);
-    let mode = decided.iter().find(|decided| decided.mode.is_served());
+    // Of the two modes that are served, the one that has less.
+    let mode = [ViommuMode::Hardware, ViommuMode::Simulated]
+        .into_iter()
+        .find(|mode| decided.iter().any(|decided| decided.mode == *mode));
     let mut all: Option<ViommuOffer> = None;
     for (viommu, of) in viommus.iter().zip(decided) {
         let one = match mode {
-            Some(mode) => asked_beside_served(viommu, of.mode, mode.mode)?,
+            Some(mode) => asked_beside_served(viommu, of.mode, mode)?,
             None => asked(viommu)?,
         };
         let one = ViommuOffer { served, ..one };
@@ -194,26 +197,45 @@ fn asked(viommu: &Viommu) -> Result<ViommuOffer, ConfigError> {
     })
 }
 
-/// What `viommu` asks for that no unit that is served has, and what it would have to be: such a unit has its tables of
-/// the IOMMU's own format for guest physical memory, and no remapping of a guest's interrupts.
-pub(super) fn against_served(viommu: &Viommu) -> Option<(&'static str, &'static str)> {
+/// What `viommu` asks for that no unit that is served by `mode` has, what it would have to be, and why: such a unit has its
+/// tables of the IOMMU's own format for guest physical memory, and no remapping of a guest's interrupts. In mode `hw`, what
+/// is before it has no translation services either.
+pub(super) fn against_served(
+    viommu: &Viommu,
+    mode: ViommuMode,
+) -> Option<(&'static str, &'static str, &'static str)> {
+    const NONE_DOES: &str = "no unit offers what one does not";
+    const NO_SERVICES: &str = "functions of the host show a guest no ATS, PRI or PASID";
+    let hardware = mode == ViommuMode::Hardware;
     let asked = [
         (
             viommu.page_table == Some(PageTable::V1),
             "page-table",
             "must be v2",
+            NONE_DOES,
         ),
-        (on(viommu.intremap, false), "intremap", "must be off"),
-        (on(viommu.ats, false), "ats", "must be off"),
-        (on(viommu.virtualizable, false), "virtualizable", "must be off"),
+        (on(viommu.intremap, false), "intremap", "must be off", NONE_DOES),
         (
-            viommu.pasid_bits.is_some_and(|bits| bits > 0),
+            hardware && on(viommu.ats, false),
+            "ats",
+            "must be off",
+            NO_SERVICES,
+        ),
+        (
+            on(viommu.virtualizable, false),
+            "virtualizable",
+            "must be off",
+            NONE_DOES,
+        ),
+        (
+            hardware && viommu.pasid_bits.is_some_and(|bits| bits > 0),
             "pasid-bits",
             "must be 0",
+            NO_SERVICES,
         ),
     ];
     let against = asked.into_iter().find(|(asked, ..)| *asked);
-    against.map(|(_, key, must)| (key, must))
+    against.map(|(_, key, must, why)| (key, must, why))
 }
 
 /// What one of them, of `mode`, was asked to offer in a machine in which one of mode `served` is.
@@ -222,9 +244,9 @@ fn asked_beside_served(
     mode: ViommuMode,
     served: ViommuMode,
 ) -> Result<ViommuOffer, ConfigError> {
-    if let Some((key, must)) = against_served(viommu) {
+    if let Some((key, must, why)) = against_served(viommu, served) {
         let problem = format!(
-            "{must} with an IOMMU of mode {} in the machine: no unit offers what one does not",
+            "{must} with an IOMMU of mode {} in the machine: {why}",
             served.name()
         );
         return Err(viommu.source().wrong(key, problem));
@@ -472,8 +494,6 @@ mod tests {
                 "viommu.page-table = v1: must be v2 with an IOMMU of mode sim",
             ),
             ("intremap = true", "viommu.intremap = on: must be off with"),
-            ("ats = true", "viommu.ats = on: must be off with"),
-            ("pasid-bits = 8", "viommu.pasid-bits = 8: must be 0 with"),
             (
                 "virtualizable = true",
                 "viommu.virtualizable = on: must be off with",
@@ -482,6 +502,16 @@ mod tests {
             let text = refused(&format!("{both}{line}\n"));
             assert!(text.contains(problem), "{line}: {text}");
         }
+        // The model has translation services, for as many as all of them want.
+        let services = "ats = true\npasid-bits = 8\n";
+        let offer = |text: &str| plans(text).remove(0).offer;
+        let one = offer(&format!("[[viommu]]\nmode = \"sim\"\n{services}"));
+        assert!(one.ats && one.pasid_bits == 8);
+        let features = one.features();
+        assert!(features.header.iotlb() && features.efr.ppr() && features.efr.eph());
+        assert_eq!(features.efr.pas_max(), 7);
+        let one = offer(&format!("{both}{services}"));
+        assert!(!one.ats && one.pasid_bits == 0, "the other wants none");
         let units = plans(&format!("{both}doorbell = \"poll\"\n"));
         assert_eq!(units[1].doorbell, Doorbell::Poll);
         let units = plans("[[viommu]]\nmode = \"sim\"\ndoorbell = \"poll\"\n");

@@ -335,6 +335,11 @@ fn what_was_said_that_no_unit_of_the_hosts_has_is_kept_and_hardware_is_not() {
             "page-table = \"v1\"",
             "auto: page-table was said, which no unit of a host's has",
         ),
+        ("ats = true", "auto: ats was said, which no unit of a host's has"),
+        (
+            "pasid-bits = 8",
+            "auto: pasid-bits was said, which no unit of a host's has",
+        ),
         (
             "doorbell = \"poll\"",
             "auto: doorbell=poll was said, and a unit of the host's has its own",
