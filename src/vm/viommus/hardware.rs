@@ -11,7 +11,9 @@ use crate::platform::addr::{Gpa, Sbdf};
 use crate::platform::device_memory::{DeviceMemoryHost, MappedDeviceMemory};
 use crate::platform::dma::Requester;
 use crate::platform::host::HostError;
+use crate::vm::events::EventLoop;
 use crate::vm::plan::ViommuPlan;
+use crate::vm::unit_signals::UnitSignals;
 
 /// The unit, its page of the host's, and what that is over.
 ///
@@ -27,20 +29,22 @@ pub(in crate::vm) struct Hardware {
 }
 
 impl Hardware {
-    /// The unit `planned`, which covers `root` and which `host` serves, over guest RAM in `space`. `host` knows the
-    /// functions of `root` by their order there.
+    /// The unit `planned`, which covers `root` and which `host` serves, over guest RAM in `space`; `events` hears what that
+    /// tells of it. `host` knows the functions of `root` by their order there.
     ///
     /// # Errors
-    /// When the host makes no vIOMMU, or attaches a function to no memory.
+    /// When the host makes no vIOMMU or no event queue, or attaches a function to no memory.
     pub(super) fn new(
         planned: &ViommuPlan,
         root: &RootComplex,
         around: &Surroundings<'_>,
         host: Arc<HwHost>,
         space: Arc<Ioas>,
+        events: &mut EventLoop,
     ) -> Result<Self, HostError> {
         let functions = unit::requesters(root);
         let unit = unit::served(planned, around, host.clone(), &functions)?;
+        UnitSignals::listen(&unit, events);
         Ok(Self {
             page: OnceLock::new(),
             unit,

@@ -29,7 +29,6 @@ use crate::platform::msi::MsiSink;
 use crate::platform::protection::WriteProtection;
 use crate::vm::events::EventLoop;
 use crate::vm::plan::{ViommuMode, ViommuPlan};
-use crate::vm::unit_signals::UnitSignals;
 
 use super::hardware::Hardware;
 
@@ -96,8 +95,7 @@ impl Unit {
             ViommuMode::Emulated => Self::emulated(planned, around, events),
             ViommuMode::Hardware => {
                 let (host, space) = host.expect("the host's unit was made for the plan's");
-                let hardware = Hardware::new(planned, root, around, host, space)?;
-                UnitSignals::listen(hardware.unit(), events);
+                let hardware = Hardware::new(planned, root, around, host, space, events)?;
                 Ok(Self::Hardware(Arc::new(hardware)))
             }
             ViommuMode::Simulated => Self::simulated(planned, root, around, events),

@@ -20,6 +20,7 @@ use crate::platform::bus::BusDevice;
 use crate::platform::memory::GuestRam;
 use crate::platform::msi::MsiSink;
 use crate::vm::config::Config;
+use crate::vm::events::EventLoop;
 use crate::vm::hardware::{GuestProcessors, Serving};
 use crate::vm::host_functions::HostFunctions;
 use crate::vm::host_functions::recorded::Recorded;
@@ -46,8 +47,9 @@ struct Bench {
     host: Recorded,
 }
 
-/// The guest's units, as a machine has them.
+/// The guest's units and the event loop, as a machine has them.
 struct Made {
+    events: EventLoop,
     units: Vec<Hardware>,
 }
 
@@ -124,6 +126,7 @@ impl Bench {
             messages: &messages,
             protection: Some(self.protection.clone()),
         };
+        let mut events = EventLoop::new()?;
         let mut units = Vec::new();
         for (index, planned) in self.plan.viommus.iter().enumerate() {
             let mut roots = self.plan.pci.roots();
@@ -131,11 +134,12 @@ impl Bench {
             let Some((host, space)) = passed.host(index) else {
                 continue;
             };
-            let unit = Hardware::new(planned, root.expect("planned"), &around, host, space)?;
+            let root = root.expect("planned");
+            let unit = Hardware::new(planned, root, &around, host, space, &mut events)?;
             unit.map_page(Gpa(planned.mmio.start().0 + 0x2000), &*self.space)?;
             units.push(unit);
         }
-        Ok(Made { units })
+        Ok(Made { events, units })
     }
 
     fn attached(&self, nic: usize) -> Option<u32> {

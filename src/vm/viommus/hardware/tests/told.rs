@@ -10,8 +10,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::iommu::amd::spec::event::{Code, Record};
-use crate::vm::events::EventLoop;
-use crate::vm::unit_signals::UnitSignals;
 
 /// The flag of a header that says so.
 const LOST: u32 = 1;
@@ -20,7 +18,6 @@ const MANY: usize = 40;
 
 /// A guest of a kernel that has event queues, with a loop that listens.
 struct Heard {
-    events: EventLoop,
     made: Made,
     bench: Bench,
     /// Of the next event.
@@ -40,14 +37,9 @@ impl Heard {
     fn new() -> Self {
         let (bench, folder) = bench();
         let made = bench.build().expect("a kernel of AMD's");
-        let mut events = EventLoop::new().expect("an epoll descriptor");
-        for unit in &made.units {
-            UnitSignals::listen(unit.unit(), &mut events);
-        }
         made.start(0);
         bench.entry(made.id(0, 0), dte(0x30_0000, 1));
         Self {
-            events,
             made,
             bench,
             number: 0,
@@ -81,7 +73,7 @@ impl Heard {
     /// One turn of the loop, which something wakes.
     fn turn(&mut self) {
         let (begun, time) = (Instant::now(), Duration::from_secs(20));
-        self.events.turn(Some(begun + time)).expect("no error");
+        self.made.events.turn(Some(begun + time)).expect("no error");
         assert!(begun.elapsed() < time, "nothing woke it");
     }
 
@@ -90,7 +82,7 @@ impl Heard {
         // Who is woken may be late on a busy machine, but not each time.
         (0..5).all(|_| {
             let (begun, time) = (Instant::now(), Duration::from_millis(20));
-            self.events.turn(Some(begun + time)).expect("no error");
+            self.made.events.turn(Some(begun + time)).expect("no error");
             begun.elapsed() >= time
         })
     }
@@ -193,7 +185,7 @@ fn a_kernel_that_tells_without_end_delays_others_and_holds_up_nobody() {
         AtomicUsize::new(0),
     ));
     neighbour.0.write(1).expect("room");
-    heard.events.add(neighbour.clone());
+    heard.made.events.add(neighbour.clone());
     let flood: Vec<_> = (0..TIMES)
         .map(|_| heard.events(&[Code::GUEST_EVENT_FAULT; AT_ONCE]))
         .collect();
@@ -243,10 +235,8 @@ fn what_is_no_event_is_told_and_in_the_end_not_listened_to() {
     heard.bench.entry(heard.made.id(0, 1), dte(0x31_0000, 2));
     assert_eq!(count(&heard.bench.fake, is_nested), 2);
     heard.restart();
-    let Heard {
-        bench, made, events, ..
-    } = heard;
-    drop((events, made));
+    let Heard { bench, made, .. } = heard;
+    drop(made);
     bench.assert_empty("not listened to");
 }
 
@@ -274,11 +264,9 @@ fn what_is_pending_at_the_end_goes_with_its_queue_before_the_unit() {
         heard.tell(&[Code::VIOMMU_HARDWARE_ERROR, Code::GUEST_EVENT_FAULT]);
     }
     let before = heard.bench.fake.destroyed().len();
-    let Heard {
-        events, made, bench, ..
-    } = heard;
+    let Heard { made, bench, .. } = heard;
     // The loop first, as in a machine.
-    drop((events, made));
+    drop(made);
     bench.assert_empty("events are pending");
     let gone = bench.fake.destroyed().split_off(before);
     let is_events = |object: &Object| matches!(object, Object::Events { .. });
@@ -292,10 +280,8 @@ fn what_is_pending_at_the_end_goes_with_its_queue_before_the_unit() {
     let first = |kind: &dyn Fn(&Object) -> bool| gone.iter().position(kind).expect("one of them");
     assert!(first(&is_queue) < first(&is_events) && first(&is_events) < first(&is_nested));
     // A machine that is given up half made has it the other way around.
-    let made = bench.build().expect("a kernel of AMD's");
-    let mut events = EventLoop::new().expect("an epoll descriptor");
-    UnitSignals::listen(made.units[0].unit(), &mut events);
-    drop(made);
+    let Made { events, units } = bench.build().expect("a kernel of AMD's");
+    drop(units);
     drop(events);
     bench.assert_empty("the loop last");
 }
