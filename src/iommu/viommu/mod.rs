@@ -323,10 +323,11 @@ impl ServedUnit {
     /// The host says that something went wrong: hear what, and do what follows. Called by whoever it says that to, without
     /// a lock. Without this the next write to a register finds out.
     pub fn hear_errors(&self) {
+        let mut service = self.service();
+        // Taken under the lock: what the guest switches off meanwhile is switched off after this is heard.
         let errors = self.errors();
-        if errors != HardwareErrors::default() {
-            self.service().hear(errors, &self.asking);
-        }
+        service.hear(errors, &self.asking);
+        drop(service);
         // Lost records are counted, and change nothing.
         if errors.broken_at.is_some() {
             self.serve();
