@@ -6,7 +6,9 @@ use ravelin::iommu::amd::request::{Access, Pasid, Request, Translation};
 use ravelin::platform::addr::{Bdf, Gpa, Iova};
 use ravelin::platform::memory::GuestRam;
 
-use crate::driver::{DEVICE_TABLE, Driver, INVALIDATE_ALL, S, host_dte, invalidate_pages, pte, reg};
+use crate::driver::{
+    DEVICE_TABLE, Driver, INVALIDATE_ALL, LOG, PPR_LOG, S, host_dte, invalidate_pages, pte, reg, ring_base,
+};
 use crate::model::{Outcome, Question, Registers, Words, answer};
 
 struct Ram(GuestRam);
@@ -180,6 +182,9 @@ fn set_up(placed: &[(u64, u64)], dte: [u64; 4], control: u64, exclusion: [u64; 2
     (0..)
         .zip(dte)
         .for_each(|(index, word)| driver.put(DEVICE_TABLE + 5 * 32 + index * 8, word));
+    // Records go where no entry is: at reset the logs and the tables of segments begin at the same address, 0.
+    driver.write(reg::EVENT_BASE, ring_base(LOG, 8));
+    driver.write(reg::PPR_BASE, ring_base(PPR_LOG, 8));
     driver.write(reg::EXCLUSION_BASE, exclusion[0]);
     driver.write(reg::EXCLUSION_LIMIT, exclusion[1]);
     driver.write(reg::CONTROL, control & !(1 << 12) | 1);
