@@ -8,13 +8,14 @@ lab_shell() {
 lab_run() {
     local host_kernel=debian iommu=amd memory=3072 cpus=2 timeout= share= append=
     local tty=0 stdin=0 console=0
-    local nics=() nvmes=() environment=() command=()
+    local nics=() wires=() nvmes=() environment=() command=()
     while (($#)); do
         case $1 in
             --kernel) host_kernel=$(choice "$1" "${2-}" debian lab) || exit 2; shift 2 ;;
             --iommufd) host_kernel=lab; shift ;;
             --iommu) iommu=$(choice "$1" "${2-}" amd intel none) || exit 2; shift 2 ;;
             --nic) nics+=("$(nic_model "${2-}")") || exit 2; shift 2 ;;
+            --wire) wires+=("$(nic_model "${2-}")") || exit 2; shift 2 ;;
             --nvme) nvmes+=("$(matching "$1" "${2-}" '^[0-9]+[KMGT]?$' 'a size such as 64M')") || exit 2; shift 2 ;;
             --memory) memory=$(matching "$1" "${2-}" '^[1-9][0-9]*$' 'a number of MiB') || exit 2; shift 2 ;;
             --cpus) cpus=$(matching "$1" "${2-}" '^[1-9][0-9]*$' 'a number') || exit 2; shift 2 ;;
@@ -99,7 +100,7 @@ nic_model() {
         e1000e | virtio-net) echo "$1" ;;
         igb) echo igb:0 ;;
         igb:vfs=[0-7]) echo "igb:${1#igb:vfs=}" ;;
-        *) usage_error "run: --nic '$1': must be e1000e, igb, igb:vfs=N (N at most 7) or virtio-net" ;;
+        *) usage_error "run: the NIC '$1': must be e1000e, igb, igb:vfs=N (N at most 7) or virtio-net" ;;
     esac
 }
 
@@ -109,7 +110,7 @@ write_run() {
         read -r rows columns < <(stty size)
         ((rows)) || rows=24 columns=80
     fi
-    for nic in "${nics[@]}"; do
+    for nic in "${nics[@]}" "${wires[@]}" ${wires[0]:+virtio-net}; do
         case $nic in
             igb:*) functions+=("${nic#igb:}"); drivers+=" igb igbvf" ;;
             *) drivers+=" ${nic//-/_}" ;;
@@ -148,8 +149,18 @@ root_port() {
     qemu+=(-device "pcie-root-port,id=rp$ports,chassis=$ports,slot=$ports")
 }
 
+# add_nic MODEL NETWORK [KIND]: a NIC behind a root port, at that network of QEMU's. Its address has the kind
+# and the number of its port.
+add_nic() {
+    local model=${1%%:*} type=${2%%,*}
+    [[ $model != virtio-net ]] || model=virtio-net-pci
+    root_port
+    qemu+=(-netdev "$type,id=n$ports,${2#*,}"
+        -device "$model,netdev=n$ports,bus=rp$ports,romfile=,mac=52:54:00:00:0${3:-0}:$(printf %02x "$ports")")
+}
+
 qemu_arguments() {
-    local ports=0 nic nvme model words
+    local ports=0 hubs=0 nic nvme words
     # nohz=off: going tickless patches code while other CPUs run it; host-init says
     # what comes of that. no_timer_check: the kernel counts ticks in a stretch of
     # time of which a busy machine may give QEMU nothing, and panics without any.
@@ -201,13 +212,15 @@ qemu_arguments() {
     fi
 
     for nic in "${nics[@]}"; do
-        root_port
-        model=${nic%%:*}
-        [[ $model != virtio-net ]] || model=virtio-net-pci
         # No way out of the lab: what runs here must not depend on the outside.
         # The gateway, 10.0.2.2, answers pings and hands out addresses.
-        qemu+=(-netdev "user,id=n$ports,restrict=on"
-            -device "$model,netdev=n$ports,bus=rp$ports,romfile=,mac=52:54:00:00:00:$(printf %02x "$ports")")
+        add_nic "$nic" user,restrict=on
+    done
+    for nic in "${wires[@]}"; do
+        # Two ports of a hub that has no third.
+        hubs=$((hubs + 1))
+        add_nic "$nic" "hubport,hubid=$hubs" 1
+        add_nic virtio-net "hubport,hubid=$hubs" 2
     done
     for nvme in "${nvmes[@]}"; do
         root_port
