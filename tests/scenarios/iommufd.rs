@@ -415,12 +415,20 @@ fn what_the_kernel_tells_of_a_unit_wakes_the_event_loop_and_goes_with_the_unit()
     let features = host.features().expect("known");
     let at = |bdf| Arc::new(Requester::new(Sbdf { segment: 0, bdf }));
     let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(RAM), 2 << 20)]).expect("memory");
+    let ram = GuestRam::new(ram);
+    // The mock reports of devices that are behind tables of a guest's.
+    let mut dte = entry();
+    dte.host = dte.host.with_tv(true).with_ir(true).with_iw(true);
+    for (at, word) in (0..).zip(dte.into_quadwords()) {
+        let at = Gpa(RAM + 32 * 0x0100 + 8 * at);
+        ram.write(at, &word.to_le_bytes()).expect("memory");
+    }
     let unit = ServedUnit::new(ServedParts {
         name: "iommu0".to_owned(),
         at: Sbdf::default(),
         mmio: GpaRange::new(Gpa(0xfeb0_4000), 0x4000).expect("valid"),
         features: offer(&[features], &Wanted::DEFAULT),
-        ram: GuestRam::new(ram),
+        ram,
         host,
         protection: Arc::new(NoStores),
         functions: vec![(at(name(0x0100)), NIC), (at(name(0x0108)), DISK)],
@@ -435,9 +443,10 @@ fn what_the_kernel_tells_of_a_unit_wakes_the_event_loop_and_goes_with_the_unit()
         }
     };
     let told = || (unit.counts().host_events, unit.counts().lost_events);
-    // Switched on, its functions have names, by which the mock reports.
+    // Switched on, with guest tables, it has the first function in those.
     unit.write(0x00, &(RAM | 2).to_le_bytes());
-    unit.write(0x18, &1_u64.to_le_bytes());
+    unit.write(0x18, &(1_u64 << 16 | 1).to_le_bytes());
+    assert_eq!(unit.counts().nested, 1, "{}", unit.state());
     events.turn(soon()).expect("no error");
     assert_eq!(told(), (0, 0));
     tell(2);
