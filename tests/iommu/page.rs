@@ -37,7 +37,7 @@ impl Page {
                 unit.mmio_read(Reg::RUNNING_AT + offset, &mut data);
                 u64::from_le_bytes(data)
             };
-            let shown = || self.at(offset).load(Ordering::Acquire);
+            let shown = || self.shown(offset);
             assert!(
                 (0..100).any(|_| shown() == answer()),
                 "at {offset:#x} the page shows {:#x}, and the unit answers {:#x}",
