@@ -1,12 +1,9 @@
 //! Disks, NICs, processors and interrupts at work, and functions handled roughly.
 
-use std::io::{Read, Write};
-use std::net::TcpListener;
-use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::machine::{Machine, REBOOT};
-use crate::network::{Bridge, exchange};
+use crate::network::{Bridge, Echo, exchange};
 
 fn disk_of(machine: &Machine, name: &str, mebibytes: u64) -> String {
     format!("path={}", machine.disk(name, mebibytes).display())
@@ -47,17 +44,7 @@ fn two_guests_exchange_100_mib_over_a_bridge() {
 fn host_and_guest_exchange_a_file() {
     let bridge = Bridge::new("rvtest2", 1);
     bridge.address("10.9.2.1/24");
-    let listener = TcpListener::bind("10.9.2.1:5000").expect("the address is this host's");
-    // Sends to its second caller what the first one sent.
-    let echo = thread::spawn(move || {
-        let mut data = Vec::new();
-        let (mut first, _) = listener.accept().expect("the guest calls");
-        first.read_to_end(&mut data).expect("the guest sends");
-        drop(first);
-        let (mut second, _) = listener.accept().expect("the guest calls again");
-        second.write_all(&data).expect("the guest receives");
-        data.len()
-    });
+    let echo = Echo::at("10.9.2.1:5000");
     Machine::new("debian-7.3")
         .deadline(Duration::from_secs(300))
         .arguments(["--memory", "384M", "--net", &format!("tap={}", bridge.tap(0))])
@@ -74,7 +61,7 @@ check it_came_back_whole cmp /tmp/data /tmp/back
         )
         .run()
         .well();
-    assert_eq!(echo.join().expect("no panic"), 20 << 20);
+    assert_eq!(echo.received(), 20 << 20);
 }
 
 #[test]

@@ -45,3 +45,4 @@ mod topologies;
 mod vfio;
 mod viommu;
 mod virtual_functions;
+mod wired;

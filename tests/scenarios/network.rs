@@ -1,6 +1,9 @@
 //! A bridge with taps on the host, and guests that talk to each other over it.
 
+use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::process::Command;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::machine::Machine;
@@ -117,7 +120,31 @@ say back "$(sha256sum </tmp/back)"
     assert_eq!(sender.said("back"), sender.said("sent"));
 }
 
-fn ip(arguments: &[&str]) {
+/// A listener on this host that sends its second caller what the first one sent.
+pub(crate) struct Echo(JoinHandle<usize>);
+
+impl Echo {
+    /// One at an address of this host, with its port.
+    pub(crate) fn at(address: &str) -> Self {
+        let listener = TcpListener::bind(address).expect("the address is this host's");
+        Self(thread::spawn(move || {
+            let mut data = Vec::new();
+            let (mut first, _) = listener.accept().expect("the guest calls");
+            first.read_to_end(&mut data).expect("the guest sends");
+            drop(first);
+            let (mut second, _) = listener.accept().expect("the guest calls again");
+            second.write_all(&data).expect("the guest receives");
+            data.len()
+        }))
+    }
+
+    /// How many bytes came, once they have been sent back.
+    pub(crate) fn received(self) -> usize {
+        self.0.join().expect("no panic")
+    }
+}
+
+pub(crate) fn ip(arguments: &[&str]) {
     let output = Command::new("ip")
         .args(arguments)
         .output()
