@@ -14,8 +14,8 @@ lab_run() {
             --kernel) host_kernel=$(choice "$1" "${2-}" debian lab) || exit 2; shift 2 ;;
             --iommufd) host_kernel=lab; shift ;;
             --iommu) iommu=$(choice "$1" "${2-}" amd intel none) || exit 2; shift 2 ;;
-            --nic) nics+=("$(nic_model "${2-}")") || exit 2; shift 2 ;;
-            --wire) wires+=("$(nic_model "${2-}")") || exit 2; shift 2 ;;
+            --nic) nics+=("$(nic_model "$1" "${2-}")") || exit 2; shift 2 ;;
+            --wire) wires+=("$(nic_model "$1" "${2-}")") || exit 2; shift 2 ;;
             --nvme) nvmes+=("$(matching "$1" "${2-}" '^[0-9]+[KMGT]?$' 'a size such as 64M')") || exit 2; shift 2 ;;
             --memory) memory=$(matching "$1" "${2-}" '^[1-9][0-9]*$' 'a number of MiB') || exit 2; shift 2 ;;
             --cpus) cpus=$(matching "$1" "${2-}" '^[1-9][0-9]*$' 'a number') || exit 2; shift 2 ;;
@@ -94,13 +94,13 @@ matching() {
     echo "$2"
 }
 
-# nic_model VALUE: the model, for igb with its number of functions.
+# nic_model OPTION VALUE: the model, for igb with its number of functions.
 nic_model() {
-    case $1 in
-        e1000e | virtio-net) echo "$1" ;;
+    case $2 in
+        e1000e | virtio-net) echo "$2" ;;
         igb) echo igb:0 ;;
-        igb:vfs=[0-7]) echo "igb:${1#igb:vfs=}" ;;
-        *) usage_error "run: the NIC '$1': must be e1000e, igb, igb:vfs=N (N at most 7) or virtio-net" ;;
+        igb:vfs=[0-7]) echo "igb:${2#igb:vfs=}" ;;
+        *) usage_error "run: $1 '$2': must be e1000e, igb, igb:vfs=N (N at most 7) or virtio-net" ;;
     esac
 }
 

@@ -300,10 +300,7 @@ impl HostFunctions {
             return Err(UNCONFINED.to_owned());
         };
         if !is_given(&folder) {
-            return Err(format!(
-                "{}; `scripts/bind-vfio bind {at}` gives it to vfio-pci",
-                bound(&folder)
-            ));
+            return Err(self.how_to_give(at));
         }
         let others = self.group(&group).into_iter();
         if let Some(other) = others
@@ -311,9 +308,8 @@ impl HostFunctions {
             .find(|other| !self.leaves_alone(*other))
         {
             return Err(format!(
-                "{other} is in the same IOMMU group, {group}, and {}; `scripts/bind-vfio bind {other}` gives it to \
-                 vfio-pci",
-                bound(&self.folder(other))
+                "{other} is in the same IOMMU group, {group}, and {}",
+                self.how_to_give(other)
             ));
         }
         self.reachable(at, handed)
@@ -328,13 +324,14 @@ impl HostFunctions {
             .into_iter()
             .flatten()
             .filter(|other| !self.leaves_alone(*other));
-        kept.map(|other| {
-            format!(
-                "{other} is in the group, and {}; `scripts/bind-vfio bind {other}` gives it to vfio-pci",
-                bound(&self.folder(other))
-            )
-        })
-        .collect()
+        kept.map(|other| format!("{other} is in the group, and {}", self.how_to_give(other)))
+            .collect()
+    }
+
+    /// What has the function at `at`, and the command that gives it away.
+    fn how_to_give(&self, at: Sbdf) -> String {
+        let has = bound(&self.folder(at));
+        format!("{has}; `scripts/bind-vfio bind {at}` gives it to vfio-pci")
     }
 
     /// Whether the nodes are there by which the function at `at` is opened, one way or the other.

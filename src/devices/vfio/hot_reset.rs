@@ -1,9 +1,9 @@
 //! Functions that the host can reset only together: all of a bus or slot.
 //!
 //! A function without a reset of its own is put back by a reset of its bus, which the host allows to whoever has all
-//! functions there (VFIO_DEVICE_PCI_HOT_RESET): by their binding to one /dev/iommu, or by showing the groups they are in. The guest resets them one by one, so each is silenced and waits; the reset
-//! comes with the last of them. One that is used again in between has not been waiting: nothing is pulled from under
-//! a driver.
+//! functions there (VFIO_DEVICE_PCI_HOT_RESET): by their binding to one /dev/iommu, or by showing the groups they are in.
+//! The guest resets them one by one, so each is silenced and waits; the reset comes with the last of them. One that is used
+//! again in between has not been waiting: nothing is pulled from under a driver.
 
 use std::collections::BTreeMap;
 use std::fs::File;
