@@ -47,6 +47,9 @@ pub struct BridgeRegisters {
     prefetchable_base_upper: Register,
     prefetchable_limit_upper: Register,
     control: Register,
+    /// Whether it has the windows that a bridge may be without.
+    has_io: bool,
+    has_prefetchable: bool,
 }
 
 impl BridgeRegisters {
@@ -60,6 +63,24 @@ impl BridgeRegisters {
             prefetchable_base_upper: Register::writable(0, u32::MAX),
             prefetchable_limit_upper: Register::writable(0, u32::MAX),
             control: Register::writable(0, BRIDGE_CONTROL),
+            has_io: true,
+            has_prefetchable: true,
+        }
+    }
+
+    /// Be without the optional windows that are closed now: their registers read as zero and stay so (PCI-to-PCI Bridge
+    /// Architecture Specification 3.2.5.6 and 3.2.5.9), and a guest looks for no addresses for them. Before it runs.
+    pub(super) fn drop_closed_windows(&mut self) {
+        let open = self.windows();
+        if open.io.is_none() {
+            self.has_io = false;
+            self.io = Register::writable(0, 0).clears(SECONDARY_STATUS_CLEARS);
+        }
+        if open.prefetchable.is_none() {
+            self.has_prefetchable = false;
+            self.prefetchable = Register::read_only(0);
+            self.prefetchable_base_upper = Register::read_only(0);
+            self.prefetchable_limit_upper = Register::read_only(0);
         }
     }
 
@@ -88,14 +109,15 @@ impl BridgeRegisters {
         let [base, limit, ..] = self.io.get().to_le_bytes();
         let port = |byte: u8| u16::from(byte & 0xf0) << 8;
         let high = |register: Register| u64::from(register.get()) << 32;
+        let prefetchable = window(
+            self.prefetchable,
+            high(self.prefetchable_base_upper),
+            high(self.prefetchable_limit_upper),
+        );
         Forwarded {
-            io: PortRange::new(port(base), port(limit) | IO_UNIT_LAST),
+            io: PortRange::new(port(base), port(limit) | IO_UNIT_LAST).filter(|_| self.has_io),
             memory: window(self.memory, 0, 0),
-            prefetchable: window(
-                self.prefetchable,
-                high(self.prefetchable_base_upper),
-                high(self.prefetchable_limit_upper),
-            ),
+            prefetchable: prefetchable.filter(|_| self.has_prefetchable),
         }
     }
 
@@ -197,6 +219,39 @@ mod tests {
         assert_eq!(bridge.windows(), Forwarded::default());
         let crossed = written(&[(9, 0xfff0_0000), (10, 2), (11, 1)]);
         assert_eq!(crossed.windows().prefetchable, None);
+    }
+
+    #[test]
+    fn optional_windows_that_are_dropped_read_as_zero_and_never_open() {
+        let closed = [(7, 0x00f0), (8, 0xe010_e000), (9, 0x0000_fff0)];
+        let mut bridge = written(&closed);
+        bridge.drop_closed_windows();
+        (7..12).for_each(|dword| {
+            let _ = bridge.write(dword, DwordWrite::whole(0x1234_5678));
+        });
+        let read = |bridge: &BridgeRegisters| (7..12).map(|dword| bridge.read(dword)).collect::<Vec<u32>>();
+        assert_eq!(read(&bridge), [0, 0x1230_5670, 0, 0, 0]);
+        let _ = bridge.write(8, DwordWrite::whole(0xe010_e000));
+        let memory_alone = Forwarded {
+            memory: bridge.windows().memory,
+            ..Forwarded::default()
+        };
+        assert_eq!(bridge.windows(), memory_alone);
+        assert!(memory_alone.memory.is_some());
+        bridge.reset();
+        assert_eq!(read(&bridge), [0; 5]);
+        assert_eq!(bridge.windows().io, None);
+    }
+
+    #[test]
+    fn windows_that_are_open_are_not_dropped() {
+        let open = [(7, 0x2010), (9, 0x0fff_0000), (10, 0x80), (11, 0x80)];
+        let mut bridge = written(&open);
+        let before = bridge.windows();
+        bridge.drop_closed_windows();
+        assert_eq!(bridge.windows(), before);
+        let _ = bridge.write(7, DwordWrite::whole(0x00f0));
+        assert_eq!((bridge.read(7), bridge.windows().io), (0x00f0, None));
     }
 
     #[test]

@@ -131,6 +131,11 @@ impl ConfigSpace {
         self.bridge.as_ref()
     }
 
+    /// The same, to change what the bridge has.
+    pub const fn bridge_registers_mut(&mut self) -> Option<&mut BridgeRegisters> {
+        self.bridge.as_mut()
+    }
+
     /// What the function answers and may issue: the Command register, less what D3hot takes away.
     #[must_use]
     pub fn command(&self) -> Command {

@@ -102,15 +102,17 @@ impl Port {
         self.follow_causes();
     }
 
-    /// What is in its slot can leave while the guest runs; `false` where it has none. The guest must not run yet.
+    /// What is in its slot can leave while the guest runs; `false` where it has none. Optional windows that are closed
+    /// are none of its windows from now on: a guest looks for addresses for whatever might come into such a slot, and
+    /// complains where there are none to spare. The guest must not run yet.
     pub fn set_hot_plug(&self) -> bool {
-        self.express(Express::set_hot_plug)
-    }
-
-    /// Whether what is in its slot can leave while the guest runs.
-    #[must_use]
-    pub fn is_hot_plug(&self) -> bool {
-        self.express(|express| express.is_hot_plug())
+        let has_a_slot = self.express(Express::set_hot_plug);
+        if has_a_slot {
+            let mut config = self.endpoint.config();
+            let bridge = config.bridge_registers_mut();
+            bridge.expect("a port has a type 1 header").drop_closed_windows();
+        }
+        has_a_slot
     }
 
     /// Ask the guest to let go of what is in the slot. Whether the guest listens.
@@ -124,11 +126,6 @@ impl Port {
     #[must_use]
     pub fn slot_is_on(&self) -> bool {
         self.express(|express| express.slot_is_on())
-    }
-
-    /// Its link went down by itself: what the root port is to hear of that.
-    pub fn surprise_down(&self) -> Option<Severity> {
-        self.errors(ErrorReporting::surprise_down)
     }
 
     /// As a root port: the function with requester ID `source` reported an error. Whether the guest wants to hear of

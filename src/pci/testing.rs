@@ -437,6 +437,7 @@ pub fn function(name: &str, kind: NodeKind, parent: Parent, bars: &[BarSpec]) ->
         slot: None,
         bars: bars.to_vec(),
         intx: true,
+        removable: false,
     }
 }
 

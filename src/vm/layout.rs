@@ -286,6 +286,7 @@ mod tests {
             slot: None,
             bars: vec![BarSpec { index: 0, kind, size }],
             intx: false,
+            removable: false,
         };
         TreeSpec {
             functions: vec![gpu],
@@ -367,6 +368,7 @@ mod tests {
             slot: None,
             bars: Vec::new(),
             intx: false,
+            removable: false,
         }
     }
 

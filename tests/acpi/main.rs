@@ -64,6 +64,7 @@ impl Hierarchy {
             slot,
             bars,
             intx,
+            removable: false,
         });
         Parent::Port(self.0.functions.len() - 1)
     }

@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError, TryLockResult};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::machine::{INIT, Machine, REBOOT};
+use crate::machine::{Ended, INIT, Machine, REBOOT};
 
 const BIND: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/bind-vfio"));
 /// Each function is one scenario's at a time.
@@ -605,32 +605,64 @@ fn a_guest_that_is_killed_while_it_uses_the_nic_leaves_it_to_the_host() {
     nic.works_on_the_host();
 }
 
-/// The host's driver has the NIC again while the guest goes on, to whom its port reports the link that went down.
-#[test]
-fn the_host_takes_its_nic_back_from_a_guest_that_runs() {
+/// A guest that uses the NIC until `gone` succeeds in it, and then runs `after`; meanwhile the host takes the NIC back.
+fn taken_from_a_guest(before: &str, gone: &str, after: &str) -> Ended {
     let nic = Given::nic();
     let mut running = machine("debian-7.3", &nic, "")
         .arguments(["--cpus", "2", "--memory", "384M", "--log", "info"])
         .guest_program("/usr/bin/setpci")
         .script(&format!(
             r#"{NETWORK}
+address=$(basename $at)
+{before}
 echo @@ready
 waited=0
-until setpci -s "$(basename $at)" 0.w | grep -q -i ffff || [ $waited -gt 600 ]; do sleep 0.1; waited=$((waited + 1)); done
+until {gone} || [ $waited -gt 600 ]; do sleep 0.1; waited=$((waited + 1)); done
 check is_gone test $waited -le 600
-check port_reported sh -c 'dmesg | grep -q "AER: .*Fatal"'
-"#
+{after}"#
         ))
         .start();
     running.wait_for(INIT, 1);
     running.wait_for("@@ready", 1);
     nic.back_from_a_machine().has_a_link();
-    // What the guest's drivers say of a NIC that was pulled out is theirs.
+    // What the guest's drivers say of a NIC that leaves is theirs.
     let ended = running
         .end()
         .well_but(|line| line.contains("e1000e") || line.contains("pcieport"));
     assert!(
         ended.log.contains("the host has the function again"),
+        "{}",
+        ended.log
+    );
+    ended
+}
+
+#[test]
+fn a_guest_lets_go_of_the_nic_that_the_host_wants_back() {
+    let ended = taken_from_a_guest(
+        "",
+        r#"[ ! -e "/sys/bus/pci/devices/$address" ]"#,
+        r#"check slot_is_off sh -c 'dmesg | grep -q "Powering off due to button press"'"#,
+    );
+    assert!(
+        ended.log.contains("the guest let go of the function"),
+        "{}",
+        ended.log
+    );
+}
+
+/// Nobody in the guest listens to the slot: the NIC answers all ones from one moment to the next.
+#[test]
+fn the_host_takes_its_nic_from_a_guest_that_cannot_be_asked() {
+    let ended = taken_from_a_guest(
+        r#"
+for slot in /sys/bus/pci_express/drivers/pciehp/0000:*; do check unbinds sh -c "echo ${slot##*/} >${slot%/*}/unbind"; done
+"#,
+        r#"setpci -s "$address" 0.w | grep -q -i ffff"#,
+        r#"check is_still_listed test -e "/sys/bus/pci/devices/$address""#,
+    );
+    assert!(
+        ended.log.contains("cannot be asked to let go of it"),
         "{}",
         ended.log
     );

@@ -66,6 +66,9 @@ pub struct FunctionSpec {
     pub bars: Vec<BarSpec>,
     /// Whether it has a wired interrupt.
     pub intx: bool,
+    /// Whether it may leave while the guest runs. The memory window of the port above is then open, whatever the
+    /// function has: the one window that a bridge cannot be without, and that a guest wants in a slot that can be filled.
+    pub removable: bool,
 }
 
 /// What a function hangs off: an index into one of the two lists of [`TreeSpec`].

@@ -160,7 +160,20 @@ impl<'a> Measured<'a> {
     /// Size and alignment of the window that the bridge above `bus` needs.
     pub(super) fn window(&self, bus: usize, space: Space) -> Option<(u64, u64)> {
         let packed = &self.needs[bus][space as usize];
-        (packed.end > 0).then(|| (rounded(packed.end, unit(space)), packed.align.max(unit(space))))
+        let least = if space == Space::Mem32 && self.can_be_emptied(bus) {
+            MEMORY_UNIT
+        } else {
+            0
+        };
+        let size = rounded(packed.end, unit(space)).max(least);
+        (size > 0).then(|| (size, packed.align.max(unit(space))))
+    }
+
+    /// Whether `bus` is behind a port that something may leave while the guest runs.
+    fn can_be_emptied(&self, bus: usize) -> bool {
+        let functions = &self.numbered.spec.functions;
+        let mut on_bus = self.numbered.order[bus].iter().map(|at| &functions[*at]);
+        on_bus.any(|function| function.removable && matches!(function.parent, Parent::Port(_)))
     }
 
     /// How many segments there are.

@@ -48,6 +48,7 @@ fn function(name: &str, kind: NodeKind, parent: Parent) -> FunctionSpec {
         slot: None,
         bars: Vec::new(),
         intx: true,
+        removable: false,
     }
 }
 
@@ -409,6 +410,35 @@ fn windows_are_closed_where_nothing_needs_them() {
 }
 
 #[test]
+fn what_may_leave_has_a_memory_window_above_it_whatever_it_decodes() {
+    let removable = |parent| FunctionSpec {
+        removable: true,
+        ..device("nic0", parent)
+    };
+    let tree = placed(&one_root(vec![
+        function("rp0", NodeKind::RootPort, Parent::Root(0)),
+        function("up", NodeKind::UpstreamPort, Parent::Port(0)),
+        function("down", NodeKind::DownstreamPort, Parent::Port(1)),
+        removable(Parent::Port(2)),
+    ]));
+    for port in ["rp0", "up", "down"] {
+        let windows = find(&tree, port).bridge.as_ref().expect("a port").windows;
+        assert_eq!(windows.mem32.map(GpaRange::len), Some(1 << 20), "{port}");
+        assert_eq!(windows.io, None, "{port}");
+    }
+    // A root bus has no slots.
+    let on_root = |removable_too| {
+        let nic = device("nic0", Parent::Root(0));
+        placed(&one_root(vec![if removable_too {
+            removable(Parent::Root(0))
+        } else {
+            nic
+        }]))
+    };
+    assert_eq!(on_root(true), on_root(false));
+}
+
+#[test]
 fn two_functions_never_share_a_page() {
     let small = |name| FunctionSpec {
         bars: vec![bar(0, BarKind::Mem32 { prefetchable: false }, 0x10)],
@@ -503,13 +533,19 @@ fn kind() -> impl Strategy<Value = BarKind> {
 
 /// Any hierarchy that respects who may be behind whom: each new function picks a parent among those before.
 fn any_spec() -> impl Strategy<Value = TreeSpec> {
-    let pick = (0_u8..3, any::<prop::sample::Index>(), kind(), 4_u32..24);
+    let pick = (
+        0_u8..3,
+        any::<prop::sample::Index>(),
+        kind(),
+        4_u32..24,
+        any::<bool>(),
+    );
     (1_usize..4, prop::collection::vec(pick, 0..60)).prop_map(|(roots, picks)| {
         let mut spec = TreeSpec {
             roots: (0..roots).map(|at| root(&format!("rc{at}"))).collect(),
             functions: Vec::new(),
         };
-        for (choice, parent, kind, bits) in picks {
+        for (choice, parent, kind, bits, removable) in picks {
             let name = format!("f{}", spec.functions.len());
             let ports = |wanted: fn(NodeKind) -> bool, spec: &TreeSpec| -> Vec<Parent> {
                 let functions = spec.functions.iter().enumerate();
@@ -537,6 +573,7 @@ fn any_spec() -> impl Strategy<Value = TreeSpec> {
             }
             spec.functions.push(FunctionSpec {
                 bars: vec![bar(0, kind, 1 << bits)],
+                removable,
                 ..function(&name, kind_of, parents[parent.index(parents.len())])
             });
         }

@@ -22,11 +22,6 @@ const CORRECTABLE_MASKED_AT_RESET: u32 = 0x0000_e000;
 const ROOT_ERROR_COMMAND: u32 = 0x7;
 /// Everything received or repeated, first fatal, fatal.
 const ROOT_ERROR_STATUS: u32 = 0x7f;
-/// Of the uncorrectable ones: the link below went down with nobody having asked for that (7.8.4.2).
-const SURPRISE_DOWN: u32 = 1 << 5;
-const UNCORRECTABLE_STATUS: usize = 1;
-const UNCORRECTABLE_MASK: usize = 2;
-const UNCORRECTABLE_SEVERITY: usize = 3;
 const ROOT_COMMAND: usize = 11;
 const ROOT_STATUS: usize = 12;
 const SOURCES: usize = 13;
@@ -96,17 +91,6 @@ impl ErrorReporting {
     fn update(&mut self, index: usize, bits: u32, value: u32) {
         if let Some(register) = self.registers.get_mut(index) {
             register.update(bits, value);
-        }
-    }
-
-    /// Of a port: the link below went down by itself. What the root port hears of that, unless the guest masked it.
-    pub fn surprise_down(&mut self) -> Option<Severity> {
-        self.update(UNCORRECTABLE_STATUS, SURPRISE_DOWN, SURPRISE_DOWN);
-        let is = |index| self.value(index) & SURPRISE_DOWN != 0;
-        match (is(UNCORRECTABLE_MASK), is(UNCORRECTABLE_SEVERITY)) {
-            (true, _) => None,
-            (false, true) => Some(Severity::Fatal),
-            (false, false) => Some(Severity::NonFatal),
         }
     }
 
@@ -222,16 +206,8 @@ mod tests {
     }
 
     #[test]
-    fn a_link_that_goes_down_is_as_bad_as_the_guest_says_or_not_heard_of() {
+    fn what_is_no_root_port_receives_nothing() {
         let mut aer = ErrorReporting::function();
-        assert_eq!(aer.surprise_down(), Some(Severity::Fatal));
-        assert_eq!(aer.read(1), SURPRISE_DOWN);
-        let _ = aer.write(1, DwordWrite::whole(SURPRISE_DOWN));
-        let _ = aer.write(3, DwordWrite::whole(0));
-        assert_eq!((aer.read(1), aer.surprise_down()), (0, Some(Severity::NonFatal)));
-        let _ = aer.write(2, DwordWrite::whole(SURPRISE_DOWN));
-        assert_eq!(aer.surprise_down(), None);
-        // No registers of a root port: nothing is received.
         aer.receive(Severity::Fatal, 8);
         assert!(!aer.interrupts() && !aer.reports(Severity::Fatal));
     }

@@ -2,8 +2,8 @@
 //!
 //! A function of the host may be taken back, or fail. Where it is behind a port with a slot, the slot can be emptied: its
 //! button asks the guest to let go (PCI Express Base Specification 6.7), and where it does not, the link goes
-//! down by itself, which the root port reports as an error. Errors of the function are reported there, too (6.2). On a
-//! root bus there is nobody to tell the guest.
+//! down, as when a device is pulled out. Errors of the function are reported by its root port (6.2). On a root bus there is
+//! nobody to tell the guest.
 
 use std::sync::Arc;
 
@@ -13,15 +13,12 @@ use crate::pci::function::{ConfigEffect, Function};
 use crate::pci::port::Port;
 
 impl Topology {
-    /// What is in the slot of `function` can be asked for while the guest runs. Nothing where it has no slot, or where a
-    /// window of its port is closed: Linux looks for addresses for whatever might come into such a slot, and complains
-    /// where the root complex has none to spare. Before the guest runs.
+    /// What is in the slot of `function` can be asked for while the guest runs; nothing where it has no slot. Before the
+    /// guest runs. The port needs an open memory window, which [`crate::pci::assign::FunctionSpec::removable`] gives it.
     pub fn make_removable(&self, function: &Arc<dyn Function>) {
-        if let Some((_, port)) = self.port_above(function) {
-            let windows = port.state().windows;
-            let open = windows.io.is_some() && windows.memory.is_some() && windows.prefetchable.is_some();
-            let _has_a_slot = open && port.set_hot_plug();
-        }
+        let _has_a_slot = self
+            .port_above(function)
+            .is_some_and(|(_, port)| port.set_hot_plug());
     }
 
     /// Ask the guest to let go of `function` and what else is in its slot. Whether the guest listens; then
@@ -39,7 +36,7 @@ impl Topology {
     }
 
     /// `function` answers nothing any more ([`Function::is_present`]). Its BARs and its requests end before this returns,
-    /// and where nothing is left in its slot, the link goes down; the guest is told if it still used it.
+    /// and where nothing is left in its slot, the link goes down, of which the slot tells the guest (6.7.6).
     pub fn removed(&self, function: &Arc<dyn Function>) {
         let Some(place) = self.place_of(function) else {
             return;
@@ -50,22 +47,11 @@ impl Topology {
             let there = self.places[*index].function.as_ref();
             there.is_some_and(|there| there.is_present())
         };
-        let Some((above, port)) = self.port_above(function) else {
-            return;
-        };
-        if bus.functions.iter().flatten().any(present) {
-            return;
-        }
-        let used = port.state().passes;
-        port.set_occupied(false);
-        self.perform(above, &*port, ConfigEffect::ROUTING);
-        // A slot that can be emptied tells by itself (6.7.6).
-        if used
-            && !port.is_hot_plug()
-            && let Some(severity) = port.surprise_down()
+        if let Some((above, port)) = self.port_above(function)
+            && !bus.functions.iter().flatten().any(present)
         {
-            let function: Arc<dyn Function> = port;
-            let _heard = self.report_error(&function, severity);
+            port.set_occupied(false);
+            self.perform(above, &*port, ConfigEffect::ROUTING);
         }
     }
 

@@ -110,7 +110,10 @@ pub(super) fn resolve<'a>(
         }
         let face = host.face(at).map_err(wrong)?;
         let place = (&said.port, &said.on, said.slot);
-        endpoints.push(endpoint(devices.len(), name, face, place, said.source()));
+        let mut endpoint = endpoint(devices.len(), name, face, place, said.source());
+        // The host may want it back.
+        endpoint.function.removable = true;
+        endpoints.push(endpoint);
         devices.push(DevicePlan {
             name: name.clone(),
             kind: DeviceKind::Vfio(VfioPlan { host: at, fd }),
@@ -147,6 +150,7 @@ fn endpoint<'a>(
             slot,
             bars: face.bars,
             intx: face.intx,
+            removable: false,
         },
         port: port.as_ref(),
         on: on.as_ref(),

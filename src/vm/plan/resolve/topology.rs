@@ -230,6 +230,7 @@ fn isa_bridge(root: usize) -> FunctionSpec {
         slot: Some(ISA_SLOT),
         bars: Vec::new(),
         intx: false,
+        removable: false,
     }
 }
 
@@ -276,6 +277,7 @@ fn port(name: &str, kind: NodeKind, parent: Parent, slot: Option<Slot>) -> Funct
         slot,
         bars: Vec::new(),
         intx: true,
+        removable: false,
     }
 }
 
