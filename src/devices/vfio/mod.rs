@@ -32,7 +32,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::devices::ioapic::Resample;
-use crate::guest_warn;
 use crate::iommu::iommufd::{Attach, Ioas};
 use crate::pci::access::{DwordWrite, read_dwords, write_dwords};
 use crate::pci::bar::{BarSpec, Bars};
@@ -44,6 +43,7 @@ use crate::platform::dma::Requester;
 use crate::platform::host::HostError;
 use crate::platform::irq::IrqLine;
 use crate::platform::msi::MsiPort;
+use crate::{guest_info, guest_warn};
 
 use bar::MappedBar;
 use config::{ConfigTable, Forward};
@@ -246,13 +246,30 @@ impl VfioFunction {
         } else {
             Ok(())
         };
-        if let Err(error) = silenced.and(reset) {
-            tracing::warn!(name = self.name, %error, "the host does not reset the function; closing it does");
+        match silenced.and(reset) {
+            Ok(()) => (),
+            Err(error) if self.is_locked(&error) => (),
+            Err(error) => {
+                tracing::warn!(name = self.name, %error, "the host does not reset the function; closing it does");
+            }
         }
         if let Err(error) = self.host.detach() {
             tracing::warn!(name = self.name, %error, "the host does not detach the function; closing it does");
         }
         self.host.give_back();
+    }
+
+    /// Whether `error` of a reset means that somebody on the host holds the device's lock, as the kernel does while it takes
+    /// the function back, and then resets it for nobody. Said in the log; a silent device is all there is to be had.
+    fn is_locked(&self, error: &io::Error) -> bool {
+        let is = error.kind() == io::ErrorKind::WouldBlock;
+        if is {
+            guest_info!(
+                name = self.name,
+                "the function is locked, as while the host takes it back, and not reset: it is silenced only"
+            );
+        }
+        is
     }
 
     /// The device as after power-on, as far as the host can do that now.
@@ -535,6 +552,7 @@ impl Function for VfioFunction {
         if self.is_present() {
             match self.reset_device() {
                 Ok(()) => self.contained.store(false, Ordering::Release),
+                Err(error) if self.is_locked(&error) => (),
                 Err(error) => {
                     guest_warn!(name = self.name, %error, "the host does not reset the function");
                 }
