@@ -67,11 +67,22 @@ impl RequestQueue {
     pub fn take(&self) -> Option<Request> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let request = waiting.pop_front();
+        self.settle(&waiting);
+        request
+    }
+
+    /// The guest starts anew: what it asked for until now is forgotten. What the operator asks for is not the guest's to undo.
+    pub fn forget_the_guests(&self) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.retain(|request| *request == Request::Quit);
+        self.settle(&waiting);
+    }
+
+    /// Nothing to read is what an empty queue looks like.
+    fn settle(&self, waiting: &VecDeque<Request>) {
         if waiting.is_empty() {
-            // Nothing to read is what an empty queue looks like.
             let _ = rustix::io::read(&self.readable, &mut [0_u8; 8]);
         }
-        request
     }
 }
 
@@ -112,6 +123,20 @@ mod tests {
         queue.take();
         assert!(is_readable(&queue));
         queue.take();
+        assert!(!is_readable(&queue));
+    }
+
+    #[test]
+    fn a_guest_that_starts_anew_undoes_its_own_requests_and_not_the_operators() {
+        let queue = RequestQueue::new().expect("a descriptor");
+        for request in [Request::Reset, Request::Quit, Request::PowerOff] {
+            queue.raise(request);
+        }
+        queue.forget_the_guests();
+        assert!(is_readable(&queue));
+        assert_eq!((queue.take(), queue.take()), (Some(Request::Quit), None));
+        queue.raise(Request::Reset);
+        queue.forget_the_guests();
         assert!(!is_readable(&queue));
     }
 

@@ -64,7 +64,7 @@ const fn fixed(start: u64, len: u64) -> GpaRange {
 /// Where everything but RAM lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Layout {
-    /// Where RAM below 4 GiB ends at the latest and the PCI hole begins.
+    /// Where RAM below 4 GiB ends at the latest; the PCI hole begins here or less than a page of RAM further up.
     pub low_ram_end: Gpa,
     /// What the root complexes' 32-bit windows are cut from.
     pub mem32: GpaRange,
@@ -108,14 +108,24 @@ pub struct Mapped {
     pub pci: PciTree,
 }
 
-/// Lay out `ram` bytes of RAM (at most [`MAX_RAM`]) and the hierarchy `spec` asks for, whose IOMMUs serve guests if
-/// `serving` says so.
-pub fn map(ram: u64, spec: &TreeSpec, serving: bool) -> Result<Mapped, LayoutError> {
+/// RAM that is to be laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ram {
+    /// In bytes, at most [`MAX_RAM`].
+    pub size: u64,
+    /// Bytes of a page of what backs it, a power of two up to 1 GiB: [`Ram::size`] and all its ranges are multiples of
+    /// this.
+    pub page: u64,
+}
+
+/// Lay out `ram` and the hierarchy `spec` asks for, whose IOMMUs serve guests if `serving` says so.
+pub fn map(ram: Ram, spec: &TreeSpec, serving: bool) -> Result<Mapped, LayoutError> {
     let measured = measure(spec)?;
     let viommus = viommu_registers(spec);
     let hole_end = viommus.map_or(PCI_HOLE_END, GpaRange::start);
-    let (low_ram_end, ecam, mem32) = low_windows(&measured, hole_end)?;
-    let ram = ram_regions(ram, low_ram_end);
+    let (hole, ecam, mem32) = low_windows(&measured, hole_end)?;
+    let low_ram_end = Gpa(hole.0 - hole.0 % ram.page);
+    let ram = ram_regions(ram.size, low_ram_end);
     let ram_end = ram.last().map_or(0, |region| region.last().0 + 1);
     let guest_registers = serving.then(|| guest_registers(spec, ram_end)).flatten();
     let mem64_from = guest_registers.map_or(ram_end, |range| range.last().0 + 1);
@@ -294,8 +304,13 @@ mod tests {
         }
     }
 
+    fn small_pages(size: u64) -> Ram {
+        let page = 0x1000;
+        Ram { size, page }
+    }
+
     fn mapped(ram: u64, spec: &TreeSpec) -> Mapped {
-        map(ram, spec, false).expect("a machine that fits")
+        map(small_pages(ram), spec, false).expect("a machine that fits")
     }
 
     fn texts(ranges: &[GpaRange]) -> Vec<String> {
@@ -343,6 +358,18 @@ mod tests {
     }
 
     #[test]
+    fn ram_begins_and_ends_at_pages_of_what_backs_it() {
+        let large = BarKind::Mem32 { prefetchable: false };
+        for spec in [roots(1), roots(4), with_bar(large, 1 << 30)] {
+            let (size, page) = (4 << 30, 1 << 30);
+            let mapped = map(Ram { size, page }, &spec, false).expect("a machine that fits");
+            let whole = |range: &GpaRange| (range.start().0 | range.len()).is_multiple_of(page);
+            assert!(mapped.ram.iter().all(whole), "{:?}", mapped.ram);
+            assert_eq!(mapped.ram.iter().map(|range| range.len()).sum::<u64>(), size);
+        }
+    }
+
+    #[test]
     fn the_hole_grows_with_what_must_lie_below_four_gib() {
         let large = BarKind::Mem32 { prefetchable: false };
         assert_eq!(mapped(4 << 30, &roots(4)).layout.low_ram_end, Gpa(0xb000_0000));
@@ -350,8 +377,8 @@ mod tests {
             mapped(4 << 30, &with_bar(large, 1 << 30)).layout.low_ram_end,
             Gpa(0x7000_0000)
         );
-        let error =
-            map(4 << 30, &with_bar(large, 1 << 31), false).expect_err("2 GiB at 2 GiB cover the local APIC");
+        let error = map(small_pages(4 << 30), &with_bar(large, 1 << 31), false)
+            .expect_err("2 GiB at 2 GiB cover the local APIC");
         assert!(
             matches!(error, LayoutError::Pci(AssignError::WindowsDoNotFit { .. })),
             "{error:?}"
@@ -400,7 +427,7 @@ mod tests {
             (64 << 30, 0x10_4000_0000),
             (HYPERTRANSPORT.start().0 - (1 << 30), HYPERTRANSPORT.last().0 + 1),
         ] {
-            let mapped = map(ram, &spec, true).expect("a machine that fits");
+            let mapped = map(small_pages(ram), &spec, true).expect("a machine that fits");
             let all = mapped.layout.guest_registers.expect("they are asked for");
             assert_eq!(
                 (all.start(), all.len()),
@@ -417,8 +444,8 @@ mod tests {
 
     #[test]
     fn segments_end_where_their_ecams_no_longer_fit() {
-        assert!(map(1 << 30, &roots(10), false).is_ok());
-        let error = map(1 << 30, &roots(12), false).expect_err("3 GiB of ECAM");
+        assert!(map(small_pages(1 << 30), &roots(10), false).is_ok());
+        let error = map(small_pages(1 << 30), &roots(12), false).expect_err("3 GiB of ECAM");
         assert_eq!(
             error,
             LayoutError::TooManySegments {

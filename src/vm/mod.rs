@@ -254,8 +254,8 @@ impl Machine<'_> {
         self.life.step(Step::Reset)?;
         self.reset_devices();
         // What asked for a reset before this one was heard asked for this one.
-        while self.requests.take().is_some() {}
-        while self.notices.take().is_some() {}
+        self.requests.forget_the_guests();
+        self.notices.forget_the_guests();
         let entry = self.load()?;
         self.crew.reset(entry)?;
         self.life.step(Step::Restart)?;

@@ -96,11 +96,22 @@ impl Notices {
     pub fn take(&self) -> Option<Notice> {
         let mut waiting = lock(&self.waiting);
         let notice = waiting.pop_front();
+        self.settle(&waiting);
+        notice
+    }
+
+    /// The processors start anew: what became of the guest's until now is forgotten, what the host cannot do is not.
+    pub fn forget_the_guests(&self) {
+        let mut waiting = lock(&self.waiting);
+        waiting.retain(|notice| matches!(notice, Notice::Host(_)));
+        self.settle(&waiting);
+    }
+
+    /// Nothing to read is what an empty queue looks like.
+    fn settle(&self, waiting: &VecDeque<Notice>) {
         if waiting.is_empty() {
-            // Nothing to read is what an empty queue looks like.
             let _ = self.readable.read();
         }
-        notice
     }
 }
 
@@ -468,6 +479,8 @@ fn pin(index: usize, cpus: Option<&CpuSet>) -> Result<(), HostError> {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
 
     #[test]
@@ -485,6 +498,22 @@ mod tests {
         assert!(matches!(notices.take(), Some(Notice::TripleFault { vcpu: 1 })));
         assert!(matches!(notices.take(), Some(Notice::TripleFault { vcpu: 2 })));
         assert!(notices.readable.read().is_err());
+        assert!(notices.take().is_none());
+    }
+
+    #[test]
+    fn processors_that_start_anew_leave_the_hosts_troubles() {
+        let notices = Notices::new().expect("an eventfd");
+        let what = "cannot be run".to_owned();
+        notices.post(Notice::Broken { vcpu: 0, what });
+        notices.post(Notice::Host(HostError::new(
+            "run a processor",
+            io::Error::other("no"),
+        )));
+        notices.post(Notice::TripleFault { vcpu: 1 });
+        notices.forget_the_guests();
+        assert!(notices.readable.read().is_ok());
+        assert!(matches!(notices.take(), Some(Notice::Host(_))));
         assert!(notices.take().is_none());
     }
 

@@ -12,7 +12,7 @@ use ravelin::pci::tree::{BarKind, Identity, NodeKind};
 use ravelin::platform::addr::Gpa;
 use ravelin::vm::boot::acpi::{Hardware, describe, tables};
 use ravelin::vm::config::Config;
-use ravelin::vm::layout;
+use ravelin::vm::layout::{self, Ram};
 use ravelin::vm::plan::Plan;
 
 const AT: Gpa = Gpa(0xe_0000);
@@ -94,7 +94,15 @@ impl Hierarchy {
 
     /// What the tables say about it, on a machine with these processors.
     fn told(&self, apic_ids: &[u32], hpet: bool) -> String {
-        let mapped = layout::map(RAM, &self.0, false).expect("it fits");
+        let mapped = layout::map(
+            Ram {
+                size: RAM,
+                page: 0x1000,
+            },
+            &self.0,
+            false,
+        )
+        .expect("it fits");
         let hardware = Hardware {
             apic_ids,
             pci: &mapped.pci,

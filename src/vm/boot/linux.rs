@@ -142,14 +142,25 @@ fn read_header(loading: &Loading<'_>, file: &File) -> Result<setup_header, BootE
         0 => 4,
         sectors => u64::from(sectors),
     };
-    let syssize = header.syssize;
-    let whole = (sectors + 1) * 512 + u64::from(syssize) * 16;
+    let (syssize, init_size) = (header.syssize, header.init_size);
+    let setup = (sectors + 1) * 512;
+    let whole = setup + u64::from(syssize) * 16;
     let len = file.metadata().map_err(read)?.len();
-    if len < whole {
-        return Err(BootError::Broken {
+    let broken = |what| {
+        Err(BootError::Broken {
             path: loading.kernel.to_owned(),
-            what: format!("the file has {len} bytes of {whole}"),
-        });
+            what,
+        })
+    };
+    if len < whole {
+        return broken(format!("the file has {len} bytes of {whole}"));
+    }
+    // All of what follows the setup is loaded, to where the kernel says that it needs this much.
+    if len - setup > u64::from(init_size) {
+        return broken(format!(
+            "it says that it starts in {init_size:#x} bytes, and has {:#x} to be loaded there",
+            len - setup
+        ));
     }
     Ok(header)
 }

@@ -22,6 +22,11 @@ const BOOT_MAGIC: u64 = 0x2bad_b002;
 const SEARCHED: usize = 8192;
 /// Where the boot information lies.
 const INFO: Gpa = Gpa(0x6000);
+/// How many KiB of RAM begin at address 0.
+const LOWER_KIB: u16 = 640;
+/// Where a PC's firmware leaves the same (BIOS data area, 40h:13h). Xen looks here before it believes the boot
+/// information, and puts what it starts processors with at the end of it.
+const BASE_MEMORY: Gpa = Gpa(0x413);
 
 bitflags! {
     /// Flags of the header (3.1.2). Bits 0 to 15 are demands.
@@ -190,10 +195,9 @@ impl Header {
         };
         let clear_to = end.max(u64::from(bss_end_addr));
         let start = Gpa(load_addr.into());
-        let range = clear_to
-            .checked_sub(start.0)
-            .and_then(|len| GpaRange::new(start, len));
-        let range = range.ok_or_else(|| broken(format!("its multiboot header loads {start} to {end:#x}")))?;
+        let nothing = || broken(format!("its multiboot header loads {start} to {end:#x}"));
+        let len = end.checked_sub(start.0).ok_or_else(nothing)?;
+        let range = GpaRange::new(start, clear_to - start.0).ok_or_else(nothing)?;
         if !loading.room.contains_range(range) {
             let place = format!("at {range}");
             return Err(no_room(
@@ -203,7 +207,6 @@ impl Header {
                 loading.room.len(),
             ));
         }
-        let len = end.saturating_sub(start.0);
         elf::load_part(file, offset, len, start, loading.ram).map_err(|error| loading.elf_error(error))?;
         elf::clear(loading.ram, Gpa(end), clear_to - end);
         Ok((entry_addr.into(), Gpa(clear_to)))
@@ -250,7 +253,7 @@ pub(super) fn describe<'a>(
     let info = Info {
         flags: (Given::MEMORY | Given::CMDLINE | Given::MODULES | Given::MEMORY_MAP | Given::LOADER_NAME)
             .bits(),
-        mem_lower: 640,
+        mem_lower: LOWER_KIB.into(),
         mem_upper: u32::try_from(loading.map.contiguous_high_memory() >> 10).unwrap_or(u32::MAX),
         cmdline: low(CMDLINE.0),
         mods_count: u32::try_from(list.len()).expect("their table lies below 1 MiB"),
@@ -260,9 +263,8 @@ pub(super) fn describe<'a>(
         boot_loader_name: tables.text("ravelin")?,
         ..Info::default()
     };
-    loading
-        .ram
-        .write_obj(INFO, &info)
+    let told = loading.ram.write_obj(INFO, &info);
+    told.and_then(|()| loading.ram.write_obj(BASE_MEMORY, &LOWER_KIB.to_le_bytes()))
         .expect("the plan's lowest RAM range holds the first MiB");
     Ok(Entry {
         mode: Mode::Protected,

@@ -153,6 +153,21 @@ fn a_bzimage_lies_where_it_wants_and_starts_at_its_64_bit_entry() {
 }
 
 #[test]
+fn a_bzimage_longer_than_what_it_starts_in_is_refused() {
+    let bench = Bench::new();
+    let mut image = bzimage();
+    put(&mut image, 0x260, &0x1000_u32.to_le_bytes());
+    image.resize(1024 + 0x1000, 0x90);
+    bench.load(&bench.plan(&image)).expect("it fits");
+    image.push(0x90);
+    let refused = bench.refused(&bench.plan(&image));
+    assert!(
+        refused.contains("starts in 0x1000 bytes, and has 0x1001"),
+        "{refused}"
+    );
+}
+
+#[test]
 fn the_zero_page_tells_command_line_root_pointer_and_memory() {
     let bench = Bench::new();
     let plan = BootPlan {
@@ -534,6 +549,9 @@ fn a_multiboot_image_with_addresses_starts_with_everything_it_was_promised() {
     assert_eq!(bench.bytes(0x20_007f, 3), [0xf4, 0, 0]);
     assert_eq!(bench.bytes(0x20_00ff, 2), [0, 0xee]);
     assert_eq!(bench.word(START_INFO) & 0x4d, 0x4d);
+    // As the BIOS data area has it.
+    assert_eq!(bench.word(START_INFO + 4), bench.word(0x413) & 0xffff);
+    assert_eq!(bench.word(START_INFO + 4), 640);
     assert_eq!(
         bench.word(START_INFO + 8),
         u32::try_from((LOW_RAM - TABLES) / 1024 - 1024).expect("small")
@@ -560,6 +578,17 @@ fn a_multiboot_image_with_addresses_starts_with_everything_it_was_promised() {
         ),
         (20, 0, 0xa_0000, 1)
     );
+}
+
+#[test]
+fn a_multiboot_image_that_ends_before_it_begins_is_refused_and_clears_nothing() {
+    let bench = Bench::new();
+    let mut image = multiboot(3);
+    put(&mut image, 0x10 + 20, &0x1000_u32.to_le_bytes());
+    bench.ram.write(Gpa(0x1000), &[0xee; 0x1000]).expect("inside RAM");
+    let refused = bench.refused(&bench.plan(&image));
+    assert!(refused.contains("loads 0x200000 to 0x1000"), "{refused}");
+    assert_eq!(bench.bytes(0x1000, 0x1000), [0xee; 0x1000]);
 }
 
 #[test]

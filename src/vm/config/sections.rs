@@ -67,7 +67,7 @@ section! {
 }
 
 section! {
-    /// A file that a multiboot kernel finds in memory.
+    /// A file that a multiboot or PVH kernel finds in memory; an initramfs counts as one.
     pub struct Module is several "module", main "path" {
         /// The file.
         path = "path": Required<HostPath>,

@@ -546,7 +546,7 @@ pub enum BootProtocol {
     Multiboot,
 }
 
-/// A file a multiboot kernel finds in memory.
+/// A file that a multiboot or PVH kernel finds in memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct BootModule {
     /// The file.

@@ -114,14 +114,11 @@ impl Image {
             );
         }
         let beyond = |flags| {
-            // Beyond the end of a file nothing can change, yet the file system answers whether it could.
-            rustix::fs::fallocate(
-                &file,
-                flags | FallocateFlags::KEEP_SIZE,
-                usable,
-                u64::from(block_size),
-            )
-            .is_ok()
+            // Beyond the end of a file nothing can change, yet the file system answers whether it could. The end of
+            // what is usable may lie before it: the bytes between are the operator's.
+            let end = size.next_multiple_of(u64::from(block_size));
+            let flags = flags | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(&file, flags, end, u64::from(block_size)).is_ok()
         };
         let (punches_holes, zeroes_ranges) = if options.read_only {
             (false, false)
@@ -130,7 +127,7 @@ impl Image {
         } else {
             (
                 beyond(FallocateFlags::PUNCH_HOLE),
-                size == usable && beyond(FallocateFlags::ZERO_RANGE),
+                beyond(FallocateFlags::ZERO_RANGE),
             )
         };
         Ok(Self {

@@ -4,7 +4,7 @@ use crate::platform::addr::{GpaRange, PAGE_SIZE};
 use crate::vm::config::said::ConfigError;
 use crate::vm::config::sections::Memory;
 use crate::vm::config::values::{HugePages, Switch, size_text};
-use crate::vm::layout::MAX_RAM;
+use crate::vm::layout::{MAX_RAM, Ram};
 use crate::vm::plan::{MemoryBacking, MemoryPlan};
 
 use super::memory_source;
@@ -26,8 +26,8 @@ fn page_size(said: Option<&Memory>) -> u64 {
     }
 }
 
-/// How much RAM there is.
-pub(super) fn size(said: Option<&Memory>) -> Result<u64, ConfigError> {
+/// How much RAM there is, and of what pages.
+pub(super) fn ram(said: Option<&Memory>) -> Result<Ram, ConfigError> {
     let size = said
         .and_then(|said| said.size)
         .map_or(DEFAULT_SIZE, |size| size.0);
@@ -53,7 +53,7 @@ pub(super) fn size(said: Option<&Memory>) -> Result<u64, ConfigError> {
             size_text(page)
         ));
     }
-    Ok(size)
+    Ok(Ram { size, page })
 }
 
 pub(super) fn resolve(

@@ -48,8 +48,8 @@ fn decide(config: &Config, host: &HostFunctions) -> Result<Plan, ConfigError> {
     let names_of = topology::name_all(config, &mut names)?;
     let (devices, endpoints) = devices::resolve(config, &names_of, &cpus, host)?;
     let spec = topology::specify(config, &names_of, &names, endpoints)?;
-    let size = memory::size(config.memory.as_ref())?;
-    let mapped = layout::map(size, &spec, viommus::serve_guests(&config.viommus))
+    let ram = memory::ram(config.memory.as_ref())?;
+    let mapped = layout::map(ram, &spec, viommus::serve_guests(&config.viommus))
         .map_err(|error| blame(&error, config, &names))?;
     let around = viommus::Around {
         mapped: &mapped,
@@ -64,7 +64,7 @@ fn decide(config: &Config, host: &HostFunctions) -> Result<Plan, ConfigError> {
     let serial = serial(config, &devices)?;
     Ok(Plan {
         cpus,
-        memory: memory::resolve(config.memory.as_ref(), size, mapped.ram)?,
+        memory: memory::resolve(config.memory.as_ref(), ram.size, mapped.ram)?,
         layout: mapped.layout,
         pci: mapped.pci,
         devices,
@@ -117,13 +117,9 @@ fn boot(config: &Config) -> Result<Option<BootPlan>, ConfigError> {
         return Ok(None);
     };
     let protocol = kernel.protocol.unwrap_or(BootProtocol::Auto);
-    if let (BootProtocol::Multiboot, Some(initramfs)) = (protocol, &config.initramfs) {
-        let problem = "a multiboot kernel takes no initramfs; give it as a module";
-        return Err(initramfs.source().wrong("path", problem));
-    }
-    if let (BootProtocol::Linux | BootProtocol::Pvh, Some(module)) = (protocol, config.modules.first()) {
-        let problem =
-            "only multiboot kernels take modules; say kernel.protocol = multiboot, or use initramfs";
+    // Of a kernel that is to be recognised, the loader sees whether it takes modules.
+    if let (BootProtocol::Linux, Some(module)) = (protocol, config.modules.first()) {
+        let problem = "only multiboot and PVH kernels take modules; say kernel.protocol = multiboot or pvh, or use initramfs";
         return Err(module.source().wrong("path", problem));
     }
     let modules = config.modules.iter().map(|module| BootModule {

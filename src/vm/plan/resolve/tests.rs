@@ -412,13 +412,19 @@ fn paths_are_relative_to_the_file_they_stand_in() {
 #[test]
 fn kernels_get_only_what_their_protocol_takes() {
     let kernel = |protocol: &str| format!("[kernel]\npath = \"k\"\nprotocol = \"{protocol}\"\n");
-    assert!(refused(&format!("initramfs = \"i\"\n{}", kernel("multiboot"))).contains("takes no initramfs"));
     let module = "[[module]]\npath = \"m\"\ncmdline = \"x\"\n";
-    assert!(refused(&format!("{}{module}", kernel("linux"))).contains("only multiboot kernels take modules"));
-    let boot = plan(&format!("{}{module}", kernel("multiboot")))
-        .boot
-        .expect("a kernel");
-    assert_eq!(boot.modules[0].cmdline, "x");
+    assert!(
+        refused(&format!("{}{module}", kernel("linux"))).contains("multiboot and PVH kernels take modules")
+    );
+    for protocol in ["auto", "multiboot", "pvh"] {
+        let boot = plan(&format!("initramfs = \"i\"\n{}{module}", kernel(protocol))).boot;
+        let boot = boot.expect("a kernel");
+        assert_eq!(
+            (boot.modules[0].cmdline.as_str(), boot.initramfs.is_some()),
+            ("x", true),
+            "{protocol}"
+        );
+    }
 }
 
 #[test]

@@ -55,10 +55,15 @@ fn an_image_smaller_than_a_block_is_refused_with_its_size() {
 }
 
 #[test]
-fn the_part_behind_the_last_whole_block_stays_hidden() {
-    let file = file(1024 + 100);
+fn the_part_behind_the_last_whole_block_stays_hidden_and_as_it_is() {
+    let mut file = NamedTempFile::new().expect("a file");
+    let content = [0xa5; 1024 + 100];
+    file.write_all(&content).expect("written");
     let image = Image::open(&options(file.path())).expect("two sectors");
     assert_eq!(image.sectors(), 2);
+    drop(image);
+    let kept = std::fs::read(file.path()).expect("still there");
+    assert!(kept == content, "byte for byte");
 }
 
 #[test]
