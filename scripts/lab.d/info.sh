@@ -13,6 +13,7 @@ lab_setup() {
     if ((kernel)); then
         ensure_lab_kernel
         ensure_kernel_tests
+        ensure_xen
     fi
     lab_info
 }
@@ -34,7 +35,7 @@ lab_info() {
     (($# == 0)) || usage_error "info: takes no options"
     echo "cache: $cache"
     local artefact
-    for artefact in lab/root lab/kernel lab/host-debian lab/host-lab guest/debian-7.3 guest/debian-6.12 guest/lab guest/kernel-tests; do
+    for artefact in lab/root lab/kernel lab/host-debian lab/host-lab guest/debian-7.3 guest/debian-6.12 guest/lab guest/kernel-tests guest/xen; do
         describe "$artefact"
     done
     if lab_kernel_is_cached; then
@@ -57,7 +58,7 @@ describe() {
             from_root usr/bin/qemu-system-x86_64 --version | sed -n '1s/^/    /p'
             sed 's/^/    kernel /' "$at/etc/ravelin-kernels"
             ;;
-        guest/kernel-tests) ;;
+        guest/kernel-tests | guest/xen) ;;
         lab/kernel) echo "    $(lab_kernel_version "$at/bzImage")" ;;
         *) echo "    $(lab_kernel_version "$at/kernel"), initramfs $(du -h --apparent-size "$at/initramfs" | cut -f1)" ;;
     esac

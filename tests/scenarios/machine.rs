@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crate::complaints::complaints;
 use crate::console::{Console, PRELUDE};
 use crate::cpio::{ALIGNMENT, Archive};
-use crate::prerequisites::{binary, guest, kernel_test, kvm, program_files};
+use crate::prerequisites::{GuestImage, binary, guest, kernel_test, kvm, program_files, xen};
 use crate::vmlinux::vmlinux;
 
 /// How long a guest may take in all unless its scenario says otherwise: only a guest that hangs takes that
@@ -48,6 +48,8 @@ pub(crate) struct Machine {
     descriptors: Vec<(i32, String)>,
     /// The protocol by which the ELF file in the guest's kernel is started; without one it is the bzImage.
     elf: Option<&'static str>,
+    /// The command line of Xen, which starts the guest as its first domain.
+    xen: Option<&'static str>,
     folder: tempfile::TempDir,
 }
 
@@ -63,6 +65,7 @@ impl Machine {
             descriptors: Vec::new(),
             deadline: DEADLINE,
             elf: None,
+            xen: None,
             folder: tempfile::tempdir().expect("a folder for temporary files"),
         }
         .arguments(["--memory", "256M"])
@@ -118,6 +121,13 @@ impl Machine {
         self
     }
 
+    /// Start the guest as the first domain of Xen, whose command line this is.
+    pub(crate) fn below_xen(mut self, words: &'static str) -> Self {
+        self.xen = Some(words);
+        self.cmdline = self.cmdline.replace("console=ttyS0", "console=hvc0");
+        self
+    }
+
     /// Have `path` open, for reading and writing, as descriptor `number` from 3 to 9.
     pub(crate) fn descriptor(mut self, number: i32, path: &str) -> Self {
         self.descriptors.push((number, path.to_owned()));
@@ -147,15 +157,7 @@ impl Machine {
     pub(crate) fn start(self) -> Running {
         kvm();
         let image = guest(self.guest);
-        let initramfs = self.initramfs(&image.initramfs);
-        let kernel = match self.elf {
-            None => image.kernel.into_os_string(),
-            Some(protocol) => {
-                let path = self.path("vmlinux");
-                fs::write(&path, vmlinux(&image.kernel)).expect("the folder takes a kernel");
-                format!("path={},protocol={protocol}", path.display()).into()
-            }
-        };
+        let booted = self.booted(&image);
         let open = |(number, path): &(i32, String)| format!("{number}<>{path}");
         let open: Vec<_> = self.descriptors.iter().map(open).collect();
         let mut command = Command::new("bash");
@@ -164,17 +166,41 @@ impl Machine {
             .arg(binary())
             .arg("run")
             .args(&self.arguments)
-            .arg("--kernel")
-            .arg(kernel)
-            .arg("--initramfs")
-            .arg(initramfs)
-            .args(["--cmdline", &self.cmdline]);
+            .args(booted);
         Running::spawn(command, self.deadline, self.folder)
     }
 
     /// Run it to its end.
     pub(crate) fn run(self) -> Ended {
         self.start().end()
+    }
+
+    /// The arguments that say what is started.
+    fn booted(&self, image: &GuestImage) -> Vec<String> {
+        let initramfs = self.initramfs(&image.initramfs);
+        let (kernel, initramfs) = (image.kernel.display(), initramfs.display());
+        if let Some(words) = self.xen {
+            let cmdline = &self.cmdline;
+            return vec![
+                format!("--kernel=path={},protocol=multiboot", xen().display()),
+                format!("--cmdline={words}"),
+                format!("--module=path={kernel},cmdline={cmdline}"),
+                format!("--module=path={initramfs}"),
+            ];
+        }
+        let kernel = match self.elf {
+            None => kernel.to_string(),
+            Some(protocol) => {
+                let path = self.path("vmlinux");
+                fs::write(&path, vmlinux(&image.kernel)).expect("the folder takes a kernel");
+                format!("path={},protocol={protocol}", path.display())
+            }
+        };
+        vec![
+            format!("--kernel={kernel}"),
+            format!("--initramfs={initramfs}"),
+            format!("--cmdline={}", self.cmdline),
+        ]
     }
 
     fn initramfs(&self, base: &Path) -> PathBuf {

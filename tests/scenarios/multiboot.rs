@@ -3,13 +3,15 @@
 //! The image is written here, byte by byte, so that the contract with such a guest stands in one place:
 //! Multiboot Specification 0.6.96, sections 3.1 to 3.3.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::machine::{Ended, Running};
+use crate::machine::{Ended, Machine, Running};
 use crate::prerequisites::{binary, kvm};
+use crate::vfio::hash_of;
 
 /// Where the image is loaded and starts.
 const LOAD: u32 = 0x10_0000;
@@ -118,4 +120,42 @@ fn a_multiboot_image_gets_its_command_line_and_module_and_leaves_by_the_exit_por
     );
     // One module: 21, and the exit port makes 2 v + 1 of it.
     ended.with(43);
+}
+
+/// The hypervisor tries the timer of old PCs by the I/O APIC, which is not there, then the HPET in its place; it has no
+/// firmware to call.
+#[test]
+fn xen_starts_debian_as_its_first_domain_whose_disk_works() {
+    let machine = Machine::new("debian-6.12")
+        .below_xen("com1=115200,8n1 console=com1 loglvl=all no-real-mode dom0_mem=448M")
+        .arguments(["--memory", "1G", "--board", "hpet=on"]);
+    // Beside the machine's folder, which goes away with it.
+    let folder = tempfile::tempdir().expect("a folder");
+    let disk = folder.path().join("disk");
+    fs::write(&disk, vec![0; 8 << 20]).expect("room");
+    let ended = machine
+        .arguments([OsStr::new("--disk"), disk.as_os_str()])
+        .script(
+            r#"
+say hypervisor "$(cat /sys/hypervisor/type)"
+check writes dd if=/dev/urandom of=/dev/vda bs=1M count=8 oflag=direct
+check reads sh -c 'dd if=/dev/vda bs=1M count=8 iflag=direct | sha256sum >/tmp/sum'
+say sum "$(cut -c 1-64 /tmp/sum)"
+say interrupts "$(grep -c 'virtio0-req' /proc/interrupts)"
+"#,
+        )
+        .run()
+        // Paravirtualized domains have none.
+        .well_but(|line| line.contains("no supported hugepage sizes"));
+    assert_eq!(ended.console.said("hypervisor"), "xen");
+    assert_eq!(ended.console.said("interrupts"), "1");
+    assert_eq!(ended.console.said("sum"), hash_of(&disk));
+    assert!(
+        ended
+            .console
+            .text()
+            .contains("trying HPET Legacy Replacement Mode"),
+        "{}",
+        ended.story()
+    );
 }

@@ -37,6 +37,17 @@ pub(crate) fn kernel_test(name: &str) -> Vec<u8> {
     })
 }
 
+/// The Xen hypervisor, a multiboot image.
+pub(crate) fn xen() -> PathBuf {
+    let path = guests().join("xen/xen");
+    assert!(
+        path.exists(),
+        "there is no {}; `scripts/lab setup --kernel` fetches it",
+        path.display()
+    );
+    path
+}
+
 fn guests() -> PathBuf {
     named("RAVELIN_GUESTS", "the folder of guests, as scripts/lab makes it")
 }

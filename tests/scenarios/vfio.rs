@@ -318,7 +318,7 @@ echo "$address" >/sys/bus/pci/drivers/e1000e/bind
 }
 
 /// Hash of what is at the start of the host's disk.
-fn hash_of(disk: &Path) -> String {
+pub(crate) fn hash_of(disk: &Path) -> String {
     let script = format!(
         "dd if={} bs=1M count={AMOUNT} iflag=direct status=none | sha256sum | cut -c 1-64",
         disk.display()
