@@ -180,6 +180,11 @@ pub struct Probe {
 impl Probe {
     /// The device `node` plans.
     pub fn new(node: &Node) -> Arc<Self> {
+        Self::issuing_as(node, Arc::default())
+    }
+
+    /// The same, whose requests are `requester`'s.
+    pub fn issuing_as(node: &Node, requester: Arc<Requester>) -> Arc<Self> {
         let mut config = ConfigSpace::endpoint(&node.identity)
             .capability(PowerManagement::new())
             .capability(Express::endpoint(false));
@@ -191,7 +196,7 @@ impl Probe {
         }
         Arc::new(Self {
             name: node.name.clone(),
-            endpoint: Endpoint::new(config, Arc::default()),
+            endpoint: Endpoint::new(config, requester),
             mastering: AtomicBool::new(false),
             events: Mutex::default(),
         })

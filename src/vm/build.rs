@@ -102,6 +102,7 @@ impl<'a> Machine<'a> {
                 host_functions: Vec::new(),
             },
         )?;
+        viommus.observe(&topology);
         viommus.confine(&passed, &topology, &ram)?;
         board.open_config_space(plan, &topology)?;
 

@@ -20,7 +20,7 @@ use crate::iommu::emulated::{GuestControls, GuestPages, RemappingIoApic};
 use crate::iommu::iommufd::{Attach, Copies};
 use crate::iommu::polling::{DoorbellThread, LateWrites};
 use crate::iommu::shadow::{Shadow, ShadowParts, Views};
-use crate::pci::topology::Topology;
+use crate::pci::topology::{Observer, Topology};
 use crate::pci::tree::{NodeKind, RootComplex};
 use crate::platform::addr::Gpa;
 use crate::platform::dma::Requester;
@@ -78,7 +78,13 @@ impl<'a> Viommus<'a> {
         })
     }
 
-    /// Have what the guest's tables say hold for those of `passed` that are behind a unit.
+    /// Have every unit hear of functions that the guest renumbers in `topology`.
+    pub(super) fn observe(&self, topology: &Topology) {
+        self.units.iter().for_each(|unit| topology.tell(unit.observer()));
+    }
+
+    /// Have what the guest's tables say hold for those of `passed` that are behind a unit, by whatever number the guest
+    /// has for each.
     pub(super) fn confine(
         &self,
         passed: &Passed,
@@ -116,6 +122,7 @@ impl<'a> Viommus<'a> {
             })?;
             let shadow = Arc::new(shadow);
             space.tell(Arc::downgrade(&shadow) as Weak<dyn Copies>);
+            topology.tell(Arc::downgrade(&shadow) as Weak<dyn Observer>);
             unit.add_follower(shadow);
         }
         Ok(())
@@ -211,3 +218,6 @@ impl<'a> Viommus<'a> {
         self.units.iter().for_each(Unit::reset);
     }
 }
+
+#[cfg(test)]
+mod tests;

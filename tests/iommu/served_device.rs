@@ -19,6 +19,7 @@ use ravelin::iommu::viommu::features::offer;
 use ravelin::iommu::viommu::host::HostDevice;
 use ravelin::iommu::viommu::{ServedParts, ServedUnit};
 use ravelin::pci::Function as _;
+use ravelin::pci::topology::Observer as _;
 use ravelin::platform::addr::{Bdf, Gpa, GpaRange, Sbdf};
 use ravelin::platform::bus::BusDevice;
 use ravelin::platform::dma::{Dma, Requester};

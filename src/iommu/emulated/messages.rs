@@ -129,17 +129,26 @@ struct Route {
     unit: Arc<EmulatedUnit>,
     requester: Arc<Requester>,
     kernel: Box<dyn MsiRoute>,
-    /// What it was set to, before remapping; held across a change of the kernel's route.
-    asked: Mutex<Option<MsiMessage>>,
+    /// Held across a change of the kernel's route.
+    asked: Mutex<Asked>,
     /// The requester ID whose message the kernel's route has, or [`NOBODY`].
     carries_for: AtomicU32,
 }
 
+/// What a route is to carry.
+#[derive(Clone, Copy, Default)]
+struct Asked {
+    /// What it was set to, before remapping.
+    message: Option<MsiMessage>,
+    /// By whose entries that was remapped.
+    device: Bdf,
+}
+
 impl Route {
     /// Bring the kernel's route to what `asked` becomes at present.
-    fn bring(&self, asked: Option<MsiMessage>) -> Result<(), HostError> {
-        let device = self.requester.sbdf().bdf;
-        let Some(message) = asked.and_then(|asked| self.unit.routed(device, asked)) else {
+    fn bring(&self, asked: Asked) -> Result<(), HostError> {
+        let Asked { message, device } = asked;
+        let Some(message) = message.and_then(|sent| self.unit.routed(device, sent)) else {
             self.carries_for.store(NOBODY, Ordering::Release);
             return self.kernel.set(None);
         };
@@ -153,12 +162,14 @@ impl Route {
         Ok(())
     }
 
-    /// The guest changed what messages of some devices become, perhaps of this one's.
+    /// The guest changed what messages of some devices become, perhaps of this one's, or this is another one by now.
     fn refresh(&self, concerns: impl Fn(Bdf) -> bool) {
-        let asked = lock(&self.asked);
-        if asked.is_none() || !concerns(self.requester.sbdf().bdf) {
+        let mut asked = lock(&self.asked);
+        let device = self.requester.sbdf().bdf;
+        if asked.message.is_none() || device == asked.device && !concerns(device) {
             return;
         }
+        asked.device = device;
         if let Err(error) = self.bring(*asked) {
             // What the route carries may be out of date, so nothing goes by it.
             self.carries_for.store(NOBODY, Ordering::Release);
@@ -182,8 +193,12 @@ impl MsiRoute for Handle {
 
     fn set(&self, message: Option<MsiMessage>) -> Result<(), HostError> {
         let mut asked = lock(&self.0.asked);
-        self.0.bring(message)?;
-        *asked = message;
+        let wanted = Asked {
+            message,
+            device: self.0.requester.sbdf().bdf,
+        };
+        self.0.bring(wanted)?;
+        *asked = wanted;
         Ok(())
     }
 
@@ -212,11 +227,23 @@ pub(super) fn concerned(batch: &[Command]) -> Option<impl Fn(Bdf) -> bool + '_> 
 #[derive(Default)]
 pub(super) struct Routes(Mutex<Vec<Weak<Route>>>);
 
+impl Routes {
+    fn refresh(&self, concerns: impl Fn(Bdf) -> bool) {
+        let routes: Vec<_> = lock(&self.0).iter().filter_map(Weak::upgrade).collect();
+        routes.iter().for_each(|route| route.refresh(&concerns));
+    }
+
+    /// Functions have other numbers: the kernel knows only the message, and would carry what the old number's entry made of
+    /// it.
+    pub(super) fn renumbered(&self) {
+        self.refresh(|_| false);
+    }
+}
+
 impl Follower for Routes {
     fn follow(&self, batch: &[Command]) -> Result<(), NoAnswer> {
         if let Some(concerns) = concerned(batch) {
-            let routes: Vec<_> = lock(&self.0).iter().filter_map(Weak::upgrade).collect();
-            routes.iter().for_each(|route| route.refresh(&concerns));
+            self.refresh(concerns);
         }
         Ok(())
     }

@@ -42,6 +42,7 @@ use super::polling::{Polled, Polling};
 use super::shadow::Views;
 use crate::pci::access::DwordWrite;
 use crate::pci::bar::BarSpec;
+use crate::pci::topology::Observer;
 use crate::pci::{Command, ConfigEffect, Function};
 use crate::platform::addr::{Bdf, GpaRange, Sbdf};
 use crate::platform::bus::BusDevice;
@@ -389,6 +390,13 @@ impl Function for EmulatedUnit {
     fn reset(&self) {
         self.function.endpoint().reset();
         self.unit.mirror_msi(self.function.msi());
+    }
+}
+
+/// Requests go by the number of the moment; messages that the kernel carries have to be followed.
+impl Observer for EmulatedUnit {
+    fn renumbered(&self) {
+        self.routes.renumbered();
     }
 }
 

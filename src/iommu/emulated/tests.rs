@@ -220,6 +220,37 @@ fn a_route_carries_nothing_for_a_function_that_was_renumbered() {
 }
 
 #[test]
+fn a_route_of_a_function_that_is_renumbered_follows_the_entry_of_its_new_number() {
+    let rig = Rig::running();
+    rig.cover();
+    rig.remap(5, Some((1, 0x31)));
+    let function = requester();
+    let route = RemappingSink::new(rig.unit.clone())
+        .route(&function)
+        .expect("a route");
+    route.set(Some(indexed(5))).expect("the host takes it");
+    let kernel = rig.processors.routes().remove(0);
+    // Somebody else having another number is none of its business.
+    rig.unit.renumbered();
+    assert_eq!(kernel.history(), [Some(remapped(1, 0x31))]);
+    let old = function.sbdf();
+    // The host's kernel signals for a function of its own, without asking whether the route carries.
+    function.renumber(Sbdf {
+        segment: 0,
+        bdf: Bdf::new(9, 0, 0).expect("valid"),
+    });
+    assert_eq!(kernel.history().last(), Some(&Some(remapped(1, 0x31))));
+    rig.unit.renumbered();
+    // An entry that says nothing.
+    assert_eq!(kernel.history().last(), Some(&Some(indexed(5))));
+    assert!(route.carries());
+    function.renumber(old);
+    rig.unit.renumbered();
+    assert_eq!(kernel.history().last(), Some(&Some(remapped(1, 0x31))));
+    assert!(route.carries());
+}
+
+#[test]
 fn a_route_that_the_host_refuses_to_change_carries_nothing() {
     let rig = Rig::running();
     rig.cover();

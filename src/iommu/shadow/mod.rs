@@ -14,6 +14,9 @@
 //! The address space with guest RAM may have memory of devices beside it, and so tables may lead there. When that memory goes,
 //! what leads there goes at once, before it; when it comes, what led nowhere is looked at again.
 //!
+//! A function that the guest renumbers is read anew by its new number, and blocked meanwhile where that says something else:
+//! the guest tells of entries that it changes, and not of functions that come under others.
+//!
 //! A settled shadow is what the tables said when they were last invalidated. The host's requests that fail leave less
 //! mapped than the guest asked for, never more: where one to unmap fails, the address space is given up, its functions
 //! blocked, and another made.
@@ -33,6 +36,7 @@ use super::amd::request::{Access, Pasid};
 use super::amd::view::{Tables, View};
 use super::iommufd::{Attach, Copies, Ioas, Requests};
 use crate::guest_warn;
+use crate::pci::topology::Observer;
 use crate::platform::addr::{Bdf, GpaRange};
 use crate::platform::dma::Requester;
 use crate::platform::host::HostError;
@@ -83,6 +87,8 @@ struct Host {
 struct Confined {
     requester: Arc<Requester>,
     function: Arc<dyn Attach>,
+    /// By which number its entry was read.
+    read_as: Bdf,
     /// What it is to reach.
     view: View,
     /// What it is attached to.
@@ -118,7 +124,8 @@ impl Shadow {
             ram: parts.ram,
             windows,
         });
-        let confined = |(requester, function)| Confined {
+        let confined = |(requester, function): (Arc<Requester>, _)| Confined {
+            read_as: requester.sbdf().bdf,
             requester,
             function,
             view: View::Identity(Access::BOTH),
@@ -138,6 +145,13 @@ impl Shadow {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Read again what those of `which` are to reach.
+    fn look(&self, state: &mut State, which: impl Fn(&Confined) -> bool) {
+        let unit = self.unit.upgrade();
+        let view = |at| unit.as_ref().map_or(View::Nothing, |unit| unit.view(at));
+        state.look(&self.host, view, which);
     }
 }
 
@@ -196,16 +210,31 @@ impl Follower for Shadow {
             }
         }
         if looks {
-            let unit = self.unit.upgrade();
-            state.look(&self.host, |at| {
-                unit.as_ref().map_or(View::Nothing, |unit| unit.view(at))
-            });
+            self.look(&mut state, |_| true);
         }
         Ok(())
     }
 
     fn settle(&self) -> bool {
         self.state().settle(&self.host)
+    }
+}
+
+impl Observer for Shadow {
+    fn renumbered(&self) {
+        let mut state = self.state();
+        let (was, blocked) = (state.views(), state.blocked.id());
+        self.look(&mut state, |function| function.read_as != function.at());
+        for (function, was) in state.functions.iter_mut().zip(was) {
+            if function.view != was {
+                function.block(blocked, &self.host);
+            }
+        }
+        let settled = state.settle(&self.host);
+        drop(state);
+        if !settled {
+            self.unit.upgrade().inspect(|unit| unit.settle_soon());
+        }
     }
 }
 
@@ -235,10 +264,16 @@ impl Copies for Shadow {
 }
 
 impl State {
-    /// Read again what functions are to reach, and make the address spaces that are missing.
-    fn look(&mut self, host: &Arc<Host>, view: impl Fn(Bdf) -> View) {
-        for function in &mut self.functions {
-            function.view = view(function.at());
+    /// What each function is to reach.
+    fn views(&self) -> Vec<View> {
+        self.functions.iter().map(|function| function.view).collect()
+    }
+
+    /// Read again what the functions of `which` are to reach, and make the address spaces that are missing.
+    fn look(&mut self, host: &Arc<Host>, view: impl Fn(Bdf) -> View, which: impl Fn(&Confined) -> bool) {
+        for function in self.functions.iter_mut().filter(|function| which(function)) {
+            function.read_as = function.at();
+            function.view = view(function.read_as);
             let own = !matches!(function.view, View::Nothing | View::Identity(Access::BOTH));
             let there = self.spaces.iter().any(|space| space.view() == function.view);
             if own && !there {

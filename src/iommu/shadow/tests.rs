@@ -226,6 +226,72 @@ fn a_function_whose_bus_was_renumbered_follows_the_entry_of_its_new_number() {
 }
 
 #[test]
+fn a_function_that_is_renumbered_has_what_its_new_numbers_entry_said_before() {
+    let rig = Rig::new();
+    let elsewhere = |number: u16, view| {
+        let mut views = rig.unit.views.lock().expect("a test's own");
+        views.resize(6, View::Nothing);
+        views[usize::from(number)] = view;
+    };
+    // Entries that the guest announced while nobody had those numbers.
+    for (number, view) in [(4, tables()), (5, View::Nothing)] {
+        elsewhere(number, view);
+        rig.commands(&[Command::InvalidateDevice {
+            device: device(number),
+        }]);
+    }
+    rig.map(0, 0x40_0000);
+    let identity = rig.functions[1].place();
+    rig.requesters[0].renumber(at(4));
+    rig.shadow().renumbered();
+    while !rig.shadow().settle() {}
+    assert_eq!((rig.reaches(BASE), rig.reaches(0x5000)), (Some(0x40_0000), None));
+    assert_eq!(rig.functions[1].place(), identity);
+    rig.requesters[0].renumber(at(5));
+    rig.shadow().renumbered();
+    assert_eq!((rig.reaches(BASE), rig.reaches(0x5000)), (None, None));
+    // Nobody's number any more.
+    elsewhere(0, tables());
+    rig.commands(&[Command::InvalidateDevice { device: device(0) }]);
+    assert_eq!(rig.reaches(BASE), None);
+    rig.requesters[0].renumber(at(1));
+    rig.shadow().renumbered();
+    assert_eq!(rig.reaches(0x5000), Some(0x5000));
+}
+
+#[test]
+fn a_function_that_is_renumbered_is_blocked_until_more_than_a_step_of_tables_was_read() {
+    let rig = Rig::attached();
+    rig.map(0, 0x40_0000);
+    rig.invalidate_page(0);
+    assert_eq!(rig.reaches(BASE), Some(0x40_0000));
+    let place = rig.functions[0].place();
+    // As many tables of the second level as there are entries, of which each wants to be looked at.
+    (0..256).for_each(|entry| rig.put(0x5000 + 8 * entry, LEAF | 1 << 9 | LOWER));
+    rig.put(0x4000, LEAF | 2 << 9 | 0x5000);
+    let large = View::Translated {
+        domain: DOMAIN + 1,
+        allowed: Access::BOTH,
+        tables: Tables::Host(HostTable {
+            root: Gpa(0x4000),
+            levels: 3,
+            track: Track::default(),
+        }),
+    };
+    rig.unit.views.lock().expect("a test's own").extend([large; 3]);
+    rig.requesters[0].renumber(at(4));
+    rig.shadow().renumbered();
+    assert_ne!(rig.functions[0].place(), place, "not a moment longer");
+    assert!(
+        rig.unit.asked.load(Ordering::Relaxed),
+        "no processor does all of it"
+    );
+    assert_eq!(rig.reaches(BASE), None);
+    while !rig.shadow().settle() {}
+    assert_eq!(rig.reaches(0), Some(0x40_0000));
+}
+
+#[test]
 fn identity_in_one_direction_is_a_space_of_its_own() {
     let rig = Rig::new();
     rig.view(0, View::Identity(Access::READ));

@@ -67,6 +67,7 @@ use super::polling::Polling;
 use crate::guest_warn;
 use crate::pci::access::DwordWrite;
 use crate::pci::bar::BarSpec;
+use crate::pci::topology::Observer;
 use crate::pci::{Command, ConfigEffect, Function};
 use crate::platform::addr::{Gpa, GpaRange, PAGE_SIZE, Sbdf};
 use crate::platform::bus::BusDevice;
@@ -314,12 +315,6 @@ impl ServedUnit {
         let _ = self.asking.put_page_back();
     }
 
-    /// Bus numbers of functions behind the unit may have changed. No lock may be held that an access of the guest's would
-    /// need. Without this the next write to a register finds out.
-    pub fn renumbered(&self) {
-        self.serve();
-    }
-
     /// The host says that something went wrong: hear what, and do what follows. Called by whoever it says that to, without
     /// a lock. Without this the next write to a register finds out.
     pub fn hear_errors(&self) {
@@ -466,6 +461,15 @@ impl ServedUnit {
             }
         }
         drop(registers);
+        self.serve();
+    }
+}
+
+/// Names that commands and events use are made anew, and the entries of the new numbers are watched and obeyed from here on.
+impl Observer for ServedUnit {
+    fn renumbered(&self) {
+        // Commands of the time before are about the names of then.
+        self.catch_up();
         self.serve();
     }
 }

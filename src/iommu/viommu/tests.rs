@@ -4,4 +4,5 @@ mod broken;
 mod hostile;
 mod linux;
 mod refused;
+mod renumbered;
 mod told;

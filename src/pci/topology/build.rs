@@ -157,6 +157,7 @@ impl TopologyBuilder {
             places: self.places,
             mmio,
             ports,
+            observers: RwLock::default(),
         });
         topology.program();
         topology

@@ -5,18 +5,21 @@
 //! firmware would; a guest that renumbers everything and moves every window works as well.
 //!
 //! Lock order: the decoding lock (one change at a time), then a segment's routes, then a function's own.
-//! Functions are read, written and reset with no lock held but, in [`Function::bar_moved`], the first.
+//! Functions are read, written and reset with no lock held but, in [`Function::bar_moved`], the first; and none is held while
+//! an [`Observer`] is told.
 
 mod build;
 mod decoding;
+mod observer;
 mod removal;
 
 use std::ops::{Range, RangeInclusive};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use build::Start;
 pub use build::{AttachError, TopologyBuilder};
 use decoding::Decoding;
+pub use observer::Observer;
 
 use super::access::DwordWrite;
 use super::function::{CONFIG_DWORDS, ConfigEffect, Function};
@@ -42,6 +45,7 @@ pub struct Topology {
     mmio: Arc<Bus>,
     ports: Arc<Bus>,
     decoding: Mutex<Decoding>,
+    observers: RwLock<Vec<Weak<dyn Observer>>>,
 }
 
 struct Segment {
@@ -126,7 +130,8 @@ impl Topology {
         }
     }
 
-    /// Every function as after power-on, then programmed as planned. The vCPUs are paused.
+    /// Every function as after power-on, then programmed as planned. The vCPUs are paused. Observers are not told: whoever goes
+    /// by numbers is reset after this.
     pub fn reset(&self) {
         for function in self.places.iter().filter_map(|place| place.function.as_ref()) {
             function.reset();
@@ -191,11 +196,14 @@ impl Topology {
             return;
         }
         let mut decoding = self.decoding.lock().unwrap_or_else(PoisonError::into_inner);
-        if effect.contains(ConfigEffect::ROUTING) {
-            self.route(self.roots[self.buses[place.bus].root].segment);
-        }
+        let segment = self.roots[self.buses[place.bus].root].segment;
+        let renumbered = effect.contains(ConfigEffect::ROUTING) && self.route(segment);
         let first = place.below.start - 1;
         decoding.refresh(self, first..place.below.end);
+        drop(decoding);
+        if renumbered {
+            self.tell_renumbered();
+        }
     }
 
     fn below(&self, place: &Place) -> &[Place] {
@@ -210,20 +218,21 @@ impl Topology {
                 place.start.program(&**function);
             }
         }
-        self.segments
-            .iter()
-            .for_each(|segment| self.route(segment.number));
+        for segment in &self.segments {
+            // Of these numbers nobody has to be told.
+            let _renumbered = self.route(segment.number);
+        }
         decoding.refresh(self, 0..self.places.len());
     }
 
     /// Work out anew where each bus number of `segment` leads, and tell every requester its number before
-    /// the next access is routed.
-    fn route(&self, segment: u16) {
+    /// the next access is routed. Whether any has another than before.
+    fn route(&self, segment: u16) -> bool {
         let Ok(index) = self
             .segments
             .binary_search_by_key(&segment, |segment| segment.number)
         else {
-            return;
+            return false;
         };
         let segment = &self.segments[index];
         let mut routes = segment.routes.write().unwrap_or_else(PoisonError::into_inner);
@@ -231,12 +240,14 @@ impl Topology {
         for root in &self.roots[segment.roots.clone()] {
             self.route_below(root, &mut routes);
         }
+        let mut renumbered = false;
         for (number, route) in routes.iter().enumerate() {
             let number = u8::try_from(number).expect("256 buses");
             if let Some(route) = route {
-                self.renumber(segment.number, number, &self.buses[route.bus]);
+                renumbered |= self.renumber(segment.number, number, &self.buses[route.bus]);
             }
         }
+        renumbered
     }
 
     /// Follow the ports of one root complex downwards.
@@ -271,13 +282,18 @@ impl Topology {
             .map(|(port, bus)| (port.state(), *bus))
     }
 
-    fn renumber(&self, segment: u16, number: u8, bus: &LogicalBus) {
+    /// Tell the functions on `bus` that it is number `number`. Whether that is news to any.
+    fn renumber(&self, segment: u16, number: u8, bus: &LogicalBus) -> bool {
+        let mut renumbered = false;
         for place in bus.functions.iter().flatten().map(|place| &self.places[*place]) {
             if let Some(function) = &place.function {
                 let bdf = Bdf::from_requester_id(u16::from_be_bytes([number, place.device_function]));
-                function.requester().renumber(Sbdf { segment, bdf });
+                let (requester, at) = (function.requester(), Sbdf { segment, bdf });
+                renumbered |= requester.sbdf() != at;
+                requester.renumber(at);
             }
         }
+        renumbered
     }
 }
 

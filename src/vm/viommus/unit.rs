@@ -1,7 +1,7 @@
 //! One unit of the guest's, whoever works it.
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 
 use event_manager::{EventOps, EventSubscriber, Events};
 use vmm_sys_util::epoll::EventSet;
@@ -19,6 +19,7 @@ use crate::iommu::sim::{SimHost, SimParts};
 use crate::iommu::viommu::host::{HostDevice, ViommuHost};
 use crate::iommu::viommu::{Counts as Asked, ServedParts, ServedUnit};
 use crate::pci::Function;
+use crate::pci::topology::Observer;
 use crate::pci::tree::{NodeKind, RootComplex};
 use crate::platform::addr::{GpaRange, Sbdf};
 use crate::platform::bus::BusDevice;
@@ -175,6 +176,15 @@ impl Unit {
             Self::Emulated(unit) => unit.clone(),
             Self::Hardware(hardware) => hardware.unit().clone(),
             Self::Simulated(simulated) => simulated.unit.clone(),
+        }
+    }
+
+    /// What of it goes by functions' numbers.
+    pub(super) fn observer(&self) -> Weak<dyn Observer> {
+        match self {
+            Self::Emulated(unit) => Arc::downgrade(unit) as Weak<dyn Observer>,
+            Self::Hardware(hardware) => Arc::downgrade(hardware.unit()) as Weak<dyn Observer>,
+            Self::Simulated(simulated) => Arc::downgrade(&simulated.unit) as Weak<dyn Observer>,
         }
     }
 

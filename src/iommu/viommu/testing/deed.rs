@@ -4,6 +4,7 @@ use super::Rig;
 use crate::iommu::viommu::host::HardwareErrors;
 use crate::pci::Function;
 use crate::pci::access::DwordWrite;
+use crate::pci::topology::Observer;
 use crate::platform::addr::{Bdf, Sbdf};
 
 /// Something a guest, or what is around it, does.

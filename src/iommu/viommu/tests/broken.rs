@@ -2,6 +2,7 @@
 
 use super::super::host::{HardwareErrors, QueueKind};
 use super::super::testing::{DEVICE_TABLE, Reached, Rig, dte};
+use crate::pci::topology::Observer;
 use crate::platform::addr::Bdf;
 
 /// What serves the guest does not answer there.

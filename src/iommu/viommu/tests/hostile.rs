@@ -9,6 +9,7 @@ use super::super::host::QueueKind;
 use super::super::testing::{DEVICE_TABLE, Deed, Reached, Rig, dte};
 use crate::pci::Function;
 use crate::pci::access::DwordWrite;
+use crate::pci::topology::Observer;
 use crate::platform::addr::Gpa;
 use crate::platform::bus::BusDevice;
 

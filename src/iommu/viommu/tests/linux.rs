@@ -8,6 +8,7 @@ use crate::iommu::amd::features::Wanted;
 use crate::iommu::amd::spec::dte::Dte;
 use crate::pci::Function;
 use crate::pci::access::DwordWrite;
+use crate::pci::topology::Observer;
 use crate::platform::addr::{Bdf, Gpa, Sbdf};
 use crate::platform::bus::BusDevice;
 use crate::platform::device_memory::DeviceMemory;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::super::host::QueueKind;
 use super::super::testing::{DEVICE_TABLE, FakeHost, LOG, RING, Reached, Rig, dte};
 use crate::iommu::amd::features::Wanted;
+use crate::pci::topology::Observer;
 use crate::platform::addr::{Bdf, Gpa, Sbdf};
 
 /// What a guest does in its life, step by step.

@@ -15,7 +15,8 @@ use crate::iommu::iommufd::{Ioas, Kernel, Memlock};
 use crate::iommu::viommu::testing::{DEVICE_TABLE, FakeProtection, LOG, RING, dte};
 use crate::pci::Function;
 use crate::pci::access::DwordWrite;
-use crate::pci::testing::Messages;
+use crate::pci::testing::{Machine, Messages, Probe};
+use crate::pci::tree::Node;
 use crate::platform::bus::BusDevice;
 use crate::platform::memory::GuestRam;
 use crate::platform::msi::MsiSink;
@@ -26,6 +27,7 @@ use crate::vm::host_functions::HostFunctions;
 use crate::vm::host_functions::recorded::Recorded;
 use crate::vm::passed::{Passed, wanted};
 use crate::vm::plan::Plan;
+use crate::vm::viommus::unit::Unit;
 
 const NICS: [(&str, &str, u32); 3] = [
     ("0000:41:00.0", "ivhd1", 12),
@@ -473,4 +475,44 @@ fn a_kernel_that_tells_of_less_than_its_files_is_refused() {
         "{reason}"
     );
     bench.assert_empty("refused");
+}
+
+#[test]
+fn a_function_of_the_hosts_that_the_guest_renumbers_has_its_new_numbers_entry_and_name() {
+    let bench = Bench::new(Version::E, "mode = \"hw\"\nabi = \"v-e\"\n");
+    let mut made = bench.build().expect("a kernel of AMD's");
+    made.start(0);
+    bench.entry(made.id(0, 0), dte(0x30_0000, 1));
+    let (first, parent) = (bench.attached(0), bench.attached(1));
+    let requesters = [0, 1].map(|index| made.units[0].functions[index].clone());
+    let machine = Machine::with_devices(bench.plan.pci.clone(), |node| {
+        let mut behind = requesters.iter();
+        let requester = behind.find(|requester| requester.sbdf().bdf == node.bdf);
+        Probe::issuing_as(node, requester.cloned().unwrap_or_default())
+    });
+    let unit = Unit::Hardware(Arc::new(made.units.remove(0)));
+    machine.topology.tell(unit.observer());
+    let above = |node: &&Node| {
+        let below = node.bridge.iter().flat_map(|bridge| &bridge.children);
+        below
+            .map(|child| child.bdf)
+            .any(|bdf| bdf == requesters[0].sbdf().bdf)
+    };
+    let port = machine.tree.nodes().map(|(_, node)| node).find(above);
+    // The last bus of the root complex, whose entries lie in a page that was not watched.
+    let root = machine
+        .tree
+        .roots()
+        .find(|root| root.nodes().any(|node| above(&node)));
+    let last = *root.expect("the port is behind one").buses.end();
+    let buses = u32::from_le_bytes([0, last, last, 0]);
+    machine.write(port.expect("it is behind one").bdf, 6, buses);
+    let id = requesters[0].sbdf().bdf.requester_id();
+    assert_eq!((id, bench.attached(0)), (u16::from(last) << 8, parent));
+    let named = |object: &Object| matches!(*object, Object::Vdevice { name, .. } if name == u64::from(id));
+    assert!(bench.fake.objects().iter().any(named));
+    bench.entry(id, dte(0x31_0000, 2));
+    assert!(bench.attached(0) != parent && bench.attached(0) != first);
+    drop((unit, machine, made));
+    bench.assert_empty("renumbered");
 }
