@@ -280,7 +280,7 @@ fn a_guests_life_is_made_of_the_kernels_own_objects_and_ends_without_any() {
             kind(host.vdevice_alloc(viommu, DISK, name(0x2100))),
             io::ErrorKind::AlreadyExists
         );
-        let nested = host.nested_alloc(viommu, &entry()).expect("made");
+        let nested = host.nested_alloc(viommu, NIC, &entry()).expect("made");
         host.attach(NIC, host.parent()).expect("passes through");
         host.attach(NIC, nested).expect("translated");
         let command = host.queue_alloc(viommu, &ring(QueueKind::Command)).expect("made");
@@ -339,7 +339,7 @@ fn a_guests_life_is_made_of_the_kernels_own_objects_and_ends_without_any() {
         // Once more, and the host ends with all of it there.
         let Viommu { id: viommu, page } = host.viommu_alloc().expect("made");
         host.vdevice_alloc(viommu, DISK, name(0x2100)).expect("made");
-        let nested = host.nested_alloc(viommu, &entry()).expect("made");
+        let nested = host.nested_alloc(viommu, DISK, &entry()).expect("made");
         host.attach(DISK, nested).expect("translated");
         host.queue_alloc(viommu, &ring(QueueKind::Command)).expect("made");
         drop(page);

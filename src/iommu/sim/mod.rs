@@ -486,9 +486,10 @@ impl ViommuHost for SimHost {
         })
     }
 
-    fn nested_alloc(&self, viommu: ObjectId, dte: &Dte) -> io::Result<ObjectId> {
+    fn nested_alloc(&self, viommu: ObjectId, device: HostDevice, dte: &Dte) -> io::Result<ObjectId> {
         self.request(|State { objects, .. }, effects| {
             objects.viommu(viommu)?;
+            objects.device(device)?;
             let part = guest_part(dte)?;
             let name = part.guest.domain();
             let (domain, new) = objects.enter_domain(name)?;

@@ -166,7 +166,7 @@ impl Rig {
         self.map(domain, BUFFER);
         let nested = self
             .host
-            .nested_alloc(served.id, &guest_dte(domain))
+            .nested_alloc(served.id, HostDevice(device), &guest_dte(domain))
             .expect("legal");
         self.host
             .attach(HostDevice(device), nested)
@@ -383,14 +383,22 @@ fn what_the_kernel_refuses_is_refused() {
     rig.host.destroy(served.vdevices[1]).expect("unused");
     assert_eq!(vdevice(1, name(0)), Some(libc::EEXIST), "another's name");
     assert_eq!(
-        errno(rig.host.nested_alloc(served.vdevices[0], &guest_dte(1))),
+        errno(
+            rig.host
+                .nested_alloc(served.vdevices[0], HostDevice(0), &guest_dte(1))
+        ),
         Some(libc::EINVAL)
+    );
+
+    assert_eq!(
+        errno(rig.host.nested_alloc(id, HostDevice(2), &guest_dte(1))),
+        Some(libc::ENOENT)
     );
 
     let refused = |change: fn(&mut Dte)| {
         let mut dte = guest_dte(1);
         change(&mut dte);
-        errno(rig.host.nested_alloc(id, &dte))
+        errno(rig.host.nested_alloc(id, HostDevice(0), &dte))
     };
     assert_eq!(refused(|dte| dte.host.set_v(false)), Some(libc::EINVAL));
     assert_eq!(refused(|dte| dte.host.set_mode(4)), Some(libc::EINVAL));
@@ -418,7 +426,10 @@ fn what_the_kernel_refuses_is_refused() {
     assert_eq!(refused(|_| ()), None);
     assert_eq!(refused(|_| ()), Some(libc::EEXIST));
 
-    let nested = rig.host.nested_alloc(id, &guest_dte(1)).expect("legal");
+    let nested = rig
+        .host
+        .nested_alloc(id, HostDevice(0), &guest_dte(1))
+        .expect("legal");
     let attach = |device, table| errno(rig.host.attach(HostDevice(device), table));
     assert_eq!(
         attach(1, nested),

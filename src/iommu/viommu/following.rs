@@ -157,7 +157,7 @@ impl Followed {
             return Err(Refused);
         }
         let table = asking.ask("make a guest's tables; their function is blocked", |host| {
-            host.nested_alloc(asking.viommu, wanted)
+            host.nested_alloc(asking.viommu, self.device, wanted)
         })?;
         let attached = asking.ask("attach a function to a guest's tables; it is blocked", |host| {
             host.attach(self.device, table)

@@ -153,9 +153,9 @@ pub trait ViommuHost: Send + Sync {
     /// Let commands and events of the guest name `device` by `guest`. Once for each device, each with another name.
     fn vdevice_alloc(&self, viommu: ObjectId, device: HostDevice, guest: Bdf) -> io::Result<ObjectId>;
 
-    /// Tables as the guest's `dte` says: its GCR3 root, of guest physical addresses, over the nest parent. Valid, without
-    /// host tables (Mode 0); of the rest only the domain and what concerns v2 tables counts.
-    fn nested_alloc(&self, viommu: ObjectId, dte: &Dte) -> io::Result<ObjectId>;
+    /// Tables for `device`, as the guest's `dte` says: its GCR3 root, of guest physical addresses, over the nest parent. Valid,
+    /// without host tables (Mode 0); of the rest only the domain and what concerns v2 tables counts.
+    fn nested_alloc(&self, viommu: ObjectId, device: HostDevice, dte: &Dte) -> io::Result<ObjectId>;
 
     /// Requests of `device` pass `table` from here on: the nest parent, the blocked one or a nested one. Replaces what it
     /// was attached to. For nested ones the device has its vDevice, and keeps it as long as it is attached there.

@@ -108,6 +108,17 @@ impl Fake {
         self.state().objects.add(Object::Device { unit, attached: None })
     }
 
+    /// `device` is bound no longer, as when its last descriptor is closed: what the guest calls it goes with it, by no
+    /// request, and nothing has the number of that ever after.
+    pub(crate) fn unbind(&self, device: u32) {
+        let objects = &mut self.state().objects;
+        let of = |object: &Object| matches!(*object, Object::Vdevice { device: of, .. } if of == device);
+        if let Some(name) = objects.find(of) {
+            objects.remove(name);
+        }
+        objects.remove(device);
+    }
+
     /// What attaches `device`.
     pub(crate) fn function(self: &Arc<Self>, device: u32) -> Arc<Function> {
         Arc::new(Function {

@@ -252,7 +252,7 @@ impl HwHost {
         self.devices.get(device.0).map_or_else(|| errno(libc::ENOENT), Ok)
     }
 
-    /// The device by which the kernel finds the unit.
+    /// The device by which the kernel finds the unit, before the host can have taken any back.
     fn first(&self) -> u32 {
         self.devices.first().expect("a host has a device").id
     }
@@ -422,10 +422,12 @@ impl ViommuHost for HwHost {
         Ok(state.keep(id, Object::Vdevice(device)))
     }
 
-    fn nested_alloc(&self, viommu: ObjectId, dte: &Dte) -> io::Result<ObjectId> {
+    fn nested_alloc(&self, viommu: ObjectId, device: HostDevice, dte: &Dte) -> io::Result<ObjectId> {
         let mut state = self.state();
         state.viommu(viommu)?;
-        let id = requests::nested_alloc(&*self.kernel, viommu.0, self.first(), &canonical(dte)?)?;
+        // Any device of the unit would do, but for those that the host has taken back.
+        let of = self.device(device)?.id;
+        let id = requests::nested_alloc(&*self.kernel, viommu.0, of, &canonical(dte)?)?;
         Ok(state.keep(id, Object::Nested))
     }
 
@@ -568,6 +570,11 @@ impl ViommuHost for HwHost {
                 requests::forward(&*self.kernel, *by, &whose, rings::CONTROL, control.into_bits())?;
                 state.control = control;
             }
+            (Object::Vdevice(_), _) => match requests::destroy(&*self.kernel, id.0) {
+                // It went with the binding of its device, and the kernel gives its number to nothing else.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                answer => answer?,
+            },
             _ => requests::destroy(&*self.kernel, id.0)?,
         }
         state.made.remove(&id);

@@ -156,9 +156,9 @@ fn live(bench: &Bench, abi: &Abi) -> Arc<HwHost> {
     let event = again(|| host.queue_alloc(viommu, &queue(QueueKind::Event)));
     let command = again(|| host.queue_alloc(viommu, &queue(QueueKind::Command)));
     again(|| host.queue_alloc(viommu, &queue(QueueKind::Ppr)));
-    let nested = again(|| host.nested_alloc(viommu, &entry()));
+    let nested = again(|| host.nested_alloc(viommu, NIC, &entry()));
     again(|| host.attach(NIC, nested));
-    let other = again(|| host.nested_alloc(viommu, &entry()));
+    let other = again(|| host.nested_alloc(viommu, NIC, &entry()));
     again(|| host.attach(NIC, other));
     again(|| host.destroy(nested));
     if abi.interrupts.is_some() {
@@ -184,7 +184,7 @@ fn live(bench: &Bench, abi: &Abi) -> Arc<HwHost> {
     again(|| host.destroy(other));
     again(|| host.destroy(vdevice));
     again(|| host.vdevice_alloc(viommu, DISK, name(0x2100)));
-    let nested = again(|| host.nested_alloc(viommu, &entry()));
+    let nested = again(|| host.nested_alloc(viommu, DISK, &entry()));
     again(|| host.attach(DISK, nested));
     again(|| host.queue_alloc(viommu, &queue(QueueKind::Command)));
     drop(page);
@@ -348,7 +348,9 @@ fn a_table_of_the_guests_is_reached_by_devices_that_have_a_name() {
     let bench = Bench::new(Version::E);
     let host = bench.made("v-e");
     let Viommu { id: viommu, .. } = host.viommu_alloc().expect("made");
-    let nested = host.nested_alloc(viommu, &entry()).expect("made");
+    let strange = host.nested_alloc(viommu, HostDevice(2), &entry());
+    assert_eq!(errno(strange), Some(libc::ENOENT));
+    let nested = host.nested_alloc(viommu, NIC, &entry()).expect("made");
     assert_eq!(errno(host.attach(NIC, nested)), Some(libc::EINVAL), "no name");
     assert_eq!(errno(host.attach(NIC, viommu)), Some(libc::EINVAL), "no table");
     assert_eq!(errno(host.attach(NIC, ObjectId(99))), Some(libc::ENOENT));
@@ -365,6 +367,31 @@ fn a_table_of_the_guests_is_reached_by_devices_that_have_a_name() {
     host.destroy(vdevice).expect("unused");
     host.destroy(viommu).expect("unused");
     assert_eq!(errno(host.destroy(viommu)), Some(libc::ENOENT));
+}
+
+#[test]
+fn a_device_that_is_bound_no_longer_has_no_name_to_be_destroyed_and_its_tables_go() {
+    let bench = Bench::new(Version::E);
+    let host = bench.made("v-e");
+    let Viommu { id: viommu, page } = host.viommu_alloc().expect("made");
+    let of_nic = host.vdevice_alloc(viommu, NIC, name(0x2100)).expect("made");
+    let of_disk = host.vdevice_alloc(viommu, DISK, name(0x2108)).expect("made");
+    let nested = host.nested_alloc(viommu, NIC, &entry()).expect("made");
+    host.attach(NIC, nested).expect("named");
+    bench.fake.unbind(bench.devices[0]);
+    let (kind, text) = said(host.nested_alloc(viommu, NIC, &entry()));
+    assert_eq!(kind, io::ErrorKind::NotFound, "{text}");
+    let other = host.nested_alloc(viommu, DISK, &entry()).expect("it is there");
+    host.attach(NIC, host.blocked()).expect("as good as attached");
+    host.destroy(nested).expect("unused");
+    host.destroy(of_nic).expect("it went with its device");
+    assert_eq!(errno(host.destroy(of_nic)), Some(libc::ENOENT), "once");
+    host.destroy(of_disk).expect("unused");
+    host.destroy(other).expect("unused");
+    drop(page);
+    host.destroy(viommu).expect("nothing uses it");
+    drop(host);
+    assert_eq!(bench.fake.objects(), [Kept::Ioas]);
 }
 
 #[test]
@@ -385,14 +412,14 @@ fn entries_without_guest_tables_are_no_nested_tables() {
         (good.with_gcr3_root(0), "no root"),
         (with(|host| host.with_glx(3)), "too many levels"),
     ] {
-        let (kind, _) = said(host.nested_alloc(viommu, &dte));
+        let (kind, _) = said(host.nested_alloc(viommu, NIC, &dte));
         assert_eq!(kind, io::ErrorKind::InvalidInput, "{why}");
     }
     let five = Dte {
         interrupt: good.interrupt.with_guest_paging_mode(1),
         ..good
     };
-    let (kind, text) = said(host.nested_alloc(viommu, &five));
+    let (kind, text) = said(host.nested_alloc(viommu, NIC, &five));
     assert_eq!(kind, io::ErrorKind::Unsupported, "{text}");
     let nested = |object: &Kept| matches!(object, Kept::Nested { .. });
     assert!(!bench.fake.objects().iter().any(nested));

@@ -318,7 +318,7 @@ impl ViommuHost for FakeHost {
         ))
     }
 
-    fn nested_alloc(&self, viommu: ObjectId, dte: &Dte) -> io::Result<ObjectId> {
+    fn nested_alloc(&self, viommu: ObjectId, device: HostDevice, dte: &Dte) -> io::Result<ObjectId> {
         let mut state = self.enter("nested")?;
         state.is_viommu(viommu)?;
         let (host, mode) = (dte.host, dte.interrupt.guest_paging_mode());
@@ -331,6 +331,10 @@ impl ViommuHost for FakeHost {
             && host.glx() != 3;
         if !right {
             return Err(state.wrong(format!("tables of {dte:x?}"), 22));
+        }
+        let named = |object: &Object| matches!(object, Object::Vdevice(of, _) if *of == device);
+        if !state.objects.values().any(named) {
+            return Err(state.wrong(format!("tables for {device:?}, which has no name"), 22));
         }
         let what = format!("nested {:#x}", dte.gcr3_root());
         Ok(state.add(Object::Nested(*dte), what))

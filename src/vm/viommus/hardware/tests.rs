@@ -1,5 +1,6 @@
 //! Mode `hw` in a machine, over a kernel that is none: from the plan to the last object.
 
+mod leaving;
 mod told;
 
 use std::collections::BTreeMap;
@@ -9,6 +10,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::devices::vfio::host::HostFunction;
+use crate::devices::vfio::lent::Lent;
 use crate::devices::vfio::testing::{Device, GuestSpace, nic_config};
 use crate::iommu::iommufd::fake::{EFR, EFR2, EXT_INT, Fake, Object, Version};
 use crate::iommu::iommufd::{Ioas, Kernel, Memlock};
@@ -53,6 +55,8 @@ struct Bench {
 struct Made {
     events: EventLoop,
     units: Vec<Hardware>,
+    /// What the guest has of each NIC.
+    lent: Vec<Arc<Lent>>,
 }
 
 impl Bench {
@@ -141,7 +145,9 @@ impl Bench {
             unit.map_page(Gpa(planned.mmio.start().0 + 0x2000), &*self.space)?;
             units.push(unit);
         }
-        Ok(Made { events, units })
+        let lent = (0..self.plan.devices.len()).filter_map(|index| passed.function(index));
+        let lent = lent.map(|(lent, _)| lent).collect();
+        Ok(Made { events, units, lent })
     }
 
     fn attached(&self, nic: usize) -> Option<u32> {
