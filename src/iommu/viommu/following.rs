@@ -229,6 +229,18 @@ impl Followed {
         }
     }
 
+    /// Whether it issues its requests as `requester`.
+    pub(super) fn is(&self, requester: &Arc<Requester>) -> bool {
+        Arc::ptr_eq(&self.requester, requester)
+    }
+
+    /// Block it and give back what it has, before the host has it back. Whether that is all there is to do for it.
+    pub(super) fn leave(&mut self, asking: &Asking, leftovers: &mut Leftovers) -> bool {
+        let blocked = self.block(asking, leftovers).is_ok();
+        self.end_vdevice(asking, leftovers);
+        blocked
+    }
+
     /// Block it for good and give back what it has.
     pub(super) fn end(&mut self, asking: &Asking, leftovers: &mut Leftovers) {
         if self.block(asking, leftovers).is_err() {

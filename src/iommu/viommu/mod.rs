@@ -466,11 +466,16 @@ impl ServedUnit {
 }
 
 /// Names that commands and events use are made anew, and the entries of the new numbers are watched and obeyed from here on.
+/// The host makes nothing any more for a function that left.
 impl Observer for ServedUnit {
     fn renumbered(&self) {
         // Commands of the time before are about the names of then.
         self.catch_up();
         self.serve();
+    }
+
+    fn left(&self, requester: &Arc<Requester>) {
+        self.service().leave(requester, &self.asking);
     }
 }
 

@@ -1,6 +1,7 @@
 //! What the host does for the unit at present, and bringing it to what the guest says.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use super::asking::{Asking, Leftovers};
 use super::counters::Count;
@@ -14,6 +15,7 @@ use crate::iommu::amd::features::Features;
 use crate::iommu::amd::registers::Configuration;
 use crate::iommu::amd::spec::dte::Dte;
 use crate::platform::addr::{Bdf, Gpa, GpaRange, PAGE_SIZE};
+use crate::platform::dma::Requester;
 use crate::platform::memory::GuestRam;
 use crate::{guest_line, guest_warn};
 
@@ -192,6 +194,14 @@ impl Service {
             let entry = entry.map(|entry| entry.start());
             function.follow(intent, entry, has_log, asking, &mut self.leftovers);
         }
+    }
+
+    /// The function that is `requester` leaves: what the host made for it goes while it still knows the function, and
+    /// nothing is asked about it any more.
+    pub(super) fn leave(&mut self, requester: &Arc<Requester>, asking: &Asking) {
+        let leftovers = &mut self.leftovers;
+        self.functions
+            .retain_mut(|function| !function.is(requester) || !function.leave(asking, leftovers));
     }
 
     /// Give everything back in the order in which the host's objects hang on each other, with the event queue `events`.

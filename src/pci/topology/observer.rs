@@ -1,14 +1,21 @@
-//! Who goes by the numbers that functions have, and is told when the guest changes them.
+//! Who goes by the numbers that functions have, and is told when the guest changes them, or when a function leaves.
 
 use std::sync::{Arc, PoisonError, Weak};
 
 use super::Topology;
+use crate::platform::dma::Requester;
 
 /// Who holds something for functions by their numbers: an IOMMU, which looks them up in tables of the guest's.
 pub trait Observer: Send + Sync {
     /// Some functions have other numbers than before, which their requesters know already. Called on the processor that
     /// wrote the number, with no lock held and before its access is over; what it does is bounded therefore.
     fn renumbered(&self);
+
+    /// The function that issues requests as `requester` issues none any more and will not come back. A function of the host's is
+    /// still there, and the host has it after this. Called with no lock held.
+    fn left(&self, requester: &Arc<Requester>) {
+        let _ = requester;
+    }
 }
 
 impl Topology {
@@ -20,11 +27,19 @@ impl Topology {
 
     /// Somebody has another number. No lock is held.
     pub(super) fn tell_renumbered(&self) {
-        let observers: Vec<Arc<dyn Observer>> = {
-            let observers = self.observers.read().unwrap_or_else(PoisonError::into_inner);
-            observers.iter().filter_map(Weak::upgrade).collect()
-        };
-        observers.iter().for_each(|observer| observer.renumbered());
+        self.observers().iter().for_each(|observer| observer.renumbered());
+    }
+
+    /// A function left. No lock is held.
+    pub(super) fn tell_left(&self, requester: &Arc<Requester>) {
+        self.observers()
+            .iter()
+            .for_each(|observer| observer.left(requester));
+    }
+
+    fn observers(&self) -> Vec<Arc<dyn Observer>> {
+        let observers = self.observers.read().unwrap_or_else(PoisonError::into_inner);
+        observers.iter().filter_map(Weak::upgrade).collect()
     }
 }
 
@@ -43,11 +58,12 @@ mod tests {
     /// The Express capability comes first.
     const LINK_CONTROL: u16 = 0x10 + 4;
 
-    /// Writes down as whom `near` issues requests whenever somebody has another number.
+    /// Writes down as whom `near` issues requests whenever somebody has another number, and who left.
     #[derive(Default)]
     struct Listener {
         machine: OnceLock<Arc<Machine>>,
         heard: Mutex<Vec<Bdf>>,
+        gone: Mutex<Vec<Bdf>>,
     }
 
     impl Listener {
@@ -64,6 +80,10 @@ mod tests {
             let other = machine.node("other").bdf;
             machine.write(other, COMMAND, machine.read(other, COMMAND));
             self.heard.lock().expect("not poisoned").push(near.sbdf().bdf);
+        }
+
+        fn left(&self, requester: &Arc<Requester>) {
+            self.gone.lock().expect("not poisoned").push(requester.sbdf().bdf);
         }
     }
 
@@ -109,6 +129,17 @@ mod tests {
         assert_eq!(listener.heard(), []);
         machine.write(port, LINK_CONTROL, 0);
         assert_eq!(listener.heard(), [bus(0x30)]);
+    }
+
+    #[test]
+    fn it_is_told_who_left_and_that_is_no_other_number() {
+        let (machine, listener) = listening();
+        machine.enable();
+        let near = machine.node("near").bdf;
+        let function = machine.topology.function(0, near).expect("there");
+        machine.topology.removed(function);
+        assert_eq!(*listener.gone.lock().expect("not poisoned"), [near]);
+        assert_eq!(listener.heard(), []);
     }
 
     #[test]

@@ -35,13 +35,15 @@ impl Topology {
             .is_some_and(|(_, port)| !port.slot_is_on())
     }
 
-    /// `function` answers nothing any more ([`Function::is_present`]). Its BARs and its requests end before this returns,
-    /// and where nothing is left in its slot, the link goes down, of which the slot tells the guest (6.7.6).
+    /// `function` answers nothing any more ([`Function::is_present`]). Its BARs and its requests end before this returns, of
+    /// which observers are told, and where nothing is left in its slot, the link goes down, of which the slot tells the
+    /// guest (6.7.6).
     pub fn removed(&self, function: &Arc<dyn Function>) {
         let Some(place) = self.place_of(function) else {
             return;
         };
         self.perform(place, &**function, ConfigEffect::DECODING);
+        self.tell_left(function.requester());
         let bus = &self.buses[place.bus];
         let present = |index: &usize| {
             let there = self.places[*index].function.as_ref();

@@ -150,6 +150,15 @@ impl Bench {
         Ok(Made { events, units, lent })
     }
 
+    /// The guest's hierarchy; functions behind `unit` issue their requests as that has it.
+    fn hierarchy(&self, unit: &Hardware) -> Machine {
+        Machine::with_devices(self.plan.pci.clone(), |node| {
+            let mut behind = unit.functions.iter();
+            let requester = behind.find(|requester| requester.sbdf().bdf == node.bdf);
+            Probe::issuing_as(node, requester.cloned().unwrap_or_default())
+        })
+    }
+
     fn attached(&self, nic: usize) -> Option<u32> {
         let at: Sbdf = NICS[nic].0.parse().expect("an address");
         self.fake.attached(self.devices[&at].0)
@@ -490,19 +499,13 @@ fn a_function_of_the_hosts_that_the_guest_renumbers_has_its_new_numbers_entry_an
     made.start(0);
     bench.entry(made.id(0, 0), dte(0x30_0000, 1));
     let (first, parent) = (bench.attached(0), bench.attached(1));
-    let requesters = [0, 1].map(|index| made.units[0].functions[index].clone());
-    let machine = Machine::with_devices(bench.plan.pci.clone(), |node| {
-        let mut behind = requesters.iter();
-        let requester = behind.find(|requester| requester.sbdf().bdf == node.bdf);
-        Probe::issuing_as(node, requester.cloned().unwrap_or_default())
-    });
+    let machine = bench.hierarchy(&made.units[0]);
+    let moved = made.units[0].functions[0].clone();
     let unit = Unit::Hardware(Arc::new(made.units.remove(0)));
     machine.topology.tell(unit.observer());
     let above = |node: &&Node| {
         let below = node.bridge.iter().flat_map(|bridge| &bridge.children);
-        below
-            .map(|child| child.bdf)
-            .any(|bdf| bdf == requesters[0].sbdf().bdf)
+        below.map(|child| child.bdf).any(|bdf| bdf == moved.sbdf().bdf)
     };
     let port = machine.tree.nodes().map(|(_, node)| node).find(above);
     // The last bus of the root complex, whose entries lie in a page that was not watched.
@@ -513,7 +516,7 @@ fn a_function_of_the_hosts_that_the_guest_renumbers_has_its_new_numbers_entry_an
     let last = *root.expect("the port is behind one").buses.end();
     let buses = u32::from_le_bytes([0, last, last, 0]);
     machine.write(port.expect("it is behind one").bdf, 6, buses);
-    let id = requesters[0].sbdf().bdf.requester_id();
+    let id = moved.sbdf().bdf.requester_id();
     assert_eq!((id, bench.attached(0)), (u16::from(last) << 8, parent));
     let named = |object: &Object| matches!(*object, Object::Vdevice { name, .. } if name == u64::from(id));
     assert!(bench.fake.objects().iter().any(named));
