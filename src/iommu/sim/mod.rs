@@ -203,12 +203,6 @@ impl SimHost {
         }))
     }
 
-    /// What the operator calls the unit that it serves.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
     /// What stands between memory and `device`, whose requests arrive here by whatever number the guest has for it.
     #[must_use]
     pub fn translator(self: &Arc<Self>, device: HostDevice) -> Arc<dyn Translator> {
