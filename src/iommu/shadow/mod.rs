@@ -147,6 +147,15 @@ impl Shadow {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Do a bounded part of what is left, and leave the rest to the unit.
+    fn settle_at_once(&self, mut state: MutexGuard<'_, State>) {
+        let settled = state.settle(&self.host);
+        drop(state);
+        if !settled {
+            self.unit.upgrade().inspect(|unit| unit.settle_soon());
+        }
+    }
+
     /// Read again what those of `which` are to reach.
     fn look(&self, state: &mut State, which: impl Fn(&Confined) -> bool) {
         let unit = self.unit.upgrade();
@@ -230,11 +239,24 @@ impl Observer for Shadow {
                 function.block(blocked, &self.host);
             }
         }
-        let settled = state.settle(&self.host);
-        drop(state);
-        if !settled {
-            self.unit.upgrade().inspect(|unit| unit.settle_soon());
+        self.settle_at_once(state);
+    }
+
+    /// Nothing is mapped for it any more. It is blocked, until whoever has it detaches it.
+    fn left(&self, requester: &Arc<Requester>) {
+        let mut state = self.state();
+        let blocked = state.blocked.id();
+        let leaves = |function: &Confined| Arc::ptr_eq(&function.requester, requester);
+        for function in state.functions.iter_mut().filter(|function| leaves(function)) {
+            function.view = View::Nothing;
+            function.block(blocked, &self.host);
         }
+        // What the host does not block stays in the books, and with it the address space that it reaches.
+        let reaches = |function: &Confined| function.place.is_some_and(|place| place != blocked);
+        state
+            .functions
+            .retain(|function| !leaves(function) || reaches(function));
+        self.settle_at_once(state);
     }
 }
 

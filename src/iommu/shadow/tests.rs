@@ -292,6 +292,35 @@ fn a_function_that_is_renumbered_is_blocked_until_more_than_a_step_of_tables_was
 }
 
 #[test]
+fn nothing_is_mapped_any_more_for_a_function_that_left() {
+    let rig = Rig::attached();
+    rig.map(0, 0x40_0000);
+    rig.invalidate_page(0);
+    let (spaces, other) = (rig.kernel.spaces().len(), rig.functions[1].place());
+    rig.shadow().left(&rig.requesters[0]);
+    assert_eq!((rig.reaches(BASE), rig.reaches(0x5000)), (None, None));
+    assert_eq!(rig.kernel.spaces().len(), spaces - 1);
+    // The host has it back.
+    rig.functions[0].detach().expect("attached");
+    let asked = (rig.kernel.count(Call::Attach), rig.kernel.count(Call::Copy));
+    rig.map(1, 0x50_0000);
+    rig.invalidate_page(1);
+    rig.view(0, View::Identity(Access::BOTH));
+    rig.view(0, tables());
+    assert_eq!(
+        (rig.kernel.count(Call::Attach), rig.kernel.count(Call::Copy)),
+        asked
+    );
+    assert_eq!(
+        (rig.kernel.spaces().len(), rig.functions[1].place()),
+        (spaces - 1, other)
+    );
+    // The others are followed as before.
+    rig.view(1, tables());
+    assert_eq!(rig.functions[1].reaches(BASE), Some((0x40_0000, Access::BOTH)));
+}
+
+#[test]
 fn identity_in_one_direction_is_a_space_of_its_own() {
     let rig = Rig::new();
     rig.view(0, View::Identity(Access::READ));
