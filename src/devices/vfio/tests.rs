@@ -1,6 +1,7 @@
 //! A passed function over a device whose registers and failures the test chooses.
 
 mod ends;
+mod interrupts;
 mod peers;
 
 use std::sync::Mutex;
@@ -13,6 +14,7 @@ use crate::pci::testing::Messages;
 use crate::pci::tree::BarKind;
 use crate::platform::irq::InterruptController;
 use crate::platform::memory::GuestRam;
+use crate::platform::msi::MsiMessage;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 const IDENTITY: Identity = Identity {

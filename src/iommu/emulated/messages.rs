@@ -129,48 +129,57 @@ struct Route {
     unit: Arc<EmulatedUnit>,
     requester: Arc<Requester>,
     kernel: Box<dyn MsiRoute>,
-    /// Held across a change of the kernel's route.
+    /// What it was set to; held across a change of the kernel's route.
     asked: Mutex<Asked>,
     /// The requester ID whose message the kernel's route has, or [`NOBODY`].
     carries_for: AtomicU32,
 }
 
-/// What a route is to carry.
+/// What a route was set to.
 #[derive(Clone, Copy, Default)]
 struct Asked {
-    /// What it was set to, before remapping.
+    /// The message before remapping; `None` while its vector is masked, and what is signalled meanwhile is kept.
     message: Option<MsiMessage>,
     /// By whose entries that was remapped.
     device: Bdf,
+    /// The unit blocks the message: what is signalled meanwhile goes nowhere.
+    blocked: bool,
 }
 
 impl Route {
-    /// Bring the kernel's route to what `asked` becomes at present.
-    fn bring(&self, asked: Asked) -> Result<(), HostError> {
-        let Asked { message, device } = asked;
-        let Some(message) = message.and_then(|sent| self.unit.routed(device, sent)) else {
-            self.carries_for.store(NOBODY, Ordering::Release);
-            return self.kernel.set(None);
-        };
-        if self.carries_for.load(Ordering::Acquire) == NOBODY {
-            // Signals of the time when it led nowhere: they were to go nowhere.
+    /// Bring the kernel's route to what `message` becomes at present, which is `asked` from here on.
+    fn bring(&self, asked: &mut Asked, message: Option<MsiMessage>) -> Result<(), HostError> {
+        let device = self.requester.sbdf().bdf;
+        let routed = message.and_then(|message| self.unit.routed(device, message));
+        let blocked = message.is_some() && routed.is_none();
+        if asked.blocked && !blocked {
+            // Signals of the time when it was blocked. What a masked vector owes is another matter: that stays.
             let _ = self.kernel.eventfd().read();
         }
-        self.kernel.set(Some(message))?;
-        self.carries_for
-            .store(device.requester_id().into(), Ordering::Release);
+        if routed.is_none() {
+            self.carries_for.store(NOBODY, Ordering::Release);
+        }
+        self.kernel.set(routed)?;
+        if routed.is_some() {
+            self.carries_for
+                .store(device.requester_id().into(), Ordering::Release);
+        }
+        *asked = Asked {
+            message,
+            device,
+            blocked,
+        };
         Ok(())
     }
 
     /// The guest changed what messages of some devices become, perhaps of this one's, or this is another one by now.
     fn refresh(&self, concerns: impl Fn(Bdf) -> bool) {
         let mut asked = lock(&self.asked);
-        let device = self.requester.sbdf().bdf;
-        if asked.message.is_none() || device == asked.device && !concerns(device) {
+        if asked.message.is_none() || self.requester.sbdf().bdf == asked.device && !concerns(asked.device) {
             return;
         }
-        asked.device = device;
-        if let Err(error) = self.bring(*asked) {
+        let message = asked.message;
+        if let Err(error) = self.bring(&mut asked, message) {
             // What the route carries may be out of date, so nothing goes by it.
             self.carries_for.store(NOBODY, Ordering::Release);
             let error: &(dyn std::error::Error + 'static) = &error;
@@ -193,13 +202,7 @@ impl MsiRoute for Handle {
 
     fn set(&self, message: Option<MsiMessage>) -> Result<(), HostError> {
         let mut asked = lock(&self.0.asked);
-        let wanted = Asked {
-            message,
-            device: self.0.requester.sbdf().bdf,
-        };
-        self.0.bring(wanted)?;
-        *asked = wanted;
-        Ok(())
+        self.0.bring(&mut asked, message)
     }
 
     fn carries(&self) -> bool {

@@ -14,7 +14,7 @@ mod ioapic;
 mod messages;
 mod serving;
 #[cfg(test)]
-pub(in crate::iommu) mod testing;
+pub(crate) mod testing;
 
 pub use super::function::{CAPABILITY_AT, GuestRegisters, IDENTITY};
 pub use ioapic::RemappingIoApic;

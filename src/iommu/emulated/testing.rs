@@ -24,20 +24,20 @@ const DEVICE_TABLE: u64 = 0x20_0000;
 const RAM: usize = 0x60_0000;
 
 /// A unit with its driver: rings and tables in place, everything on.
-pub(in crate::iommu) struct Rig {
-    pub(in crate::iommu) ram: GuestRam,
-    pub(in crate::iommu) unit: Arc<EmulatedUnit>,
-    pub(in crate::iommu) processors: Arc<Messages>,
+pub(crate) struct Rig {
+    pub(crate) ram: GuestRam,
+    pub(crate) unit: Arc<EmulatedUnit>,
+    pub(crate) processors: Arc<Messages>,
     tail: std::cell::Cell<u64>,
 }
 
 /// The device under test: 01:00.0.
-pub(in crate::iommu) fn device() -> Bdf {
+pub(crate) fn device() -> Bdf {
     Bdf::new(1, 0, 0).expect("valid")
 }
 
 /// Its requester, with Bus Master Enable.
-pub(in crate::iommu) fn requester() -> Arc<Requester> {
+pub(crate) fn requester() -> Arc<Requester> {
     let requester = Arc::new(Requester::new(Sbdf {
         segment: 0,
         bdf: device(),
@@ -47,7 +47,7 @@ pub(in crate::iommu) fn requester() -> Arc<Requester> {
 }
 
 /// What a device sends that Linux gave entry `index` of its table.
-pub(in crate::iommu) fn indexed(index: u32) -> MsiMessage {
+pub(crate) fn indexed(index: u32) -> MsiMessage {
     MsiMessage {
         address: 0xfee0_0000,
         data: index,
@@ -56,7 +56,7 @@ pub(in crate::iommu) fn indexed(index: u32) -> MsiMessage {
 
 impl Rig {
     /// A unit as after power-on.
-    pub(in crate::iommu) fn at_reset() -> Self {
+    pub(crate) fn at_reset() -> Self {
         let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)]).expect("a mapping");
         let ram = GuestRam::new(ram);
         let processors = Messages::new();
@@ -81,7 +81,7 @@ impl Rig {
     }
 
     /// Rings in place, everything on.
-    pub(in crate::iommu) fn running() -> Self {
+    pub(crate) fn running() -> Self {
         let rig = Self::at_reset();
         let length = 8_u64 << 56;
         rig.write(0x00, DEVICE_TABLE | 0x1ff);
@@ -99,19 +99,19 @@ impl Rig {
     }
 
     /// Write a register.
-    pub(in crate::iommu) fn write(&self, at: u64, value: u64) {
+    pub(crate) fn write(&self, at: u64, value: u64) {
         self.unit.write(at, &value.to_le_bytes());
     }
 
     /// Read a register.
-    pub(in crate::iommu) fn read(&self, at: u64) -> u64 {
+    pub(crate) fn read(&self, at: u64) -> u64 {
         let mut data = [0; 8];
         self.unit.read(at, &mut data);
         u64::from_le_bytes(data)
     }
 
     /// The device's entry: interrupts by a table of 16 entries, memory by a host table of one level.
-    pub(in crate::iommu) fn cover(&self) {
+    pub(crate) fn cover(&self) {
         let at = Gpa(DEVICE_TABLE + 32 * u64::from(device().requester_id()));
         let translation = 1 << 62 | 1 << 61 | HOST_TABLE | 1 << 9 | 1 << 1 | 1;
         let interrupts = 2 << 60 | INTERRUPT_TABLE | 4 << 1 | 1;
@@ -122,12 +122,12 @@ impl Rig {
     }
 
     /// Map page `page` of the device's addresses to `target`.
-    pub(in crate::iommu) fn map(&self, page: u64, target: u64) {
+    pub(crate) fn map(&self, page: u64, target: u64) {
         self.store(HOST_TABLE + 8 * page, 1 << 62 | 1 << 61 | target | 1);
     }
 
     /// Entry `index` of the device's remapping table: `vector` to APIC `destination`; `None` switches it off.
-    pub(in crate::iommu) fn remap(&self, index: u64, to: Option<(u32, u8)>) {
+    pub(crate) fn remap(&self, index: u64, to: Option<(u32, u8)>) {
         let [low, high] = to.map_or([0, 0], |(destination, vector)| {
             let low = u64::from(destination & 0xff_ffff) << 8 | 1;
             [low, u64::from(destination >> 24) << 56 | u64::from(vector)]
@@ -137,12 +137,12 @@ impl Rig {
     }
 
     /// Tell the unit that the device's remapping entries changed, and wait until it has obeyed.
-    pub(in crate::iommu) fn invalidate_interrupts(&self) {
+    pub(crate) fn invalidate_interrupts(&self) {
         self.command(5, device().requester_id().into());
     }
 
     /// Ring for a command, and for a COMPLETION_WAIT whose store is waited for.
-    pub(in crate::iommu) fn command(&self, code: u64, low: u64) {
+    pub(crate) fn command(&self, code: u64, low: u64) {
         self.store(FLAG, 0);
         self.put(code << 60 | low, 0);
         self.put(1 << 60 | FLAG | 1, 0x5a);
@@ -151,7 +151,7 @@ impl Rig {
     }
 
     /// Put a command into the ring.
-    pub(in crate::iommu) fn put(&self, low: u64, high: u64) {
+    pub(crate) fn put(&self, low: u64, high: u64) {
         let at = self.tail.get();
         self.store(RING + at, low);
         self.store(RING + at + 8, high);
@@ -159,36 +159,36 @@ impl Rig {
     }
 
     /// Put a COMPLETION_WAIT into the ring that stores `value`, not 0, where [`Rig::flag`] looks.
-    pub(in crate::iommu) fn put_wait(&self, value: u64) {
+    pub(crate) fn put_wait(&self, value: u64) {
         self.put(1 << 60 | FLAG | 1, value);
     }
 
     /// What the last COMPLETION_WAIT stored.
-    pub(in crate::iommu) fn flag(&self) -> u64 {
+    pub(crate) fn flag(&self) -> u64 {
         self.load(FLAG)
     }
 
     /// What the doorbell is rung with.
-    pub(in crate::iommu) fn tail(&self) -> u64 {
+    pub(crate) fn tail(&self) -> u64 {
         self.tail.get()
     }
 
     /// Ring the doorbell.
-    pub(in crate::iommu) fn ring(&self) {
+    pub(crate) fn ring(&self) {
         self.write(0x2008, self.tail.get());
     }
 
     /// The events in the log, by code.
-    pub(in crate::iommu) fn events(&self) -> Vec<u64> {
+    pub(crate) fn events(&self) -> Vec<u64> {
         let tail = self.read(0x2018);
         (0..tail / 16).map(|at| self.load(LOG + 16 * at) >> 60).collect()
     }
 
-    pub(in crate::iommu) fn store(&self, at: u64, value: u64) {
+    pub(crate) fn store(&self, at: u64, value: u64) {
         self.ram.write_obj(Gpa(at), &value).expect("RAM");
     }
 
-    pub(in crate::iommu) fn load(&self, at: u64) -> u64 {
+    pub(crate) fn load(&self, at: u64) -> u64 {
         self.ram.read_obj(Gpa(at)).expect("RAM")
     }
 }

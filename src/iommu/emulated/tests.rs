@@ -203,6 +203,44 @@ fn a_route_that_led_nowhere_forgets_what_was_sent_meanwhile() {
 }
 
 #[test]
+fn a_route_that_is_off_keeps_what_was_sent_meanwhile() {
+    let rig = Rig::running();
+    rig.cover();
+    rig.remap(5, Some((1, 0x31)));
+    let route = RemappingSink::new(rig.unit.clone())
+        .route(&requester())
+        .expect("a route");
+    let set = |message| route.set(message).expect("the host takes it");
+    set(Some(indexed(5)));
+    set(None);
+    route.eventfd().write(1).expect("room");
+    // An invalidation of the time when it is off is none of its business.
+    rig.invalidate_interrupts();
+    set(Some(indexed(5)));
+    let kernel = rig.processors.routes().remove(0);
+    assert_eq!(kernel.signals(), 1);
+    // On while the unit blocks it: what was owed went nowhere, too.
+    set(None);
+    route.eventfd().write(1).expect("room");
+    rig.remap(5, None);
+    rig.invalidate_interrupts();
+    set(Some(indexed(5)));
+    rig.remap(5, Some((1, 0x31)));
+    rig.invalidate_interrupts();
+    assert!(route.carries());
+    assert_eq!(kernel.signals(), 0);
+    // Off again while the unit blocks it: what comes from here on is owed, and nothing of before.
+    rig.remap(5, None);
+    rig.invalidate_interrupts();
+    route.eventfd().write(1).expect("room");
+    set(None);
+    route.eventfd().write(2).expect("room");
+    rig.remap(5, Some((1, 0x31)));
+    set(Some(indexed(5)));
+    assert_eq!(kernel.signals(), 2);
+}
+
+#[test]
 fn a_route_carries_nothing_for_a_function_that_was_renumbered() {
     let rig = Rig::running();
     rig.cover();
