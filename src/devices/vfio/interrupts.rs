@@ -169,10 +169,19 @@ impl Interrupts {
 
     /// Dword `index` of the MSI-X pending bits: what vectors owe that may not be sent now.
     pub(super) fn read_pending(&self, index: usize) -> u32 {
+        self.owed(Interrupt::Msix, index.saturating_mul(32))
+    }
+
+    /// The pending bits of MSI, which are the same.
+    pub(super) fn read_msi_pending(&self) -> u32 {
+        self.owed(Interrupt::Msi, 0)
+    }
+
+    /// Which of the 32 vectors of `kind` from `first` on owe something, a bit each.
+    fn owed(&self, kind: Interrupt, first: usize) -> u32 {
         let state = self.state();
-        let first = index.saturating_mul(32);
         let vectors = state.vectors.iter().skip(first).take(32).enumerate();
-        let on = state.on == Some(Interrupt::Msix);
+        let on = state.on == Some(kind);
         vectors
             .filter(|(_, vector)| on && vector.owes())
             .fold(0, |bits, (bit, _)| bits | 1 << bit)
@@ -300,16 +309,15 @@ impl Interrupts {
         }
         let mut fresh = false;
         for (number, vector) in (0..count).zip(&mut state.vectors) {
-            // Its route exists while it is masked, too: the device's vectors are set all at once.
             fresh |= vector.route.is_none();
-            let message = MsiMessage {
+            let open = masked & 1 << number == 0;
+            let message = open.then_some(MsiMessage {
                 address,
                 data: data | number,
-            };
-            self.tell(vector.route_to(&self.port, Some(message)));
-            if masked & 1 << number != 0 {
-                self.tell(vector.route_to(&self.port, None));
-            }
+            });
+            // Its route exists while it is masked, too: the device's vectors are set all at once.
+            let routed = vector.route(&self.port).map(drop);
+            self.tell(routed.and_then(|()| vector.route_to(&self.port, message)));
         }
         if fresh {
             let eventfds: Vec<_> = state
@@ -337,16 +345,22 @@ impl Interrupts {
 }
 
 impl Vector {
-    /// Send `message` from here on, or count what is owed.
+    /// Its route, off at first.
+    fn route(&mut self, port: &MsiPort) -> Result<&dyn MsiRoute, HostError> {
+        let route = match self.route.take() {
+            Some(route) => route,
+            None => port.route()?,
+        };
+        Ok(&**self.route.insert(route))
+    }
+
+    /// Send `message` from here on, or count what is owed. Changes the route once, if at all: one that came on for a moment
+    /// would deliver what is owed.
     fn route_to(&mut self, port: &MsiPort, message: Option<MsiMessage>) -> Result<(), HostError> {
         if self.sends == message {
             return Ok(());
         }
-        let route = match (&mut self.route, message) {
-            (None, None) => return Ok(()),
-            (Some(route), _) => route,
-            (slot @ None, Some(_)) => slot.insert(port.route()?),
-        };
+        let route = self.route(port)?;
         if message.is_none() {
             // What the kernel delivered when the route came on is still counted; what comes from here on is owed.
             let _delivered = route.eventfd().read();

@@ -434,6 +434,9 @@ impl Function for VfioFunction {
             let [index, _] = (dword - BARS).to_le_bytes();
             return self.registers().bars.read(index);
         }
+        if self.msi.and_then(MsiPlace::pending) == Some(dword) {
+            return self.interrupts.read_msi_pending();
+        }
         self.registers().table.read(dword, || self.device_dword(dword))
     }
 

@@ -99,6 +99,11 @@ impl MsiPlace {
         self.data() + 1
     }
 
+    /// Dword of the pending bits, where vectors can be masked.
+    pub(super) fn pending(self) -> Option<u16> {
+        self.masks.then(|| self.mask() + 1)
+    }
+
     /// One past its last dword.
     pub(super) const fn end(self) -> u16 {
         self.data() + if self.masks { 3 } else { 1 }
@@ -328,7 +333,10 @@ impl Survey {
         if place.masks {
             let bits = u32::MAX >> (32 - (1 << vectors));
             self.table.set(place.mask(), Dword::writable(0, bits));
-            self.table.set(place.mask() + 1, Dword::fixed(0));
+        }
+        if let Some(pending) = place.pending() {
+            // What masked vectors owe is asked for at each read.
+            self.table.set(pending, Dword::fixed(0));
         }
         self.msi = Some(place);
         true

@@ -44,3 +44,68 @@ fn a_masked_vector_behind_a_unit_delivers_later_what_it_owes() {
     assert_eq!((bench.pending(), route.signals()), (0, 1));
     assert_eq!(route.history(), [sent, None, sent]);
 }
+
+/// A function with this many messages of MSI, each of which can be masked.
+fn masking(messages: u32) -> Bench {
+    let mut config = nic_config();
+    let [log, ..] = messages.ilog2().to_le_bytes();
+    config[usize::from(MSI) + 2] |= log << 1;
+    config[usize::from(MSI) + 3] |= 0x01;
+    bench_with(Device::with(&config).interrupting(Interrupt::Msi, messages, false))
+}
+
+/// The registers of MSI with a 64-bit address.
+const DATA: u16 = MSI + 12;
+const MASK: u16 = MSI + 16;
+const PENDING: u16 = MSI + 20;
+
+#[test]
+fn a_masked_message_stays_off_while_its_data_changes_and_shows_what_it_owes() {
+    let bench = masking(1);
+    let _effect = bench.write_dword(MSI + 4, 0xfee0_3000);
+    let _effect = bench.write(DATA, &[0x51, 0]);
+    let _effect = bench.write(MSI + 2, &[0x81, 0]);
+    let _effect = bench.write_dword(MASK, 1);
+    let route = bench.messages.routes().remove(0);
+    assert_eq!(bench.read(PENDING), 0);
+    assert!(bench.device.interrupt(Interrupt::Msi, 0));
+    assert_eq!(bench.read(PENDING), 1);
+    // As Linux moves an interrupt to another processor: masked, in pieces.
+    let _effect = bench.write_dword(MSI + 4, 0xfee0_4000);
+    let _effect = bench.write(DATA, &[0x61, 0]);
+    let message = |address, data| Some(MsiMessage { address, data });
+    assert_eq!(route.history(), [message(0xfee0_3000, 0x51), None]);
+    assert_eq!(bench.read(PENDING), 1);
+    let _effect = bench.write_dword(MASK, 0);
+    let [first, last] = [message(0xfee0_3000, 0x51), message(0xfee0_4000, 0x61)];
+    assert_eq!(route.history(), [first, None, last]);
+    assert_eq!((bench.read(PENDING), route.signals()), (0, 1));
+}
+
+#[test]
+fn a_message_that_is_masked_from_the_start_is_counted_and_never_on() {
+    let bench = masking(4);
+    let _effect = bench.write_dword(MASK, 0b1010);
+    let _effect = bench.write(MSI + 2, &[0xa5, 0]);
+    assert_eq!(
+        bench.device.told(),
+        [
+            Told::Disabled(Interrupt::Intx),
+            set(Interrupt::Msi, 0, &[true; 4])
+        ]
+    );
+    let on: Vec<_> = bench
+        .messages
+        .routes()
+        .iter()
+        .map(|route| route.history().len())
+        .collect();
+    assert_eq!(on, [1, 0, 1, 0]);
+    (0..4).for_each(|vector| assert!(bench.device.interrupt(Interrupt::Msi, vector)));
+    assert_eq!(bench.read(PENDING), 0b1010);
+    // The register is read-only, and owes nothing when MSI is off.
+    let _effect = bench.write_dword(PENDING, 0);
+    assert_eq!(bench.read(PENDING), 0b1010);
+    let _effect = bench.write(MSI + 2, &[0xa4, 0]);
+    assert_eq!(bench.read(PENDING), 0);
+}
