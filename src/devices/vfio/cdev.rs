@@ -13,7 +13,9 @@ use vfio_bindings::bindings::vfio as abi;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::group::Group;
-use super::host::{Companion, HostFunction, Interrupt, InterruptInfo, Notice, PAGE, Region, RegionInfo};
+use super::host::{
+    Companion, Fewer, HostFunction, Interrupt, InterruptInfo, Notice, PAGE, Region, RegionInfo,
+};
 use super::hot_reset;
 use super::uapi::{self, Request};
 use crate::iommu::container::{capability, wide};
@@ -173,7 +175,8 @@ impl Cdev {
         let count = u32::try_from(count).map_err(io::Error::other)?;
         let mut words = vec![0, flags, index, first, count];
         words.extend_from_slice(data);
-        uapi::issue(&self.device, Request::SetIrqs, &mut words)
+        let answer = uapi::answer(&self.device, Request::SetIrqs, &mut words)?;
+        all_set_up(answer, first.saturating_add(count))
     }
 }
 
@@ -182,6 +185,15 @@ const fn irq_index(kind: Interrupt) -> u32 {
         Interrupt::Intx => abi::VFIO_PCI_INTX_IRQ_INDEX,
         Interrupt::Msi => abi::VFIO_PCI_MSI_IRQ_INDEX,
         Interrupt::Msix => abi::VFIO_PCI_MSIX_IRQ_INDEX,
+    }
+}
+
+/// Whether `answer` to a request for `asked` vectors says that they are set up: 0 does. A number says how many could be had,
+/// and that none is.
+fn all_set_up(answer: i32, asked: u32) -> io::Result<()> {
+    match u32::try_from(answer).map_err(io::Error::other)? {
+        0 => Ok(()),
+        has => Err(Fewer { has, asked }.into()),
     }
 }
 
@@ -380,6 +392,15 @@ mod tests {
         let mut words = vec![0, flags, 0, 32, size, 0, 0x10_0000, 0];
         words.extend_from_slice(capabilities);
         place_of(&words)
+    }
+
+    #[test]
+    fn an_answer_that_counts_vectors_is_a_refusal_that_names_them() {
+        assert!(all_set_up(0, 4).is_ok());
+        let refused = all_set_up(1, 4).expect_err("fewer");
+        assert_eq!(Fewer::of(&refused), Some(Fewer { has: 1, asked: 4 }));
+        assert_eq!(refused.to_string(), "the host has 1 to give of 4 vectors");
+        assert_eq!(Fewer::of(&io::Error::from_raw_os_error(libc::ENOSPC)), None);
     }
 
     #[test]

@@ -54,6 +54,30 @@ pub struct InterruptInfo {
     pub grows: bool,
 }
 
+/// The answer of a host that has fewer vectors to give than were asked for. It set up none of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the host has {has} to give of {asked} vectors")]
+pub struct Fewer {
+    /// How many can be had, at least 1.
+    pub has: u32,
+    /// How many were asked for.
+    pub asked: u32,
+}
+
+impl Fewer {
+    /// What `error` says, if it says that.
+    #[must_use]
+    pub fn of(error: &io::Error) -> Option<Self> {
+        error.get_ref()?.downcast_ref().copied()
+    }
+}
+
+impl From<Fewer> for io::Error {
+    fn from(fewer: Fewer) -> Self {
+        Self::other(fewer)
+    }
+}
+
 /// What the host has to say about a function while a guest has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Notice {
@@ -110,10 +134,14 @@ pub trait HostFunction: Attach {
     /// kind are on from here on.
     ///
     /// # Errors
-    /// When the host refuses it, as it does while interrupts of another kind are on.
+    /// When the host refuses it, as it does while interrupts of another kind are on; [`Fewer`] when it has not that many. If
+    /// none of this kind were on, none are.
     fn set_interrupts(&self, kind: Interrupt, first: u32, eventfds: &[Option<&EventFd>]) -> io::Result<()>;
 
     /// Interrupts of `kind` are off from here on, all of them.
+    ///
+    /// # Errors
+    /// When the host refuses it, as it does where none of this kind are on.
     fn disable_interrupts(&self, kind: Interrupt) -> io::Result<()>;
 
     /// The wire may interrupt again, which it did once.

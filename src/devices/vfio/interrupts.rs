@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::config::ConfigTable;
-use super::host::{HostFunction, Interrupt};
+use super::host::{Fewer, HostFunction, Interrupt};
 use super::survey::{COMMAND, MsiPlace, MsixPlace};
 use crate::guest_warn;
 use crate::pci::Command;
@@ -39,12 +39,14 @@ pub(super) struct Interrupts {
 }
 
 struct State {
-    /// What the device uses now; `None` when it may not interrupt.
+    /// What the device uses now, which the host has set up; `None` when it may not interrupt.
     on: Option<Interrupt>,
     /// What the device is still set up for, because the host refused to switch it off. Nothing is `on` as long.
     left: Option<Interrupt>,
-    /// Of the kind in use.
+    /// Of the kind in use, as many as the host has.
     vectors: Vec<Vector>,
+    /// Of MSI in use, how many vectors the guest allotted.
+    allotted: u32,
     msix: Option<MsixTable>,
     line: Option<IrqLine>,
 }
@@ -82,6 +84,7 @@ impl Interrupts {
                 on: None,
                 left: None,
                 vectors: Vec::new(),
+                allotted: 0,
                 msix: msix.map(|place| MsixTable::new(place.vectors)),
                 line,
             }),
@@ -242,18 +245,65 @@ impl Interrupts {
             // Its vectors come with the first of them.
             Interrupt::Msi => Ok(()),
             Interrupt::Msix => {
-                let vectors = state.msix.as_ref().map_or(0, MsixTable::vectors).into();
+                let count = state.msix.as_ref().map_or(0, MsixTable::vectors).into();
+                let mut vectors: Vec<_> = std::iter::repeat_with(Vector::default).take(count).collect();
                 // Where the host adds vectors later, one is enough to switch it on; else all there are.
-                let first = if self.host.interrupt(kind).grows {
-                    1
+                if self.host.interrupt(kind).grows {
+                    self.host.set_interrupts(kind, 0, &[None])?;
                 } else {
-                    vectors
-                };
-                self.host.set_interrupts(kind, 0, &vec![None; first])?;
-                state.vectors.resize_with(vectors, Vector::default);
+                    self.set_up(kind, &mut vectors)?;
+                }
+                state.vectors = vectors;
                 Ok(())
             }
         }
+    }
+
+    /// Have the host set `vectors` of `kind` up, or the first of them where it has fewer: the others go. A device that is
+    /// given less than it asked for has to interrupt by that, and its driver can see that only by the device.
+    fn set_up(&self, kind: Interrupt, vectors: &mut Vec<Vector>) -> std::io::Result<()> {
+        let ask = |vectors: &[Vector]| {
+            let eventfds: Vec<_> = vectors.iter().map(Vector::eventfd).collect();
+            self.host.set_interrupts(kind, 0, &eventfds)
+        };
+        if let Err(error) = ask(vectors) {
+            let Some(Fewer { has, asked }) = Fewer::of(&error).filter(|fewer| fewer.has > 0) else {
+                return Err(error);
+            };
+            // The device is told of powers of two only.
+            let first = if kind == Interrupt::Msi {
+                1 << has.ilog2()
+            } else {
+                has
+            };
+            guest_warn!(
+                name = self.name,
+                ?kind,
+                asked,
+                has,
+                "the host has fewer vectors than the guest uses; the function interrupts by the first {first}"
+            );
+            vectors.truncate(usize::try_from(first).unwrap_or(usize::MAX));
+            ask(vectors)?;
+        }
+        for vector in vectors {
+            vector.signalled = vector.route.is_some();
+        }
+        Ok(())
+    }
+
+    /// Have the device signal the route of `vector`, number `number` of the kind that is on, if it has one and does not yet.
+    fn listen(&self, kind: Interrupt, number: u32, vector: &mut Vector) -> Result<(), HostError> {
+        let Some(eventfd) = vector.eventfd().filter(|_| !vector.signalled) else {
+            return Ok(());
+        };
+        self.host
+            .set_interrupts(kind, number, &[Some(eventfd)])
+            .map_err(|source| {
+                HostError::new(format!("have vector {number} of {kind:?} signalled"), source)
+            })?;
+        vector.signalled = true;
+        Ok(())
     }
 
     /// Bring MSI-X vector number `index` to what the table says.
@@ -263,21 +313,9 @@ impl Interrupts {
         let Some(vector) = state.vectors.get_mut(index) else {
             return;
         };
-        let signal = |eventfd: &EventFd| {
-            self.host
-                .set_interrupts(Interrupt::Msix, number.into(), &[Some(eventfd)])
-                .map_err(|source| HostError::new(format!("have MSI-X vector {number} signalled"), source))
-        };
         let followed = vector
             .route_to(&self.port, message)
-            .and_then(|()| match &vector.route {
-                Some(route) if !vector.signalled => {
-                    signal(route.eventfd())?;
-                    vector.signalled = true;
-                    Ok(())
-                }
-                _ => Ok(()),
-            });
+            .and_then(|()| self.listen(Interrupt::Msix, number.into(), vector));
         self.tell(followed);
     }
 
@@ -297,19 +335,19 @@ impl Interrupts {
         } else {
             0
         };
-        let vectors = usize::try_from(count).expect("32 at most");
-        if state.vectors.len() != vectors {
-            if !state.vectors.is_empty() {
-                self.switch(state, Some(Interrupt::Msi));
-            }
+        if !state.vectors.is_empty() && state.allotted != count {
+            self.switch(state, Some(Interrupt::Msi));
             if state.on.is_none() {
                 return;
             }
-            state.vectors.resize_with(vectors, Vector::default);
         }
-        let mut fresh = false;
+        let fresh = state.vectors.is_empty();
+        if fresh {
+            let vectors = usize::try_from(count).expect("32 at most");
+            state.vectors.resize_with(vectors, Vector::default);
+            state.allotted = count;
+        }
         for (number, vector) in (0..count).zip(&mut state.vectors) {
-            fresh |= vector.route.is_none();
             let open = masked & 1 << number == 0;
             let message = open.then_some(MsiMessage {
                 address,
@@ -319,16 +357,19 @@ impl Interrupts {
             let routed = vector.route(&self.port).map(drop);
             self.tell(routed.and_then(|()| vector.route_to(&self.port, message)));
         }
-        if fresh {
-            let eventfds: Vec<_> = state
-                .vectors
-                .iter()
-                .map(|vector| vector.route.as_ref().map(|route| route.eventfd()))
-                .collect();
-            let set = self.host.set_interrupts(Interrupt::Msi, 0, &eventfds);
-            self.tell(
-                set.map_err(|source| HostError::new(format!("have {count} MSI vectors signalled"), source)),
-            );
+        if !fresh {
+            // Those that had no route before.
+            for (number, vector) in (0..count).zip(&mut state.vectors) {
+                self.tell(self.listen(Interrupt::Msi, number, vector));
+            }
+        } else if let Err(source) = self.set_up(Interrupt::Msi, &mut state.vectors) {
+            // The host has none of it on: there is nothing to switch off, and the guest's next change asks again.
+            state.on = None;
+            state.vectors.clear();
+            self.tell(Err(HostError::new(
+                format!("have {count} vectors of MSI signalled"),
+                source,
+            )));
         }
     }
 
@@ -352,6 +393,11 @@ impl Vector {
             None => port.route()?,
         };
         Ok(&**self.route.insert(route))
+    }
+
+    /// What the device signals for it.
+    fn eventfd(&self) -> Option<&EventFd> {
+        self.route.as_ref().map(|route| route.eventfd())
     }
 
     /// Send `message` from here on, or count what is owed. Changes the route once, if at all: one that came on for a moment

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::host::{Companion, HostFunction, Interrupt, InterruptInfo, Notice, Region, RegionInfo};
+use super::host::{Companion, Fewer, HostFunction, Interrupt, InterruptInfo, Notice, Region, RegionInfo};
 use crate::iommu::iommufd::Attach;
 use crate::platform::addr::Gpa;
 use crate::platform::device_memory::{DeviceMemory, DeviceMemoryHost, MappedDeviceMemory};
@@ -87,8 +87,10 @@ struct State {
     attached: Vec<u32>,
     exported: usize,
     refused: BTreeMap<Asked, i32>,
-    /// The kind of interrupts that is on.
-    on: Option<Interrupt>,
+    /// The kind of interrupts that is on, and how many vectors of it were set up at first.
+    on: Option<(Interrupt, u32)>,
+    /// How many vectors there are to give where those are fewer than the function has.
+    gives: BTreeMap<Interrupt, u32>,
     /// The eventfds that interrupts signal.
     eventfds: BTreeMap<(Interrupt, u32), EventFd>,
     notices: BTreeMap<Notice, EventFd>,
@@ -148,6 +150,7 @@ impl Device {
                 exported: 0,
                 refused: BTreeMap::new(),
                 on: None,
+                gives: BTreeMap::new(),
                 eventfds: BTreeMap::new(),
                 notices: BTreeMap::new(),
             }),
@@ -206,6 +209,11 @@ impl Device {
         self.state().refused.clear();
     }
 
+    /// Set up no more than `most` vectors of `kind` from here on.
+    pub fn give_at_most(&self, kind: Interrupt, most: u32) {
+        self.state().gives.insert(kind, most);
+    }
+
     /// What it was told since the last call.
     pub fn told(&self) -> Vec<Told> {
         std::mem::take(&mut self.state().told)
@@ -243,7 +251,7 @@ impl Device {
 
     /// Interrupts of this kind are set up, whether anybody listens or not.
     pub fn is_on(&self, kind: Interrupt) -> bool {
-        self.state().on == Some(kind)
+        self.state().on.is_some_and(|(on, _)| on == kind)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -348,10 +356,23 @@ impl HostFunction for Device {
 
     fn set_interrupts(&self, kind: Interrupt, first: u32, eventfds: &[Option<&EventFd>]) -> io::Result<()> {
         let mut state = self.asked(Asked::SetInterrupts)?;
-        if state.on.is_some_and(|on| on != kind) {
-            return Err(io::ErrorKind::InvalidInput.into());
+        let InterruptInfo { count, grows } = HostFunction::interrupt(self, kind);
+        let asked = u32::try_from(eventfds.len()).map_err(io::Error::other)?;
+        let asked = first.saturating_add(asked);
+        match state.on {
+            Some((on, at_first)) => {
+                if on != kind || asked > if grows { count } else { at_first } {
+                    return Err(io::Error::from_raw_os_error(libc::EINVAL));
+                }
+            }
+            None => {
+                let gives = state.gives.get(&kind).copied();
+                if let Some(has) = gives.filter(|has| *has < asked) {
+                    return Err(Fewer { has, asked }.into());
+                }
+                state.on = Some((kind, asked));
+            }
         }
-        state.on = Some(kind);
         let listened = eventfds.iter().map(Option::is_some).collect();
         state.told.push(Told::Interrupts(kind, first, listened));
         for (vector, eventfd) in (first..).zip(eventfds) {
@@ -365,8 +386,8 @@ impl HostFunction for Device {
 
     fn disable_interrupts(&self, kind: Interrupt) -> io::Result<()> {
         let mut state = self.asked(Asked::DisableInterrupts)?;
-        if state.on.is_some_and(|on| on != kind) {
-            return Err(io::ErrorKind::InvalidInput.into());
+        if state.on.is_none_or(|(on, _)| on != kind) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         state.on = None;
         state.told.push(Told::Disabled(kind));

@@ -48,8 +48,8 @@ pub(super) fn issue(device: &File, request: Request, words: &mut [u32]) -> io::R
     answer(device, request, words).map(drop)
 }
 
-/// The same; what the call returned.
-fn answer(device: &File, request: Request, words: &mut [u32]) -> io::Result<libc::c_int> {
+/// The same; what the call returned, which is no error.
+pub(super) fn answer(device: &File, request: Request, words: &mut [u32]) -> io::Result<libc::c_int> {
     let size = u32::try_from(size_of_val(words)).map_err(io::Error::other)?;
     *words.first_mut().ok_or(io::ErrorKind::InvalidInput)? = size;
     // SAFETY: the descriptor is open for as long as `device` lives; each of these requests reads and writes at most as

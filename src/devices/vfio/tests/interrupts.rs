@@ -109,3 +109,109 @@ fn a_message_that_is_masked_from_the_start_is_counted_and_never_on() {
     let _effect = bench.write(MSI + 2, &[0xa4, 0]);
     assert_eq!(bench.read(PENDING), 0);
 }
+
+/// Which of the first `vectors` of `kind` somebody listens to.
+fn heard(bench: &Bench, kind: Interrupt, vectors: u32) -> Vec<bool> {
+    (0..vectors)
+        .map(|vector| bench.device.interrupt(kind, vector))
+        .collect()
+}
+
+#[test]
+fn messages_that_the_host_refuses_are_asked_for_again_and_bar_no_other_kind() {
+    let wire = set(Interrupt::Intx, 0, &[true]);
+    for errno in [libc::ENOSPC, libc::ENOMEM] {
+        let bench = bench();
+        bench.device.refuse(Asked::SetInterrupts, errno);
+        let _effect = bench.write(MSI + 2, &[0x81, 0]);
+        assert!(!bench.device.interrupt(Interrupt::Msi, 0));
+        bench.device.relent();
+        let _effect = bench.write(MSI + 2, &[0x80, 0]);
+        assert_eq!(
+            bench.device.told(),
+            [Told::Disabled(Interrupt::Intx), wire.clone()]
+        );
+        assert!(bench.device.interrupt(Interrupt::Intx, 0));
+
+        bench.device.refuse(Asked::SetInterrupts, errno);
+        let _effect = bench.write(MSI + 2, &[0x81, 0]);
+        bench.device.relent();
+        bench.enable_msix();
+        bench.table(0, FIRST_MESSAGE);
+        assert!(bench.device.interrupt(Interrupt::Msix, 0));
+        let _effect = bench.write(MSIX + 2, &[0x04, 0x00]);
+        assert!(bench.device.interrupt(Interrupt::Msi, 0));
+
+        bench.function.reset();
+        bench.device.refuse(Asked::SetInterrupts, errno);
+        let _effect = bench.write(MSI + 2, &[0x81, 0]);
+        bench.device.relent();
+        // Any change of the guest's has the host asked again.
+        let _effect = bench.write(DATA, &[0x51, 0]);
+        assert!(bench.device.interrupt(Interrupt::Msi, 0));
+
+        bench.function.reset();
+        bench.device.refuse(Asked::SetInterrupts, errno);
+        let _effect = bench.write(MSI + 2, &[0x81, 0]);
+        bench.device.relent();
+        bench.device.told();
+        bench.function.reset();
+        assert!(bench.device.told().ends_with(std::slice::from_ref(&wire)));
+    }
+}
+
+#[test]
+fn a_message_whose_route_came_late_is_signalled_then() {
+    let bench = bench();
+    bench.messages.refuse(true);
+    let _effect = bench.write(MSI + 2, &[0x81, 0]);
+    let silent = set(Interrupt::Msi, 0, &[false]);
+    assert_eq!(bench.device.told(), [Told::Disabled(Interrupt::Intx), silent]);
+    bench.messages.refuse(false);
+    bench.device.refuse(Asked::SetInterrupts, libc::ENOMEM);
+    let _effect = bench.write(DATA, &[0x51, 0]);
+    bench.device.relent();
+    let _effect = bench.write(DATA, &[0x52, 0]);
+    assert_eq!(bench.device.told(), [set(Interrupt::Msi, 0, &[true])]);
+    let _effect = bench.write(DATA, &[0x53, 0]);
+    assert_eq!(bench.device.told(), []);
+}
+
+#[test]
+fn a_host_with_fewer_messages_gives_the_first_and_they_are_switched_off_again() {
+    for (has, first) in [(1, vec![true]), (2, vec![true; 2]), (3, vec![true; 2])] {
+        let bench = masking(4);
+        bench.device.give_at_most(Interrupt::Msi, has);
+        let _effect = bench.write(MSI + 2, &[0xa5, 0]);
+        let given = set(Interrupt::Msi, 0, &first);
+        assert_eq!(bench.device.told(), [Told::Disabled(Interrupt::Intx), given]);
+        let mut expected = first.clone();
+        expected.resize(4, false);
+        assert_eq!(heard(&bench, Interrupt::Msi, 4), expected);
+        // Nothing is asked for again, nothing is left on.
+        let _effect = bench.write(DATA, &[0x50, 0]);
+        let _effect = bench.write_dword(MASK, 0xf);
+        assert_eq!(bench.device.told(), []);
+        let _effect = bench.write(MSI + 2, &[0xa4, 0]);
+        let wire = set(Interrupt::Intx, 0, &[true]);
+        assert_eq!(bench.device.told(), [Told::Disabled(Interrupt::Msi), wire]);
+        // What there is again is given again.
+        bench.device.give_at_most(Interrupt::Msi, 4);
+        let _effect = bench.write(MSI + 2, &[0xa5, 0]);
+        assert_eq!(heard(&bench, Interrupt::Msi, 4), [true; 4]);
+    }
+}
+
+#[test]
+fn a_host_with_fewer_vectors_of_msix_gives_the_first() {
+    let bench = bench_with(Device::with(&nic_config()).interrupting(Interrupt::Msix, 5, false));
+    bench.device.give_at_most(Interrupt::Msix, 3);
+    bench.enable_msix();
+    (0..5).for_each(|vector| bench.table(vector, FIRST_MESSAGE));
+    assert_eq!(
+        heard(&bench, Interrupt::Msix, 5),
+        [true, true, true, false, false]
+    );
+    let _effect = bench.write(MSIX + 2, &[0x04, 0x00]);
+    assert!(bench.device.interrupt(Interrupt::Intx, 0));
+}
