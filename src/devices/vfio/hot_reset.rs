@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_bindings::bindings::vfio as abi;
@@ -144,6 +145,8 @@ fn request(groups: &[Arc<Group>]) -> io::Result<Vec<u32>> {
 pub struct HotResetSet {
     /// How each of them stands to the reset.
     states: Mutex<Vec<State>>,
+    /// Of each, whether it has an error that only a reset ends.
+    contained: Vec<Arc<AtomicBool>>,
 }
 
 /// How a function stands to the reset.
@@ -170,6 +173,7 @@ impl HotResetSet {
     pub fn of(functions: usize) -> Vec<HotResetMember> {
         let set = Arc::new(Self {
             states: Mutex::new(vec![State::Used; functions]),
+            contained: std::iter::repeat_with(Arc::default).take(functions).collect(),
         });
         let member = |number| HotResetMember {
             set: set.clone(),
@@ -199,7 +203,15 @@ impl HotResetMember {
         }
         host.hot_reset()?;
         states.fill(State::Reset);
+        for contained in &self.set.contained {
+            contained.store(false, Ordering::Release);
+        }
         Ok(true)
+    }
+
+    /// Whether the function has an error that only a reset ends, which is over once the reset has come for all.
+    pub(super) fn contained(&self) -> Arc<AtomicBool> {
+        self.set.contained.get(self.number).cloned().unwrap_or_default()
     }
 
     /// The guest uses the function. Whether the reset came before that.

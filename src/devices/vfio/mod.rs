@@ -99,10 +99,10 @@ pub struct VfioFunction {
     msi: Option<MsiPlace>,
     msix: Option<MsixPlace>,
     registers: Mutex<Registers>,
-    /// The guest lets the device issue requests.
-    bus_master: AtomicBool,
-    /// The device issues none all the same, since it has an error; until it is reset.
-    contained: AtomicBool,
+    /// The device may issue requests.
+    open: AtomicBool,
+    /// It has an error, and issues none until it is reset, whatever the guest lets it. Known to those it is reset with.
+    contained: Arc<AtomicBool>,
     /// It left, and answers nothing any more.
     gone: AtomicBool,
     /// What it is attached to; goes after the function.
@@ -173,6 +173,7 @@ impl VfioFunction {
                 "the host cannot reset this function: what one guest leaves in it the next finds"
             );
         }
+        let contained = parts.reset_with.as_ref().map(HotResetMember::contained);
         let function = Self {
             name,
             host,
@@ -192,8 +193,8 @@ impl VfioFunction {
                 table: survey.table,
                 bars,
             }),
-            bus_master: AtomicBool::new(false),
-            contained: AtomicBool::new(false),
+            open: AtomicBool::new(false),
+            contained: contained.unwrap_or_default(),
             gone: AtomicBool::new(false),
             _space: parts.space,
         };
@@ -221,8 +222,15 @@ impl VfioFunction {
     /// The device has an error: it issues no request any more until it is reset, whatever the guest lets it.
     pub fn contain(&self) {
         self.contained.store(true, Ordering::Release);
+        self.open.store(false, Ordering::Release);
         if let Err(error) = self.write_command(false) {
             guest_warn!(name = self.name, %error, "the function does not take Bus Master Enable");
+        }
+        if !self.host.resets() && self.reset_with.is_none() {
+            guest_warn!(
+                name = self.name,
+                "the host cannot reset this function: its requests stay stopped as long as the guest has it"
+            );
         }
     }
 
@@ -272,12 +280,13 @@ impl VfioFunction {
         is
     }
 
-    /// The device as after power-on, as far as the host can do that now.
-    fn reset_device(&self) -> io::Result<()> {
+    /// The device as after power-on, as far as the host can do that now. Whether a reset came: one that waits for others,
+    /// or that the host cannot reset, is silent only.
+    fn reset_device(&self) -> io::Result<bool> {
         // The host ends what others have mapped of it by itself; here it goes in order, copies first.
         self.mapped.iter().for_each(MappedBar::withdraw);
         // No request of before the reset is under way after it.
-        self.bus_master.store(false, Ordering::Release);
+        self.open.store(false, Ordering::Release);
         let silenced = self.write_command(false);
         let reset = if self.host.resets() {
             self.host.reset()
@@ -291,7 +300,8 @@ impl VfioFunction {
         // The host puts registers back as they were; whether it does that with every reset, nobody has to know.
         let decoding = self.write_command(false);
         self.share();
-        silenced.and(reset).and(together).and(decoding)
+        let together = silenced.and(reset).and(together)?;
+        decoding.map(|()| together || self.host.resets())
     }
 
     /// Have other functions reach the memory of this one where the guest has it.
@@ -489,20 +499,22 @@ impl Function for VfioFunction {
     }
 
     fn bus_mastering(&self, allowed: bool) {
-        if self.bus_master.swap(allowed, Ordering::AcqRel) == allowed {
+        let contained = || self.contained.load(Ordering::Acquire);
+        // One with an error is not used, whatever the guest lets it: if it waits for a reset, it goes on waiting.
+        let open = allowed && !contained();
+        if self.open.swap(open, Ordering::AcqRel) == open {
             return;
         }
-        if let (true, Some(member)) = (allowed, &self.reset_with)
+        if let (true, Some(member)) = (open, &self.reset_with)
             && member.used()
         {
             // It was reset with the last of the others, which ended what these had mapped of it.
             self.share();
         }
-        let contained = || self.contained.load(Ordering::Acquire);
-        let open = allowed && !contained();
         let mut written = self.write_command(open);
         if open && contained() {
             // The error came in between.
+            self.open.store(false, Ordering::Release);
             written = self.write_command(false);
         }
         if let Err(error) = written {
@@ -554,7 +566,8 @@ impl Function for VfioFunction {
         self.interrupts.off();
         if self.is_present() {
             match self.reset_device() {
-                Ok(()) => self.contained.store(false, Ordering::Release),
+                Ok(true) => self.contained.store(false, Ordering::Release),
+                Ok(false) => (),
                 Err(error) if self.is_locked(&error) => (),
                 Err(error) => {
                     guest_warn!(name = self.name, %error, "the host does not reset the function");

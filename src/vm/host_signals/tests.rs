@@ -229,10 +229,7 @@ fn an_error_is_told_by_the_root_port_and_stops_requests_until_the_reset() {
     let nic = bench.machine.node("nic").bdf;
     bench.machine.write(nic, 1, 0x3);
     bench.machine.write(nic, 1, 0x7);
-    assert_eq!(
-        bench.device.told(),
-        [Told::Config(4, QUIET.to_vec()), Told::Config(4, QUIET.to_vec())]
-    );
+    assert_eq!(bench.device.told(), []);
     // A reset by the port above, as error recovery does it.
     bench.write_port(15, 0x0040 << 16);
     bench.write_port(15, 0);

@@ -121,6 +121,53 @@ fn a_function_with_an_error_issues_nothing_until_a_reset_that_works() {
     assert!(told.contains(&quiet) && told.ends_with(&[busy]), "{told:?}");
 }
 
+/// The device was told that it may issue requests.
+fn opened(bench: &Bench) -> bool {
+    bench.device.told().contains(&Told::Config(4, vec![0x07, 0x04]))
+}
+
+#[test]
+fn a_function_with_an_error_that_no_reset_reaches_issues_nothing_any_more() {
+    let bench = bench_with(Device::with(&nic_config()).without_reset());
+    bench.function.bus_mastering(true);
+    bench.function.contain();
+    bench.device.told();
+    for _ in 0..2 {
+        bench.function.reset();
+        bench.function.bus_mastering(true);
+        bench.function.bus_mastering(false);
+    }
+    assert!(!opened(&bench));
+}
+
+#[test]
+fn a_function_of_a_card_with_an_error_issues_nothing_until_the_reset_of_all() {
+    let [first, second] = card();
+    first.function.bus_mastering(true);
+    second.function.bus_mastering(true);
+    assert!(opened(&first) && opened(&second));
+    first.function.contain();
+    // It only waits, and does so still when the guest lets it issue requests.
+    first.function.reset();
+    first.function.bus_mastering(true);
+    assert!(!opened(&first));
+    second.device.refuse(Asked::HotReset, libc::EBUSY);
+    second.function.reset();
+    first.function.bus_mastering(true);
+    assert!(!opened(&first));
+    second.device.relent();
+    second.function.reset();
+    assert!(second.device.told().contains(&Told::HotReset));
+    first.function.bus_mastering(true);
+    second.function.bus_mastering(true);
+    assert!(opened(&first) && opened(&second));
+    // An error of after the reset waits for the next.
+    first.function.contain();
+    first.function.bus_mastering(false);
+    first.function.bus_mastering(true);
+    assert!(!opened(&first));
+}
+
 /// Two functions of a card that the host resets together.
 fn card() -> [Bench; 2] {
     let mut members = HotResetSet::of(2).into_iter();
