@@ -77,7 +77,8 @@ impl Messages {
         self.routes.lock().expect("not poisoned").clone()
     }
 
-    /// Refuse routes and changes of them from now on, or not.
+    /// Refuse routes and other messages for them from now on, or not. One can always be switched off, which takes nothing of
+    /// the host.
     pub fn refuse(&self, refuse: bool) {
         self.refuse.store(refuse, Ordering::Relaxed);
     }
@@ -144,7 +145,9 @@ impl MsiRoute for RouteHandle {
     }
 
     fn set(&self, message: Option<MsiMessage>) -> Result<(), HostError> {
-        answer(&self.0)?;
+        if message.is_some() {
+            answer(&self.0)?;
+        }
         self.1.set.lock().expect("not poisoned").push(message);
         Ok(())
     }

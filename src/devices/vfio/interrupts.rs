@@ -407,8 +407,9 @@ impl Vector {
             return Ok(());
         }
         let route = self.route(port)?;
-        if message.is_none() {
-            // What the kernel delivered when the route came on is still counted; what comes from here on is owed.
+        if message.is_none() && route.carries() {
+            // What the kernel delivered when the route came on is still counted; what comes from here on is owed. Of one
+            // that carries nothing at present what is counted waits for it, or it forgets that by itself.
             let _delivered = route.eventfd().read();
         }
         route.set(message)?;

@@ -3,7 +3,8 @@
 //! A route holds what a message becomes at present. The unit's commands say when that may have changed
 //! (INVALIDATE_INTERRUPT_TABLE and those that invalidate more), and every route of the device concerned is
 //! set anew before the COMPLETION_WAIT that follows is answered. A message that would go nowhere has no
-//! route: it is sent one by one, so that the unit can report it.
+//! route: it is sent one by one, so that the unit can report it. Functions of the host have nothing but routes:
+//! what they send then goes nowhere, and nobody reports it.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -159,16 +160,13 @@ impl Route {
         if routed.is_none() {
             self.carries_for.store(NOBODY, Ordering::Release);
         }
+        (asked.device, asked.blocked) = (device, blocked);
         self.kernel.set(routed)?;
         if routed.is_some() {
             self.carries_for
                 .store(device.requester_id().into(), Ordering::Release);
         }
-        *asked = Asked {
-            message,
-            device,
-            blocked,
-        };
+        asked.message = message;
         Ok(())
     }
 
@@ -180,14 +178,23 @@ impl Route {
         }
         let message = asked.message;
         if let Err(error) = self.bring(&mut asked, message) {
-            // What the route carries may be out of date, so nothing goes by it.
+            // What the route carries may be out of date, so nothing goes by it: not what a worker of ours sends, nor what
+            // a device of the host signals, which the eventfd keeps.
             self.carries_for.store(NOBODY, Ordering::Release);
             let error: &(dyn std::error::Error + 'static) = &error;
             guest_warn!(
                 device = %self.requester.sbdf(),
                 error,
-                "no kernel route for a remapped interrupt: it is sent one by one"
+                "no kernel route for a remapped interrupt: it is sent one by one; one of a function of the host's waits for a route"
             );
+            if let Err(error) = self.kernel.set(None) {
+                let error: &(dyn std::error::Error + 'static) = &error;
+                guest_warn!(
+                    device = %self.requester.sbdf(),
+                    error,
+                    "a function of the host's may still interrupt as the guest's table said before"
+                );
+            }
         }
     }
 }

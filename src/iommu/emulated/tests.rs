@@ -255,6 +255,13 @@ fn a_route_carries_nothing_for_a_function_that_was_renumbered() {
         bdf: Bdf::new(9, 0, 0).expect("valid"),
     });
     assert!(!route.carries());
+    // The kernel's has the old message until the guest changes the entries of either number; the new one's remap nothing.
+    let kernel = rig.processors.routes().remove(0);
+    assert_eq!(kernel.history(), [Some(remapped(1, 0x31))]);
+    rig.remap(5, None);
+    rig.invalidate_interrupts();
+    assert_eq!(kernel.history().last(), Some(&Some(indexed(5))));
+    assert!(route.carries());
 }
 
 #[test]
@@ -301,9 +308,15 @@ fn a_route_that_the_host_refuses_to_change_carries_nothing() {
     rig.remap(5, Some((2, 0x32)));
     rig.invalidate_interrupts();
     assert!(!route.carries());
+    // Nor does the old message go out by it: what is signalled waits.
+    let kernel = rig.processors.routes().remove(0);
+    assert_eq!(kernel.history(), [Some(remapped(1, 0x31)), None]);
+    route.eventfd().write(1).expect("room");
     rig.processors.refuse(false);
     rig.invalidate_interrupts();
     assert!(route.carries());
+    assert_eq!(kernel.history().last(), Some(&Some(remapped(2, 0x32))));
+    assert_eq!(kernel.signals(), 1);
 }
 
 #[test]

@@ -45,6 +45,60 @@ fn a_masked_vector_behind_a_unit_delivers_later_what_it_owes() {
     assert_eq!(route.history(), [sent, None, sent]);
 }
 
+#[test]
+fn a_message_that_the_unit_blocks_goes_nowhere_and_leaves_no_event() {
+    let rig = Rig::running();
+    rig.cover();
+    rig.remap(5, Some((1, 0x31)));
+    let bench = behind(&rig);
+    bench.enable_msix();
+    bench.table(1, INDEXED);
+    rig.remap(5, None);
+    rig.invalidate_interrupts();
+    let route = rig.processors.routes().remove(0);
+    let sent = Some(MsiMessage::remapped(1, false, 0x31));
+    assert_eq!(route.history(), [sent, None]);
+    // It is not masked, so that nothing is pending.
+    assert!(bench.device.interrupt(Interrupt::Msix, 1));
+    assert_eq!(
+        (bench.pending(), rig.events().len(), rig.processors.take().len()),
+        (0, 0, 0)
+    );
+    rig.remap(5, Some((1, 0x31)));
+    rig.invalidate_interrupts();
+    assert_eq!((route.history(), route.signals()), (vec![sent, None, sent], 0));
+    assert!(bench.device.interrupt(Interrupt::Msix, 1));
+    assert_eq!(route.signals(), 1);
+    // Nor is one to memory a write, as one of a device of ours is.
+    rig.map(1, 0x50_0000);
+    bench.table(2, [0x1010, 0, 0xabcd, 0]);
+    assert!(bench.device.interrupt(Interrupt::Msix, 2));
+    assert_eq!(rig.processors.routes()[1].history(), [None]);
+    assert_eq!((rig.load(0x50_0010), rig.events().len()), (0, 0));
+}
+
+#[test]
+fn a_message_whose_changed_route_the_host_refuses_is_owed_until_there_is_one() {
+    let rig = Rig::running();
+    rig.cover();
+    rig.remap(5, Some((1, 0x31)));
+    let bench = behind(&rig);
+    bench.enable_msix();
+    bench.table(1, INDEXED);
+    rig.processors.refuse(true);
+    rig.remap(5, Some((2, 0x32)));
+    rig.invalidate_interrupts();
+    let route = rig.processors.routes().remove(0);
+    assert_eq!(route.history().last(), Some(&None));
+    assert!(bench.device.interrupt(Interrupt::Msix, 1));
+    rig.processors.refuse(false);
+    bench.table(1, [0xfee0_0000, 0, 5, 1]);
+    assert_eq!(bench.pending(), 2);
+    bench.table(1, INDEXED);
+    let sent = Some(MsiMessage::remapped(2, false, 0x32));
+    assert_eq!((route.history().last(), route.signals()), (Some(&sent), 1));
+}
+
 /// A function with this many messages of MSI, each of which can be masked.
 fn masking(messages: u32) -> Bench {
     let mut config = nic_config();
