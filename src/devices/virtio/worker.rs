@@ -1,5 +1,6 @@
 //! Threads that serve queues: each sleeps until a kick or a host descriptor wakes it, works a bounded turn,
-//! and obeys pause and stop between turns.
+//! and obeys pause and stop between turns. An order ends the turn before its next chain, so that whoever gives one
+//! waits for a single request.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -125,6 +126,8 @@ pub struct ServedQueue {
     interrupts: Arc<dyn Interrupts>,
     /// Completed since the driver was last considered for an interrupt.
     completed: bool,
+    /// Set while who serves the queue shall take no more of it: its gate is closed.
+    closed: Arc<AtomicBool>,
 }
 
 impl ServedQueue {
@@ -137,7 +140,19 @@ impl ServedQueue {
             kick,
             interrupts,
             completed: false,
+            closed: Arc::default(),
         }
+    }
+
+    /// Take no more chains in a turn once `closed` is set.
+    pub(super) fn obey(&mut self, closed: Arc<AtomicBool>) {
+        self.closed = closed;
+    }
+
+    /// Whether the turn is to end before the next chain, as one with work left.
+    #[must_use]
+    pub fn waits(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
     }
 
     /// The queue's number in the device.
@@ -187,7 +202,7 @@ impl ServedQueue {
         self.queue.disarm(mem)
     }
 
-    /// Serve what is available, at most one ring's worth: `each` says how many bytes it wrote, or `None`
+    /// Serve what is available, at most one ring's worth, and nothing more once the queue [waits](Self::waits): `each` says how many bytes it wrote, or `None`
     /// to leave the chain for later and end the turn.
     ///
     /// Each chain has a view of memory of its own: who changes translations waits for one request, not for
@@ -201,6 +216,9 @@ impl ServedQueue {
         self.queue.disarm(&mem.view())?;
         let mut turn = Turn::Again;
         for _ in 0..self.queue.size() {
+            if self.waits() {
+                break;
+            }
             let view = &mem.view();
             let Some(mut chain) = self.pop(view)? else {
                 if self.rearm(view)? {
@@ -251,7 +269,7 @@ impl Workers {
         let mut all = Self {
             workers: Vec::with_capacity(units.len()),
         };
-        for unit in units {
+        for mut unit in units {
             let failed = |name: &str| {
                 let action = format!("start the virtio worker {name}");
                 move |error: io::Error| HostError::new(action, error)
@@ -259,6 +277,9 @@ impl Workers {
             let name = unit.name.clone();
             let gate = Arc::new(Gate::new().map_err(failed(&name))?);
             let epoll = watch(&unit, &gate).map_err(failed(&name))?;
+            for queue in &mut unit.queues {
+                queue.obey(gate.closed.clone());
+            }
             let (dma, interrupts, at_gate) = (dma.clone(), interrupts.clone(), gate.clone());
             let thread = thread::Builder::new()
                 .name(name.clone())
@@ -424,8 +445,8 @@ enum Passage {
 
 /// Where a thread stops between turns.
 struct Gate {
-    /// The order is not `Run`: a look at this spares the lock.
-    closed: AtomicBool,
+    /// The order is not `Run`. A look at this spares the lock; the unit's queues share it and end the turn by it.
+    closed: Arc<AtomicBool>,
     state: Mutex<State>,
     changed: Condvar,
     wake: EventFd,
@@ -439,7 +460,7 @@ struct State {
 impl Gate {
     fn new() -> io::Result<Self> {
         Ok(Self {
-            closed: AtomicBool::new(true),
+            closed: Arc::new(AtomicBool::new(true)),
             state: Mutex::new(State {
                 order: Order::Pause,
                 parked: false,

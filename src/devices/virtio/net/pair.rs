@@ -89,7 +89,7 @@ pub struct Pair {
     name: String,
     tap: Option<Arc<dyn FrameDescriptor>>,
     mergeable: bool,
-    /// A frame may wait in the tap, but the driver offers no buffers: its next kick resumes.
+    /// A frame may wait in the tap that its descriptor told of before: the driver's next kick resumes, or the next turn.
     stalled: bool,
     /// Where the part of a frame lands that exceeds the first chain.
     spill: Vec<u8>,
@@ -144,16 +144,18 @@ impl Pair {
         let Some(tap) = self.tap.clone() else {
             return Ok(Turn::Idle);
         };
-        self.stalled = false;
+        self.stalled = true;
         queue.disarm(&mem.view())?;
         let mut turn = Turn::Again;
         for _ in 0..queue.size() {
+            if queue.waits() {
+                break;
+            }
             let view = &mem.view();
             let Some(first) = queue.pop(view)? else {
                 if queue.rearm(view)? {
                     continue;
                 }
-                self.stalled = true;
                 turn = Turn::Idle;
                 break;
             };
@@ -176,6 +178,7 @@ impl Pair {
                         tracing::debug!(card = %self.name, %error, "the tap gives no frame");
                     }
                     queue.put_back(first.head);
+                    self.stalled = false;
                     turn = Turn::Idle;
                     break;
                 }

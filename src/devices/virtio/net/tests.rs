@@ -1,6 +1,7 @@
 //! A card whose tap is the other end of a socket pair.
 
 use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 use crate::devices::virtio::driver::{Driver, HIGH_END, LOW_END, Part, Told};
@@ -151,6 +152,51 @@ fn a_flood_of_frames_ends_the_turn_after_one_ring() {
     }
     assert_eq!(receive(&mut pair, &mut driver).expect("good"), Turn::Again);
     assert_eq!(driver.used().len(), 4);
+}
+
+// The descriptor has told of these frames, and of a full tap it tells no more.
+#[test]
+fn frames_left_by_a_turn_that_a_kick_began_come_in_the_next() {
+    let (mut pair, host) = pair(true);
+    let mut driver = Driver::new(4);
+    let dma = driver.dma();
+    let at = driver.place(&[0; 128]);
+    for _ in 0..6 {
+        host.send(&frame(64)).expect("sent");
+    }
+    for (count, turn) in [(4, Turn::Again), (2, Turn::Idle)] {
+        for _ in 0..count {
+            driver.offer(&[Part::write(at, 128)]);
+        }
+        let queue = std::slice::from_mut(&mut driver.queue);
+        assert_eq!(turn_of(&mut pair, Woken::by_queue(0), &dma, queue), turn);
+        assert_eq!(driver.used().len(), count);
+    }
+}
+
+#[test]
+fn a_card_that_is_to_wait_leaves_its_frames_until_it_may_go_on() {
+    let (mut pair, host) = pair(true);
+    let waits = Arc::new(AtomicBool::new(true));
+    let (mut receiving, mut sending) = (Driver::new(8), Driver::new(8));
+    for driver in [&mut receiving, &mut sending] {
+        driver.queue.obey(waits.clone());
+    }
+    let dma = receiving.dma();
+    let at = receiving.place(&[0; 128]);
+    receiving.offer(&[Part::write(at, 128)]);
+    let at = sending.place(&frame(100));
+    sending.offer(&[Part::read(at, 112)]);
+    host.send(&frame(64)).expect("sent");
+    for (wait, turn, count) in [(true, Turn::Again, 0), (false, Turn::Idle, 1)] {
+        waits.store(wait, Ordering::SeqCst);
+        let queue = std::slice::from_mut(&mut receiving.queue);
+        assert_eq!(turn_of(&mut pair, Woken::by_queue(0), &dma, queue), turn);
+        assert_eq!(receiving.used().len(), count);
+        assert_eq!(transmit(&mut pair, &mut sending).expect("good"), turn);
+        assert_eq!(sending.used().len(), count);
+        assert_eq!(host.recv(&mut [0; 128]).is_ok(), count == 1);
+    }
 }
 
 #[test]

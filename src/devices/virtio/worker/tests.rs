@@ -197,3 +197,115 @@ fn a_chain_left_for_later_comes_again() {
     }
     assert_eq!(driver.used(), [(0, 0)]);
 }
+
+/// Says that a chain is begun, and ends it when it may.
+struct Slow {
+    begun: Sender<u16>,
+    leave: Receiver<()>,
+}
+
+impl Service for Slow {
+    fn turn(&mut self, _woken: Woken, dma: &Dma, queues: &mut [ServedQueue]) -> Result<Turn, Broken> {
+        queues[0].drain(dma, Notify::Each, |chain| {
+            self.begun.send(chain.head).expect("the test listens");
+            self.leave.recv().expect("the test says when");
+            Ok(Some(0))
+        })
+    }
+}
+
+/// Four chains before a service that is in the midst of the first.
+struct InTheMidst {
+    driver: Driver,
+    workers: Workers,
+    begun: Receiver<u16>,
+    leave: Sender<()>,
+}
+
+fn in_the_midst(event_idx: bool) -> InTheMidst {
+    let mut driver = Driver::on(crate::devices::virtio::driver::ram(), 0, 8, event_idx);
+    let at = driver.place(b"x");
+    for _ in 0..4 {
+        driver.offer(&[Part::read(at, 1)]);
+    }
+    let spare = Driver::on(driver.ram(), 1, 8, event_idx).queue;
+    let (sender, begun) = channel();
+    let (leave, receiver) = channel();
+    let unit = Unit {
+        name: "test".to_owned(),
+        service: Box::new(Slow {
+            begun: sender,
+            leave: receiver,
+        }),
+        queues: vec![std::mem::replace(&mut driver.queue, spare)],
+    };
+    let interrupts: Arc<dyn Interrupts> = driver.told.clone();
+    let workers = Workers::start(vec![unit], &driver.dma(), &interrupts).expect("a thread");
+    workers.resume();
+    assert_eq!(begun.recv_timeout(SOON), Ok(0));
+    InTheMidst {
+        driver,
+        workers,
+        begun,
+        leave,
+    }
+}
+
+/// Let the chain at hand, and all others, end once the gate of `workers` is closed.
+fn leave_once_closed(gate: &Gate, leave: &Sender<()>) {
+    while !gate.closed.load(Ordering::SeqCst) {
+        thread::yield_now();
+    }
+    for _ in 0..4 {
+        leave.send(()).expect("the service listens");
+    }
+}
+
+#[test]
+fn a_pause_waits_for_one_chain_and_the_others_are_served_after_it() {
+    for event_idx in [false, true] {
+        let mut midst = in_the_midst(event_idx);
+        let (workers, leave) = (&midst.workers, &midst.leave);
+        thread::scope(|scope| {
+            scope.spawn(|| workers.pause());
+            leave_once_closed(&workers.workers[0].gate, leave);
+        });
+        assert_eq!(midst.driver.used(), [(0, 0)]);
+        assert!(midst.begun.try_recv().is_err(), "no other is begun");
+        midst.workers.resume();
+        for head in 1..4 {
+            assert_eq!(midst.begun.recv_timeout(SOON), Ok(head));
+        }
+        midst.workers.pause();
+        assert_eq!(midst.driver.used(), [(1, 0), (2, 0), (3, 0)]);
+    }
+}
+
+#[test]
+fn the_end_waits_for_one_chain() {
+    let mut midst = in_the_midst(false);
+    let gate = midst.workers.workers[0].gate.clone();
+    let (workers, leave) = (midst.workers, &midst.leave);
+    thread::scope(|scope| {
+        scope.spawn(|| drop(workers));
+        leave_once_closed(&gate, leave);
+    });
+    assert_eq!(midst.driver.used(), [(0, 0)]);
+    assert!(midst.begun.try_recv().is_err(), "no other is begun");
+}
+
+#[test]
+fn a_pause_that_ends_at_once_loses_nothing() {
+    let mut midst = in_the_midst(false);
+    let gate = midst.workers.workers[0].gate.clone();
+    // The thread sees the order in the midst of its turn, and the next one before it comes to its gate.
+    gate.order(Order::Pause);
+    midst.leave.send(()).expect("the service listens");
+    gate.order(Order::Run);
+    for head in 1..4 {
+        assert_eq!(midst.begun.recv_timeout(SOON), Ok(head));
+        midst.leave.send(()).expect("the service listens");
+    }
+    midst.workers.pause();
+    assert_eq!(midst.driver.used().len(), 4);
+}
