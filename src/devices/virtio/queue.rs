@@ -22,8 +22,8 @@ pub const LARGEST_QUEUE: u16 = 1024;
 const LONGEST_CHAIN: usize = MOST_SLICES;
 
 /// Stretches of memory in one chain: behind an IOMMU, one buffer may be as many as it has pages. 64 MiB of
-/// single pages, and no more than a megabyte to describe them.
-const MOST_PIECES: usize = 16_384;
+/// single pages, and two more for each buffer that begins and ends inside one; no more than a megabyte describes them.
+const MOST_PIECES: usize = 16_384 + 2 * LONGEST_CHAIN;
 
 /// Guest memory as queues use it.
 pub trait QueueMemory: GuestMemory<Bitmap = ()> {}

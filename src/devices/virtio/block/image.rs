@@ -223,8 +223,17 @@ impl Image {
         rustix::fs::fallocate(&self.file, flags, at, len).map_err(io::Error::from)
     }
 
+    /// Whether the host makes zeros without writing them. Of a block device nobody knows: its driver may write.
+    #[must_use]
+    pub fn zeroes_cheaply(&self) -> bool {
+        self.zeroes_ranges && self.file.metadata().is_ok_and(|metadata| metadata.is_file())
+    }
+
     /// Make `len` bytes at `at` zeros, giving them back to the host if `unmap`.
-    pub fn write_zeroes(&self, at: u64, len: u64, unmap: bool) -> io::Result<()> {
+    ///
+    /// Where the host has no shortcut they are written, and taken off `left`; EOPNOTSUPP, and nothing written, when
+    /// fewer are.
+    pub fn write_zeroes(&self, at: u64, len: u64, unmap: bool, left: &mut u64) -> io::Result<()> {
         if unmap && self.punches_holes && self.discard(at, len).is_ok() {
             return Ok(());
         }
@@ -232,10 +241,18 @@ impl Image {
         if self.zeroes_ranges && rustix::fs::fallocate(&self.file, flags, at, len).is_ok() {
             return Ok(());
         }
+        *left = left.checked_sub(len).ok_or(rustix::io::Errno::OPNOTSUPP)?;
         let len = usize::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         self.by_pieces(at, len, |slice, at, _done| {
             vectored::write_all_at(&self.file, std::slice::from_ref(slice), at)
         })
+    }
+
+    /// The same on a host that zeroes ranges and takes them back, or does neither.
+    #[cfg(test)]
+    pub(super) fn with_shortcuts(mut self, has: bool) -> Self {
+        (self.punches_holes, self.zeroes_ranges) = (has, has);
+        self
     }
 
     /// Whether the kernel takes these buffers as they are.

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | `RO` | the image is read-only |
 //! | `FLUSH` | always; a driver without it gets writes that are durable when they complete |
-//! | `SEG_MAX`, `BLK_SIZE`, `TOPOLOGY` | always |
+//! | `SEG_MAX`, `SIZE_MAX`, `BLK_SIZE`, `TOPOLOGY` | always; the first two keep a request below [`request::MOST_DATA`] |
 //! | `MQ` | more than one queue |
 //! | `DISCARD` | writable, and the host's file system can punch holes |
 //! | `WRITE_ZEROES` | writable |
@@ -28,15 +28,18 @@ use crate::guest_warn;
 use crate::platform::dma::Dma;
 use crate::platform::host::HostError;
 use image::{Image, ImageOptions};
-use request::{Header, ID_LEN, MOST_SEGMENT_SECTORS, MOST_SEGMENTS, Medium, Request, Status};
+use request::{Header, ID_LEN, MOST_DATA, Medium, Ranges, Request, Status};
 
 const FLUSH: Features = Features::bit(virtio_blk::VIRTIO_BLK_F_FLUSH);
 const READ_ONLY: Features = Features::bit(virtio_blk::VIRTIO_BLK_F_RO);
 const MULTI_QUEUE: Features = Features::bit(virtio_blk::VIRTIO_BLK_F_MQ);
 const DISCARD: Features = Features::bit(virtio_blk::VIRTIO_BLK_F_DISCARD);
 const WRITE_ZEROES: Features = Features::bit(virtio_blk::VIRTIO_BLK_F_WRITE_ZEROES);
+const SEG_MAX: Features = Features::bit(virtio_blk::VIRTIO_BLK_F_SEG_MAX);
+const SIZE_MAX: Features = Features::bit(virtio_blk::VIRTIO_BLK_F_SIZE_MAX);
 const ALWAYS: Features = FLUSH
-    .union(Features::bit(virtio_blk::VIRTIO_BLK_F_SEG_MAX))
+    .union(SEG_MAX)
+    .union(SIZE_MAX)
     .union(Features::bit(virtio_blk::VIRTIO_BLK_F_BLK_SIZE))
     .union(Features::bit(virtio_blk::VIRTIO_BLK_F_TOPOLOGY));
 
@@ -120,6 +123,11 @@ impl Block {
             read_only: config.read_only,
             direct: config.direct,
         })?;
+        Ok(Self::on(image, config))
+    }
+
+    /// `image` as the disk that `config` describes.
+    fn on(image: Image, config: &BlockConfig) -> Self {
         let mut id = [0; ID_LEN];
         let serial = config.serial.as_deref().unwrap_or(&config.name).as_bytes();
         let len = serial.len().min(ID_LEN);
@@ -128,11 +136,13 @@ impl Block {
         let block_size = image.block_size();
         let (discard, zeroes) = (image.punches_holes(), !image.read_only());
         let if_offered = |offered: bool, value: u32| if offered { value.to_le() } else { 0 };
+        // A request has a header and a status descriptor besides its data.
+        let segments = config.queue_size.saturating_sub(2).max(1);
+        let zeroed = zeroed_at_once(&image);
         let configuration = Configuration {
             capacity: image.sectors().to_le(),
-            size_max: 0,
-            // A request has a header and a status descriptor besides its data.
-            seg_max: u32::from(config.queue_size.saturating_sub(2).max(1)).to_le(),
+            size_max: (1_u32 << (MOST_DATA / u64::from(segments)).ilog2()).to_le(),
+            seg_max: u32::from(segments).to_le(),
             geometry: [0; 4],
             blk_size: block_size.to_le(),
             physical_block_exp: u8::try_from((image.physical_block_size() / block_size).ilog2())
@@ -143,22 +153,22 @@ impl Block {
             writeback: 0,
             unused0: 0,
             num_queues: queues.to_le(),
-            max_discard_sectors: if_offered(discard, MOST_SEGMENT_SECTORS),
-            max_discard_seg: if_offered(discard, MOST_SEGMENTS),
+            max_discard_sectors: if_offered(discard, Ranges::NOTED.sectors),
+            max_discard_seg: if_offered(discard, Ranges::NOTED.segments),
             discard_sector_alignment: if_offered(discard, block_size / 512),
-            max_write_zeroes_sectors: if_offered(zeroes, MOST_SEGMENT_SECTORS),
-            max_write_zeroes_seg: if_offered(zeroes, MOST_SEGMENTS),
+            max_write_zeroes_sectors: if_offered(zeroes, zeroed.sectors),
+            max_write_zeroes_seg: if_offered(zeroes, zeroed.segments),
             write_zeroes_may_unmap: u8::from(discard),
             unused1: [0; 3],
             max_secure_erase_sectors: 0,
         };
-        Ok(Self {
+        Self {
             name: config.name.clone(),
             image: Arc::new(image),
             id,
             queue_sizes: vec![config.queue_size; usize::from(queues)],
             configuration,
-        })
+        }
     }
 
     /// What serves one queue for a driver that chose `features`.
@@ -168,8 +178,18 @@ impl Block {
             name: self.name.clone(),
             image: self.image.clone(),
             id: self.id,
+            zeroed_at_once: zeroed_at_once(&self.image),
             write_through: !features.contains(FLUSH),
         }
+    }
+}
+
+/// What one request may zero on `image`.
+fn zeroed_at_once(image: &Image) -> Ranges {
+    if image.zeroes_cheaply() {
+        Ranges::NOTED
+    } else {
+        Ranges::WRITTEN
     }
 }
 
@@ -214,6 +234,7 @@ pub struct BlockQueue {
     name: String,
     image: Arc<Image>,
     id: [u8; ID_LEN],
+    zeroed_at_once: Ranges,
     /// The driver cannot flush, so each write is durable when it completes (5.2.6.2).
     write_through: bool,
 }
@@ -267,6 +288,7 @@ impl BlockQueue {
             sectors: self.image.sectors(),
             read_only: self.image.read_only(),
             discards: self.image.punches_holes(),
+            zeroes: self.zeroed_at_once,
         }
     }
 
@@ -289,12 +311,17 @@ impl BlockQueue {
                 .filter(|extent| extent.len > 0)
                 .try_for_each(|extent| image.discard(extent.at, extent.len))
                 .map(|()| 0),
-            Request::WriteZeroes(extents) => extents
-                .iter()
-                .filter(|(extent, _)| extent.len > 0)
-                .try_for_each(|(extent, unmap)| image.write_zeroes(extent.at, extent.len, *unmap))
-                .and_then(|()| durable())
-                .map(|()| 0),
+            Request::WriteZeroes(extents) => {
+                let mut left = MOST_DATA;
+                extents
+                    .iter()
+                    .filter(|(extent, _)| extent.len > 0)
+                    .try_for_each(|(extent, unmap)| {
+                        image.write_zeroes(extent.at, extent.len, *unmap, &mut left)
+                    })
+                    .and_then(|()| durable())
+                    .map(|()| 0)
+            }
         };
         done.map_err(|error| {
             guest_warn!(

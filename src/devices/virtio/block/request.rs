@@ -9,11 +9,39 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use super::super::queue::Buffers;
 use super::image::SECTOR;
 
+/// Bytes of data one request may carry, or have written for it: whoever stops a disk or changes what its addresses
+/// mean waits for a request. A driver that keeps to `seg_max` and `size_max` never asks for more.
+pub const MOST_DATA: u64 = 64 << 20;
+
 /// Sectors one discard or write-zeroes segment may cover: 1 GiB.
 pub const MOST_SEGMENT_SECTORS: u32 = 1 << 21;
 
 /// Segments in one discard or write-zeroes request.
 pub const MOST_SEGMENTS: u32 = 16;
+
+/// How much one discard or write-zeroes request may name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ranges {
+    /// Sectors of each segment.
+    pub sectors: u32,
+    /// Segments.
+    pub segments: u32,
+}
+
+impl Ranges {
+    /// Of what the host does without moving data.
+    pub const NOTED: Self = Self {
+        sectors: MOST_SEGMENT_SECTORS,
+        segments: MOST_SEGMENTS,
+    };
+    /// Of what may have to be written.
+    pub const WRITTEN: Self = Self {
+        sectors: 1 << 17,
+        segments: 1,
+    };
+}
+
+const _: () = assert!(Ranges::WRITTEN.sectors as u64 * SECTOR == MOST_DATA);
 
 /// Bytes of a disk's identification string.
 pub const ID_LEN: usize = 20;
@@ -108,6 +136,8 @@ pub struct Medium {
     pub read_only: bool,
     /// Ranges can be given back.
     pub discards: bool,
+    /// What one request may zero.
+    pub zeroes: Ranges,
 }
 
 impl Request {
@@ -123,10 +153,10 @@ impl Request {
             }
         };
         match Operation(u32::from_le(header.operation)) {
-            Operation::IN => Ok(Self::Read(medium.extent(sector, room as u64)?.at)),
+            Operation::IN => Ok(Self::Read(medium.transfer(sector, room)?.at)),
             Operation::OUT => {
                 may_write()?;
-                Ok(Self::Write(medium.extent(sector, data.len() as u64)?.at))
+                Ok(Self::Write(medium.transfer(sector, data.len())?.at))
             }
             Operation::FLUSH => Ok(Self::Flush),
             Operation::GET_ID => Ok(Self::Id),
@@ -137,10 +167,10 @@ impl Request {
                     if u32::from_le(segment.flags) != 0 {
                         return Err(Status::Unsupported);
                     }
-                    medium.segment(segment)
+                    medium.segment(segment, Ranges::NOTED)
                 };
                 Ok(Self::Discard(
-                    segments(data)?
+                    segments(data, Ranges::NOTED)?
                         .into_iter()
                         .map(discard)
                         .collect::<Result<_, _>>()?,
@@ -154,10 +184,13 @@ impl Request {
                         virtio_blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP => true,
                         _ => return Err(Status::Unsupported),
                     };
-                    Ok((medium.segment(segment)?, unmap))
+                    Ok((medium.segment(segment, medium.zeroes)?, unmap))
                 };
                 Ok(Self::WriteZeroes(
-                    segments(data)?.into_iter().map(zero).collect::<Result<_, _>>()?,
+                    segments(data, medium.zeroes)?
+                        .into_iter()
+                        .map(zero)
+                        .collect::<Result<_, _>>()?,
                 ))
             }
             _ => Err(Status::Unsupported),
@@ -177,19 +210,27 @@ impl Medium {
         Ok(Extent { at, len })
     }
 
-    fn segment(&self, segment: RawSegment) -> Result<Extent, Status> {
+    /// Where `len` bytes of data go or come from.
+    fn transfer(&self, sector: u64, len: usize) -> Result<Extent, Status> {
+        match len as u64 {
+            len if len > MOST_DATA => Err(Status::IoError),
+            len => self.extent(sector, len),
+        }
+    }
+
+    fn segment(&self, segment: RawSegment, most: Ranges) -> Result<Extent, Status> {
         let sectors = u32::from_le(segment.sectors);
-        if sectors > MOST_SEGMENT_SECTORS {
+        if sectors > most.sectors {
             return Err(Status::IoError);
         }
         self.extent(u64::from_le(segment.sector), u64::from(sectors) * SECTOR)
     }
 }
 
-/// The entries of a discard or write-zeroes request: 1 to [`MOST_SEGMENTS`].
-fn segments(data: &Buffers<'_>) -> Result<Vec<RawSegment>, Status> {
+/// The entries of a discard or write-zeroes request: 1 to as many as `most` says.
+fn segments(data: &Buffers<'_>, most: Ranges) -> Result<Vec<RawSegment>, Status> {
     let size = size_of::<RawSegment>();
-    let most = size * MOST_SEGMENTS as usize;
+    let most = size * most.segments as usize;
     if data.is_empty() || !data.len().is_multiple_of(size) || data.len() > most {
         return Err(Status::IoError);
     }

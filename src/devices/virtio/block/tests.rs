@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 
 use tempfile::NamedTempFile;
 
-use super::request::{Operation, RawSegment};
+use super::request::{MOST_DATA, MOST_SEGMENT_SECTORS, MOST_SEGMENTS, Operation, RawSegment};
 use super::*;
 use crate::devices::virtio::driver::{Driver, HIGH_END, LOW_END, Part};
 
@@ -42,6 +42,32 @@ fn disk_as(change: impl FnOnce(&mut BlockConfig)) -> Disk {
 
 fn disk() -> Disk {
     disk_as(|_| {})
+}
+
+/// A disk of `mib` MiB, all of it a hole.
+fn sparse_disk(mib: u64) -> Disk {
+    let mut disk = disk();
+    disk.file = NamedTempFile::new().expect("a file");
+    disk.file.as_file().set_len(mib << 20).expect("a hole");
+    disk.block = Block::open(&BlockConfig::new("disk0", disk.file.path())).expect("a good image");
+    disk
+}
+
+/// A disk of 80 MiB, all of it a hole, whose host makes zeros without writing them or cannot.
+fn disk_with_shortcuts(has: bool) -> Disk {
+    let mut disk = sparse_disk(80);
+    // The image has one user.
+    disk.block = self::disk().block;
+    let config = BlockConfig::new("disk0", disk.file.path());
+    let options = ImageOptions {
+        path: config.path.clone(),
+        read_only: false,
+        direct: false,
+    };
+    let image = Image::open(&options).expect("a good image");
+    disk.block = Block::on(image.with_shortcuts(has), &config);
+    disk.features = disk.block.features();
+    disk
 }
 
 impl Disk {
@@ -85,6 +111,35 @@ impl Disk {
         };
         let at = self.driver.place(segment.as_bytes());
         self.ask(operation, 0, Part::read(at, 16)).0
+    }
+
+    /// A transfer of so many MiB, all of them from or to the same one; its status.
+    fn move_mib(&mut self, operation: Operation, mib: usize) -> u8 {
+        let header = self.driver.place(&Self::header(operation, 0));
+        let status = self.driver.place(&[0xee]);
+        let at = self.driver.place(&[0xaa; 1 << 20]);
+        let part = match operation {
+            Operation::IN => Part::write(at, 1 << 20),
+            _ => Part::read(at, 1 << 20),
+        };
+        let data = std::iter::repeat_n(part, mib);
+        let parts = std::iter::once(Part::read(header, 16)).chain(data);
+        let parts: Vec<_> = parts.chain([Part::write(status, 1)]).collect();
+        self.driver.offer_indirect(&parts);
+        assert_eq!(self.serve().expect("a good queue"), Turn::Idle);
+        assert_eq!(self.driver.used().len(), 1);
+        self.driver.bytes(status, 1)[0]
+    }
+
+    /// What of the image has a place on the host, in units of 512 bytes.
+    fn blocks(&self) -> u64 {
+        self.file.as_file().metadata().expect("there").blocks()
+    }
+
+    fn configuration(&self) -> Configuration {
+        let mut data = [0; 64];
+        self.block.read_config(0, &mut data);
+        Configuration::read_from_bytes(&data).expect("as long")
     }
 
     fn content(&mut self, sector: u64, sectors: usize) -> Vec<u8> {
@@ -305,6 +360,7 @@ fn lists_of_ranges_that_are_wrong_are_refused() {
     // Ranges of no sectors are whole requests that do nothing.
     let most = 16 * MOST_SEGMENTS;
     assert_eq!(disk.ask(Operation::DISCARD, 0, Part::read(at, most)).0, OK);
+    let most = 16 * disk.configuration().max_write_zeroes_seg;
     assert_eq!(disk.ask(Operation::WRITE_ZEROES, 0, Part::read(at, most)).0, OK);
     assert_eq!(disk.content(0, 1), [1; 512]);
 }
@@ -328,9 +384,7 @@ fn the_identification_is_the_serial_number_and_never_more_than_the_room() {
 #[test]
 fn the_configuration_describes_the_image() {
     let disk = disk_as(|config| config.queues = 4);
-    let mut data = [0; 64];
-    disk.block.read_config(0, &mut data);
-    let configuration = Configuration::read_from_bytes(&data).expect("as long");
+    let configuration = disk.configuration();
     assert_eq!(configuration.capacity, SECTORS);
     assert_eq!(
         (configuration.blk_size, configuration.physical_block_exp),
@@ -339,6 +393,53 @@ fn the_configuration_describes_the_image() {
     assert_eq!((configuration.num_queues, configuration.seg_max), (4, 254));
     assert_eq!(disk.block.queue_sizes(), [256; 4]);
     assert!(disk.features.contains(MULTI_QUEUE | FLUSH));
+}
+
+// Whoever stops the disk waits for one request: its length is not the guest's to choose.
+#[test]
+fn a_request_for_more_data_than_the_bound_is_refused_before_any_is_moved() {
+    let mut disk = sparse_disk(80);
+    let before = disk.blocks();
+    assert_eq!(disk.move_mib(Operation::OUT, 65), IO_ERROR);
+    assert_eq!(disk.blocks(), before);
+    assert_eq!(disk.move_mib(Operation::IN, 65), IO_ERROR);
+    assert_eq!(disk.move_mib(Operation::IN, 64), OK);
+}
+
+#[test]
+fn a_driver_that_keeps_to_the_configuration_never_meets_the_bound() {
+    for (size, segment) in [(4, 32 << 20), (8, 8 << 20), (256, 256 << 10), (1024, 64 << 10)] {
+        let disk = disk_as(|config| config.queue_size = size);
+        assert!(disk.features.contains(SIZE_MAX | SEG_MAX));
+        let configuration = disk.configuration();
+        assert_eq!(configuration.seg_max, u32::from(size) - 2);
+        assert_eq!(configuration.size_max, segment);
+        let most = u64::from(configuration.seg_max) * u64::from(configuration.size_max);
+        assert!(most <= MOST_DATA, "{size} entries: {most}");
+    }
+}
+
+#[test]
+fn where_zeros_are_written_a_request_is_one_short_range_and_the_driver_is_told() {
+    let (mut written, noted) = (disk_with_shortcuts(false), disk_with_shortcuts(true));
+    let limits = |disk: &Disk| {
+        let configuration = disk.configuration();
+        (
+            configuration.max_write_zeroes_sectors,
+            configuration.max_write_zeroes_seg,
+        )
+    };
+    assert_eq!(limits(&written), (64 << 11, 1));
+    let before = written.blocks();
+    assert_eq!(limits(&noted), (MOST_SEGMENT_SECTORS, MOST_SEGMENTS));
+    let most = 64 << 11;
+    assert_eq!(written.segment(Operation::WRITE_ZEROES, 0, most + 1, 1), IO_ERROR);
+    let at = written.driver.place(&[0; 32]);
+    let two = written.ask(Operation::WRITE_ZEROES, 0, Part::read(at, 32));
+    assert_eq!(two.0, IO_ERROR);
+    assert_eq!(written.blocks(), before);
+    assert_eq!(written.segment(Operation::WRITE_ZEROES, 0, most, 1), OK);
+    assert_eq!(written.segment(Operation::WRITE_ZEROES, 1, 8, 0), OK);
 }
 
 #[test]

@@ -1,10 +1,14 @@
 //! Queues under honest and hostile drivers. The names of the hostile ones are the bug classes of other VMMs.
 
+use std::sync::Arc;
+
 use proptest::prelude::*;
 
 use super::*;
 use crate::devices::virtio::driver::{Driver, HIGH, HIGH_END, INDIRECT_FLAG, LOW_END, Part};
 use crate::devices::virtio::worker::ServedQueue;
+use crate::platform::addr::{Bdf, Gpa};
+use crate::platform::dma::{Requester, Run, Translations, Translator};
 
 /// Take one chain and describe it: head, readable bytes, writable length.
 fn take(driver: &mut Driver) -> Result<Option<(u16, Vec<u8>, usize)>, Broken> {
@@ -170,6 +174,48 @@ fn a_chain_longer_than_the_bound_breaks_the_queue() {
         .expect("as long as allowed")
         .expect("there is one");
     assert_eq!(taken.1.len(), LONGEST_CHAIN);
+}
+
+/// Low addresses as they are, all others in one page.
+struct OnePage;
+
+impl Translator for OnePage {
+    fn begin(&self) -> Box<dyn Translations + '_> {
+        Box::new(Self)
+    }
+}
+
+impl Translations for OnePage {
+    fn translate(&self, _requester: Bdf, at: Iova, _access: Permissions) -> Option<Run> {
+        let within = at.0 % 0x1000;
+        let target = if at.0 < LOW_END { at.0 } else { HIGH + within };
+        Some(Run {
+            target: Gpa(target),
+            len: 0x1000 - within,
+        })
+    }
+}
+
+// What a disk says of its largest request; no two pages of it lie beside each other.
+#[test]
+fn a_chain_of_64_mib_that_is_scattered_over_pages_is_taken_however_it_is_cut() {
+    for (buffers, len) in [(254, 256 << 10), (1022, 64 << 10)] {
+        let mut driver = Driver::new(4);
+        let requester = Arc::new(Requester::default());
+        requester.set_bus_master(true);
+        let dma = Dma::translated(requester, driver.ram(), Arc::new(OnePage));
+        // Each begins and ends inside a page.
+        let data = (0..buffers).map(|nth| Part::write((1 << 32) + nth * (1 << 20) + 512, len));
+        let header = [Part::read(LOW_END - 512, 16)];
+        let status = [Part::write(LOW_END - 1024, 1)];
+        let parts: Vec<_> = header.into_iter().chain(data).chain(status).collect();
+        driver.offer_indirect(&parts);
+        let view = dma.view();
+        let chain = driver.queue.pop(&view).expect("as long as allowed");
+        let chain = chain.expect("there is one");
+        let whole = usize::try_from(buffers * u64::from(len)).expect("small");
+        assert_eq!(chain.writable.len(), whole + 1);
+    }
 }
 
 #[test]

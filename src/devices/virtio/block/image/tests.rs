@@ -182,14 +182,52 @@ fn positions_the_medium_does_not_take_are_an_error() {
 #[test]
 fn zeros_are_written_where_the_host_has_no_shortcut() {
     let file = file(1 << 20);
-    let mut image = Image::open(&options(file.path())).expect("a good image");
-    image.punches_holes = false;
-    image.zeroes_ranges = false;
-    image.write_zeroes(512, 600 << 10, true).expect("written");
+    let image = Image::open(&options(file.path())).expect("a good image");
+    let image = image.with_shortcuts(false);
+    let mut left = 600 << 10;
+    image
+        .write_zeroes(512, 600 << 10, true, &mut left)
+        .expect("written");
+    assert_eq!(left, 0);
     let content = std::fs::read(file.path()).expect("readable");
     let end = 512 + (600 << 10);
     assert!(content[512..end].iter().all(|byte| *byte == 0));
     assert_eq!(content[end], 177);
+}
+
+#[test]
+fn zeros_are_written_as_far_as_they_may_be_and_no_further() {
+    let file = file(1 << 20);
+    let image = Image::open(&options(file.path())).expect("a good image");
+    let image = image.with_shortcuts(false);
+    let mut left = 1 << 10;
+    image.write_zeroes(512, 512, false, &mut left).expect("written");
+    let error = image.write_zeroes(1024, 1024, false, &mut left);
+    let error = error.expect_err("512 bytes are left");
+    assert_eq!(error.raw_os_error(), Some(libc::EOPNOTSUPP));
+    let content = std::fs::read(file.path()).expect("readable");
+    assert_eq!((content[512], content[1023], content[1024]), (0, 0, 2));
+}
+
+#[test]
+fn only_of_a_file_with_shortcuts_zeros_are_cheap() {
+    let file = file(1 << 20);
+    for has in [false, true] {
+        let image = Image::open(&options(file.path())).expect("nobody has it");
+        assert_eq!(image.with_shortcuts(has).zeroes_cheaply(), has);
+    }
+}
+
+#[test]
+fn ranges_that_the_host_takes_back_count_for_nothing() {
+    let file = file(1 << 20);
+    let image = Image::open(&options(file.path())).expect("a good image");
+    assert!(image.punches_holes, "the test's file system punches holes");
+    let mut left = 7;
+    image
+        .write_zeroes(0, 1 << 20, true, &mut left)
+        .expect("by the host");
+    assert_eq!(left, 7);
 }
 
 #[test]
