@@ -170,6 +170,8 @@ pub struct Chain<'m> {
     pub readable: Buffers<'m>,
     /// What the device may write, in order.
     pub writable: Buffers<'m>,
+    /// Where the last byte is that the device may write: good for a later view, which may not reach it any more.
+    pub last_writable: Option<Iova>,
 }
 
 impl VirtQueue {
@@ -226,6 +228,7 @@ impl VirtQueue {
             head,
             readable: Buffers::default(),
             writable: Buffers::default(),
+            last_writable: None,
         };
         let (mut more, mut writing) = (true, false);
         for (count, descriptor) in descriptors.enumerate() {
@@ -252,6 +255,10 @@ impl VirtQueue {
             for slice in mem.get_slices(at, len as usize, access).map_err(out_of_reach)? {
                 buffers.push(slice.map_err(out_of_reach)?);
             }
+            if let Some(last) = len.checked_sub(1).filter(|_| writing) {
+                // What was reached does not wrap.
+                chain.last_writable = Some(Iova(at.0.wrapping_add(last.into())));
+            }
             if chain.readable.slices.len() + chain.writable.slices.len() > MOST_PIECES {
                 return Err(Broken::Chain(head));
             }
@@ -267,6 +274,18 @@ impl VirtQueue {
     pub fn put_back(&mut self, head: u16) {
         self.land(head);
         self.queue.go_to_previous_position();
+    }
+
+    /// Write `byte` to the address `at`, which belongs to the chain taken last. The driver may have taken its memory away
+    /// since.
+    pub fn answer<M: QueueMemory>(&self, mem: &M, head: u16, at: Iova, byte: u8) -> Result<(), Broken> {
+        let out_of_reach = |error| Broken::Buffer {
+            head,
+            at,
+            len: 1,
+            error,
+        };
+        mem.write_obj(byte, GuestAddress(at.0)).map_err(out_of_reach)
     }
 
     /// Hand a chain back to the driver with `written` bytes of its writable part filled.

@@ -2,6 +2,7 @@
 //! and obeys pause and stop between turns. An order ends the turn before its next chain, so that whoever gives one
 //! waits for a single request.
 
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,6 +15,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::Interrupts;
 use super::queue::{Broken, Chain, MemoryViews, QueueMemory, VirtQueue};
 use crate::guest_warn;
+use crate::platform::addr::Iova;
 use crate::platform::dma::Dma;
 use crate::platform::host::HostError;
 
@@ -118,6 +120,17 @@ pub enum Notify {
     Batch,
 }
 
+/// What became of a chain.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Served<W> {
+    /// It is done, with so many bytes written.
+    Done(u32),
+    /// It is left for later, and the turn ends.
+    Later,
+    /// This is to be done for it without a look at guest memory. How it went is the one byte written, at this address.
+    Apart(W, Iova),
+}
+
 /// A queue with its doorbell and its interrupt.
 pub struct ServedQueue {
     index: u16,
@@ -202,8 +215,8 @@ impl ServedQueue {
         self.queue.disarm(mem)
     }
 
-    /// Serve what is available, at most one ring's worth, and nothing more once the queue [waits](Self::waits): `each` says how many bytes it wrote, or `None`
-    /// to leave the chain for later and end the turn.
+    /// Serve what is available, at most one ring's worth, and nothing more once the queue [waits](Self::waits): `each` says
+    /// how many bytes it wrote, or `None` to leave the chain for later and end the turn.
     ///
     /// Each chain has a view of memory of its own: who changes translations waits for one request, not for
     /// a ring of them.
@@ -213,28 +226,52 @@ impl ServedQueue {
         notify: Notify,
         mut each: impl FnMut(&mut Chain<'_>) -> Result<Option<u32>, Broken>,
     ) -> Result<Turn, Broken> {
+        let served = |chain: &mut Chain<'_>| Ok(each(chain)?.map_or(Served::Later, Served::Done));
+        self.drain_apart(mem, notify, served, |never: Infallible| match never {})
+    }
+
+    /// As [`Self::drain`], with work that needs no guest memory done `apart`, while no view of it is held: who changes
+    /// translations does not wait for that work. What `apart` returns is the byte that the driver finds.
+    pub fn drain_apart<V: MemoryViews, W>(
+        &mut self,
+        mem: &V,
+        notify: Notify,
+        mut each: impl FnMut(&mut Chain<'_>) -> Result<Served<W>, Broken>,
+        mut apart: impl FnMut(W) -> u8,
+    ) -> Result<Turn, Broken> {
         self.queue.disarm(&mem.view())?;
         let mut turn = Turn::Again;
         for _ in 0..self.queue.size() {
             if self.waits() {
                 break;
             }
-            let view = &mem.view();
-            let Some(mut chain) = self.pop(view)? else {
-                if self.rearm(view)? {
+            let mut view = mem.view();
+            let Some(mut chain) = self.pop(&view)? else {
+                if self.rearm(&view)? {
                     continue;
                 }
                 turn = Turn::Idle;
                 break;
             };
-            let Some(written) = each(&mut chain)? else {
-                self.put_back(chain.head);
-                turn = Turn::Idle;
-                break;
+            let head = chain.head;
+            let written = match each(&mut chain)? {
+                Served::Done(written) => written,
+                Served::Later => {
+                    self.put_back(head);
+                    turn = Turn::Idle;
+                    break;
+                }
+                Served::Apart(work, answer_at) => {
+                    drop(view);
+                    let answer = apart(work);
+                    view = mem.view();
+                    self.queue.answer(&view, head, answer_at, answer)?;
+                    1
+                }
             };
-            self.complete(view, chain.head, written)?;
+            self.complete(&view, head, written)?;
             if notify == Notify::Each {
-                self.notify(view)?;
+                self.notify(&view)?;
             }
         }
         self.notify(&mem.view())?;

@@ -10,11 +10,13 @@
 //! | `WRITE_ZEROES` | writable |
 //!
 //! Virtual I/O Device 1.2, 5.2 (Block Device). Each queue has a thread; a request is one system call from or
-//! to guest memory.
+//! to guest memory. What moves no data of the guest's is done with no view of its memory held: a change of translations,
+//! which waits for views, does not wait for a flush.
 
 pub mod image;
 pub mod request;
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -22,13 +24,13 @@ use virtio_bindings::virtio_blk;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::queue::{Broken, Chain, MemoryViews};
-use super::worker::{Notify, ServedQueue, Service, Turn, Unit, Woken};
+use super::worker::{Notify, Served, ServedQueue, Service, Turn, Unit, Woken};
 use super::{Activation, Features, Kind, VirtioDevice, read_structure};
 use crate::guest_warn;
 use crate::platform::dma::Dma;
 use crate::platform::host::HostError;
 use image::{Image, ImageOptions};
-use request::{Header, ID_LEN, MOST_DATA, Medium, Ranges, Request, Status};
+use request::{Header, ID_LEN, MOST_DATA, Medium, Ranges, Request, Status, Upkeep};
 
 const FLUSH: Features = Features::bit(virtio_blk::VIRTIO_BLK_F_FLUSH);
 const READ_ONLY: Features = Features::bit(virtio_blk::VIRTIO_BLK_F_RO);
@@ -252,11 +254,26 @@ impl Service for BlockQueue {
 impl BlockQueue {
     /// Serve what is available in `queue`, one ring's worth at most.
     pub fn serve<V: MemoryViews>(&self, mem: &V, queue: &mut ServedQueue) -> Result<Turn, Broken> {
-        queue.drain(mem, Notify::Each, |chain| self.request(chain).map(Some))
+        self.serve_with(mem, queue, |upkeep| self.keep_up(&upkeep))
     }
 
-    /// Carry one request out and say how many bytes were written to the guest.
-    fn request(&self, chain: &mut Chain<'_>) -> Result<u32, Broken> {
+    /// The same, with `keep_up` for what is done without a view of memory.
+    fn serve_with<V: MemoryViews>(
+        &self,
+        mem: &V,
+        queue: &mut ServedQueue,
+        mut keep_up: impl FnMut(Upkeep) -> Status,
+    ) -> Result<Turn, Broken> {
+        queue.drain_apart(
+            mem,
+            Notify::Each,
+            |chain| self.request(chain),
+            |upkeep| keep_up(upkeep) as u8,
+        )
+    }
+
+    /// Carry one request out, as far as that needs its buffers.
+    fn request(&self, chain: &mut Chain<'_>) -> Result<Served<Upkeep>, Broken> {
         let malformed = Broken::Request {
             readable: chain.readable.len(),
             writable: chain.writable.len(),
@@ -274,13 +291,17 @@ impl BlockQueue {
         chain.readable.copy_to(&mut header);
         let header = Header::read_from_bytes(&header).expect("as long as a header");
         let outcome = Request::parse(header, &data, room.len(), self.medium())
-            .and_then(|request| self.carry_out(&request, &data, room));
+            .and_then(|request| self.carry_out(request, &data, room));
         let (answer, filled) = match outcome {
-            Ok(filled) => (Status::Ok, filled),
+            Ok(Step::Filled(filled)) => (Status::Ok, filled),
+            Ok(Step::Left(upkeep)) => {
+                let status_at = chain.last_writable.expect("the status byte is the last");
+                return Ok(Served::Apart(upkeep, status_at));
+            }
             Err(answer) => (answer, 0),
         };
         status.copy_from(&[answer as u8]);
-        Ok(u32::try_from(filled + 1).unwrap_or(u32::MAX))
+        Ok(Served::Done(u32::try_from(filled + 1).unwrap_or(u32::MAX)))
     }
 
     fn medium(&self) -> Medium {
@@ -292,50 +313,79 @@ impl BlockQueue {
         }
     }
 
-    /// Do it, and say how many bytes of `room` were filled.
+    /// Do what needs `data` or `room`.
     fn carry_out(
         &self,
-        request: &Request,
+        request: Request,
         data: &super::queue::Buffers<'_>,
         room: &super::queue::Buffers<'_>,
-    ) -> Result<usize, Status> {
+    ) -> Result<Step, Status> {
         let image = &self.image;
-        let durable = || if self.write_through { image.flush() } else { Ok(()) };
-        let done = match request {
-            Request::Read(at) => image.read(*at, room).map(|()| room.len()),
-            Request::Write(at) => image.write(*at, data).and_then(|()| durable()).map(|()| 0),
-            Request::Flush => image.flush().map(|()| 0),
-            Request::Id => Ok(room.copy_from(&self.id)),
-            Request::Discard(extents) => extents
-                .iter()
-                .filter(|extent| extent.len > 0)
-                .try_for_each(|extent| image.discard(extent.at, extent.len))
-                .map(|()| 0),
-            Request::WriteZeroes(extents) => {
-                let mut left = MOST_DATA;
-                extents
-                    .iter()
-                    .filter(|(extent, _)| extent.len > 0)
-                    .try_for_each(|(extent, unmap)| {
-                        image.write_zeroes(extent.at, extent.len, *unmap, &mut left)
-                    })
-                    .and_then(|()| durable())
-                    .map(|()| 0)
+        let failed = |error| self.failed(&request, &error);
+        Ok(match request {
+            Request::Read(at) => {
+                image.read(at, room).map_err(failed)?;
+                Step::Filled(room.len())
             }
-        };
-        done.map_err(|error| {
-            guest_warn!(
-                disk = %self.name,
-                path = %image.path().display(),
-                "the host failed a request {request:?}: {error}"
-            );
-            if error.raw_os_error() == Some(libc::EOPNOTSUPP) {
-                Status::Unsupported
-            } else {
-                Status::IoError
+            Request::Write(at) => {
+                image.write(at, data).map_err(failed)?;
+                if self.write_through {
+                    Step::Left(Upkeep::Flush)
+                } else {
+                    Step::Filled(0)
+                }
             }
+            Request::Id => Step::Filled(room.copy_from(&self.id)),
+            Request::Upkeep(upkeep) => Step::Left(upkeep),
         })
     }
+
+    /// Do what needs no guest memory.
+    fn keep_up(&self, upkeep: &Upkeep) -> Status {
+        let image = &self.image;
+        let done =
+            match upkeep {
+                Upkeep::Flush => image.flush(),
+                Upkeep::Discard(extents) => extents
+                    .iter()
+                    .filter(|extent| extent.len > 0)
+                    .try_for_each(|extent| image.discard(extent.at, extent.len)),
+                Upkeep::WriteZeroes(extents) => {
+                    let mut left = MOST_DATA;
+                    let zeroed = extents.iter().filter(|(extent, _)| extent.len > 0).try_for_each(
+                        |(extent, unmap)| image.write_zeroes(extent.at, extent.len, *unmap, &mut left),
+                    );
+                    let durable = || if self.write_through { image.flush() } else { Ok(()) };
+                    zeroed.and_then(|()| durable())
+                }
+            };
+        match done {
+            Ok(()) => Status::Ok,
+            Err(error) => self.failed(upkeep, &error),
+        }
+    }
+
+    /// What the driver is told of an `error` of the host's.
+    fn failed(&self, what: &dyn std::fmt::Debug, error: &io::Error) -> Status {
+        guest_warn!(
+            disk = %self.name,
+            path = %self.image.path().display(),
+            "the host failed a request {what:?}: {error}"
+        );
+        if error.raw_os_error() == Some(libc::EOPNOTSUPP) {
+            Status::Unsupported
+        } else {
+            Status::IoError
+        }
+    }
+}
+
+/// How far a request has come when its buffers are needed no more.
+enum Step {
+    /// It is done, and so many bytes of its room are filled.
+    Filled(usize),
+    /// This is left to do.
+    Left(Upkeep),
 }
 
 #[cfg(test)]

@@ -117,10 +117,17 @@ pub enum Request {
     Read(u64),
     /// Store the readable part from this byte on.
     Write(u64),
-    /// Make completed writes durable.
-    Flush,
     /// Say who the disk is.
     Id,
+    /// Work on the medium.
+    Upkeep(Upkeep),
+}
+
+/// What the host does to the medium without a look at guest memory.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Upkeep {
+    /// Make completed writes durable.
+    Flush,
     /// Give ranges back.
     Discard(Vec<Extent>),
     /// Zero ranges; `true`: their space may be given back.
@@ -158,7 +165,7 @@ impl Request {
                 may_write()?;
                 Ok(Self::Write(medium.transfer(sector, data.len())?.at))
             }
-            Operation::FLUSH => Ok(Self::Flush),
+            Operation::FLUSH => Ok(Self::Upkeep(Upkeep::Flush)),
             Operation::GET_ID => Ok(Self::Id),
             Operation::DISCARD if medium.discards => {
                 may_write()?;
@@ -169,12 +176,8 @@ impl Request {
                     }
                     medium.segment(segment, Ranges::NOTED)
                 };
-                Ok(Self::Discard(
-                    segments(data, Ranges::NOTED)?
-                        .into_iter()
-                        .map(discard)
-                        .collect::<Result<_, _>>()?,
-                ))
+                let extents = segments(data, Ranges::NOTED)?.into_iter().map(discard);
+                Ok(Self::Upkeep(Upkeep::Discard(extents.collect::<Result<_, _>>()?)))
             }
             Operation::WRITE_ZEROES => {
                 may_write()?;
@@ -186,12 +189,10 @@ impl Request {
                     };
                     Ok((medium.segment(segment, medium.zeroes)?, unmap))
                 };
-                Ok(Self::WriteZeroes(
-                    segments(data, medium.zeroes)?
-                        .into_iter()
-                        .map(zero)
-                        .collect::<Result<_, _>>()?,
-                ))
+                let extents = segments(data, medium.zeroes)?.into_iter().map(zero);
+                Ok(Self::Upkeep(Upkeep::WriteZeroes(
+                    extents.collect::<Result<_, _>>()?,
+                )))
             }
             _ => Err(Status::Unsupported),
         }

@@ -2,12 +2,16 @@
 
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use tempfile::NamedTempFile;
+use vm_memory::Permissions;
 
 use super::request::{MOST_DATA, MOST_SEGMENT_SECTORS, MOST_SEGMENTS, Operation, RawSegment};
 use super::*;
 use crate::devices::virtio::driver::{Driver, HIGH_END, LOW_END, Part};
+use crate::platform::addr::{Bdf, Gpa, Iova};
+use crate::platform::dma::{Requester, Run, Translations, Translator};
 
 const SECTORS: u64 = 64;
 
@@ -368,6 +372,121 @@ fn lists_of_ranges_that_are_wrong_are_refused() {
 #[test]
 fn flushes_are_carried_out() {
     assert_eq!(disk().ask_without_data(Operation::FLUSH, 0), OK);
+}
+
+/// Leaves addresses as they are, counts who is inside, and refuses one page when it is told to.
+#[derive(Default)]
+struct Counting {
+    inside: AtomicUsize,
+    refused: AtomicU64,
+}
+
+struct Inside<'a>(&'a Counting);
+
+impl Translator for Counting {
+    fn begin(&self) -> Box<dyn Translations + '_> {
+        self.inside.fetch_add(1, Ordering::SeqCst);
+        Box::new(Inside(self))
+    }
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.0.inside.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Translations for Inside<'_> {
+    fn translate(&self, _requester: Bdf, at: Iova, _access: Permissions) -> Option<Run> {
+        let refused = at.0 >> 12 == self.0.refused.load(Ordering::SeqCst) >> 12;
+        let len = 0x1000 - at.0 % 0x1000;
+        (!refused).then_some(Run {
+            target: Gpa(at.0),
+            len,
+        })
+    }
+}
+
+/// A way to the driver's memory through a translator.
+fn counted(driver: &Driver) -> (Arc<Counting>, Dma) {
+    let translator = Arc::new(Counting {
+        refused: AtomicU64::new(u64::MAX),
+        ..Counting::default()
+    });
+    let requester = Arc::new(Requester::default());
+    requester.set_bus_master(true);
+    let dma = Dma::translated(requester, driver.ram(), translator.clone());
+    (translator, dma)
+}
+
+// An unmap in the guest waits for everybody inside: of whatever device, behind the same IOMMU.
+#[test]
+fn what_moves_no_data_is_done_with_no_passage_through_an_iommu_open() {
+    let range = |flags: u32| {
+        let segment = RawSegment {
+            sector: 0,
+            sectors: 8_u32.to_le(),
+            flags: flags.to_le(),
+        };
+        segment.as_bytes().to_vec()
+    };
+    for (operation, data, event_idx, flushes) in [
+        (Operation::FLUSH, Vec::new(), false, true),
+        (Operation::FLUSH, Vec::new(), true, true),
+        (Operation::DISCARD, range(0), true, true),
+        (Operation::WRITE_ZEROES, range(1), true, false),
+        // The part of a write that makes it durable.
+        (Operation::OUT, vec![0xaa; 512], true, false),
+    ] {
+        let mut disk = disk();
+        disk.driver = Driver::on(crate::devices::virtio::driver::ram(), 0, 64, event_idx);
+        let (translator, dma) = counted(&disk.driver);
+        let queue = disk.block.queue(if flushes { FLUSH } else { Features::empty() });
+        let header = disk.driver.place(&Disk::header(operation, 0));
+        let at = disk.driver.place(&data);
+        let len = u32::try_from(data.len()).expect("short");
+        let mut seen = Vec::new();
+        for count in 1..3 {
+            let status = disk.driver.place(&[0xee; 3]);
+            let parts = [
+                Part::read(header, 16),
+                Part::read(at, len),
+                Part::write(status, 3),
+            ];
+            let head = disk.driver.offer(&parts);
+            let turn = queue.serve_with(&dma, &mut disk.driver.queue, |upkeep| {
+                seen.push(translator.inside.load(Ordering::SeqCst));
+                queue.keep_up(&upkeep)
+            });
+            assert_eq!(turn.expect("a good queue"), Turn::Idle);
+            assert_eq!(seen, vec![0; count], "{operation:?}");
+            assert_eq!(disk.driver.used(), [(head.into(), 1)]);
+            assert_eq!(disk.driver.bytes(status, 3), [0xee, 0xee, OK], "the last byte");
+            assert_eq!(disk.driver.interrupts(), u32::try_from(count).expect("small"));
+            disk.driver.set_used_event(u16::try_from(count).expect("small"));
+        }
+        assert_eq!(translator.inside.load(Ordering::SeqCst), 0);
+    }
+}
+
+#[test]
+fn a_status_byte_that_the_driver_took_away_meanwhile_breaks_the_queue() {
+    let mut disk = disk();
+    let (translator, dma) = counted(&disk.driver);
+    let queue = disk.block.queue(FLUSH);
+    let header = disk.driver.place(&Disk::header(Operation::FLUSH, 0));
+    let status = disk.driver.place(&[0xee]);
+    disk.driver
+        .offer(&[Part::read(header, 16), Part::write(status, 1)]);
+    let turn = queue.serve_with(&dma, &mut disk.driver.queue, |_| {
+        translator.refused.store(status, Ordering::SeqCst);
+        Status::Ok
+    });
+    let refused = Iova(status);
+    assert!(matches!(turn, Err(Broken::Buffer { at, len: 1, .. }) if at == refused));
+    assert_eq!(disk.driver.bytes(status, 1), [0xee]);
+    assert!(disk.driver.used().is_empty());
+    assert_eq!(translator.inside.load(Ordering::SeqCst), 0);
 }
 
 #[test]
