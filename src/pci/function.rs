@@ -124,6 +124,13 @@ pub trait Function: Send + Sync {
         let _ = (bar, at);
     }
 
+    /// The machine is paused: return once no thread of the function touches guest memory any more; what it has to do waits.
+    /// For functions that work by themselves. No processor runs, and none will before [`Function::resume`].
+    fn pause(&self) {}
+
+    /// The machine goes on after [`Function::pause`], perhaps after a [`Function::reset`] in between.
+    fn resume(&self) {}
+
     /// Back to the state after power-on. Returns once nothing of the function runs any more: no request,
     /// no interrupt. BARs read zero afterwards; the topology stops decoding them itself.
     fn reset(&self);

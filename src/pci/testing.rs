@@ -168,6 +168,10 @@ pub enum Event {
     Mastering(bool, bool),
     /// A BAR was written: which, where, what.
     Written(u8, u64, Vec<u8>),
+    /// The machine is paused.
+    Paused,
+    /// The machine goes on.
+    Resumed,
     /// It was reset.
     Reset,
 }
@@ -247,6 +251,12 @@ impl Function for Probe {
     }
     fn bar_moved(&self, bar: u8, at: Option<Gpa>) {
         self.note(Event::Moved(bar, at));
+    }
+    fn pause(&self) {
+        self.note(Event::Paused);
+    }
+    fn resume(&self) {
+        self.note(Event::Resumed);
     }
     fn reset(&self) {
         self.endpoint.reset();

@@ -143,6 +143,16 @@ impl<'a> Machine<'a> {
         load(&mut self.images, &self.ram, self.plan)
     }
 
+    /// Return once no thread of a device touches guest memory. No processor runs.
+    pub(super) fn pause_devices(&self) {
+        self.topology.pause();
+    }
+
+    /// Let all devices go on, before the processors do.
+    pub(super) fn resume_devices(&self) {
+        self.topology.resume();
+    }
+
     /// All devices as after power-on. No processor runs.
     pub(super) fn reset_devices(&self) {
         // Functions first: they let go of their wires before the controller forgets what was asserted, and

@@ -9,7 +9,7 @@ pub enum State {
     Ready,
     /// The processors run the guest.
     Running,
-    /// The processors hold; everything is as the guest left it.
+    /// The processors hold, and so do the devices' threads; everything is as the guest left it.
     Paused,
     /// The processors hold and everything is being put back to its state after power-on.
     Resetting,
@@ -22,7 +22,7 @@ pub enum State {
 pub enum Step {
     /// Begin.
     Start,
-    /// Stop the processors for a while.
+    /// Stop processors and devices for a while.
     Pause,
     /// Let them go on.
     Resume,

@@ -233,9 +233,11 @@ impl Machine<'_> {
         }
     }
 
-    /// Stop the processors, so that nothing of the guest runs.
+    /// Stop the processors, then the devices, so that nothing of the guest runs: no thread of a device touches its memory
+    /// until it goes on. Functions of the host have no thread here, and work on.
     pub fn pause(&mut self) -> Result<(), RunError> {
         self.crew.hold()?;
+        self.pause_devices();
         self.viommus.catch_up();
         self.life.step(Step::Pause)?;
         Ok(())
@@ -244,6 +246,12 @@ impl Machine<'_> {
     /// Let a paused guest go on.
     pub fn resume(&mut self) -> Result<(), RunError> {
         self.life.step(Step::Resume)?;
+        self.go_on()
+    }
+
+    /// Devices first: they are ready when the processors are.
+    fn go_on(&self) -> Result<(), RunError> {
+        self.resume_devices();
         Ok(self.crew.run()?)
     }
 
@@ -259,7 +267,7 @@ impl Machine<'_> {
         let entry = self.load()?;
         self.crew.reset(entry)?;
         self.life.step(Step::Restart)?;
-        Ok(self.crew.run()?)
+        self.go_on()
     }
 
     /// End: nothing runs from here on.

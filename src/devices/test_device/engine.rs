@@ -33,6 +33,8 @@ struct Shared {
     changed: Condvar,
     /// What runs ends at its next piece.
     cancelled: AtomicBool,
+    /// [`State::held`]: a look at this spares the lock.
+    held: AtomicBool,
 }
 
 /// What processors and the thread share.
@@ -42,6 +44,10 @@ pub(super) struct State {
     job: Option<Job>,
     /// The thread is at work, until nothing of it is to be seen or heard any more.
     busy: bool,
+    /// The machine is paused.
+    pub(super) held: bool,
+    /// The thread waits for the end of that, with a job begun.
+    resting: bool,
     ending: bool,
 }
 
@@ -63,10 +69,13 @@ impl Engine {
                 registers: Registers::new(caps),
                 job: None,
                 busy: false,
+                held: false,
+                resting: false,
                 ending: false,
             }),
             changed: Condvar::new(),
             cancelled: AtomicBool::new(false),
+            held: AtomicBool::new(false),
         });
         let on_thread = shared.clone();
         let thread = thread::Builder::new()
@@ -101,12 +110,31 @@ impl Engine {
         let _idle = self.shared.idle(self.state());
     }
 
+    /// Return once the thread does nothing; what it has begun and what comes waits for [`Self::resume`].
+    pub(super) fn pause(&self) {
+        let shared = &self.shared;
+        let mut state = self.state();
+        state.held = true;
+        shared.held.store(true, Ordering::Release);
+        while state.busy && !state.resting {
+            state = shared.wait(state);
+        }
+    }
+
+    /// Go on after [`Self::pause`].
+    pub(super) fn resume(&self) {
+        self.state().held = false;
+        self.shared.held.store(false, Ordering::Release);
+        self.shared.changed.notify_all();
+    }
+
     /// End what runs, and put registers, memories and the endpoint back as after power-on.
     pub(super) fn reset(&self) {
         let shared = &self.shared;
         let mut state = self.state();
         state.job = None;
         shared.cancelled.store(true, Ordering::Release);
+        shared.changed.notify_all();
         let mut state = shared.idle(state);
         shared.cancelled.store(false, Ordering::Release);
         state.registers.reset();
@@ -155,7 +183,8 @@ impl Shared {
     fn serve(&self, mut transfers: Transfers) {
         let mut state = self.state();
         while !state.ending {
-            let Some(job) = state.job.take() else {
+            let held = state.held;
+            let Some(job) = state.job.take_if(|_| !held) else {
                 state = self.wait(state);
                 continue;
             };
@@ -169,8 +198,25 @@ impl Shared {
         }
     }
 
+    /// Before each piece of a transfer: wait while the machine is paused.
+    fn next_piece(&self) -> Result<(), Stopped> {
+        if self.held.load(Ordering::Acquire) {
+            let mut state = self.state();
+            while state.held && !self.cancelled.load(Ordering::Acquire) {
+                state.resting = true;
+                self.changed.notify_all();
+                state = self.wait(state);
+            }
+            state.resting = false;
+        }
+        if self.cancelled.load(Ordering::Acquire) {
+            return Err(Stopped::Cancelled);
+        }
+        Ok(())
+    }
+
     fn carry_out(&self, transfers: &mut Transfers, work: Work) -> Ended {
-        let cancelled = &self.cancelled;
+        let pace = &|| self.next_piece();
         let status = |status| Ended {
             status,
             ..Ended::default()
@@ -183,18 +229,18 @@ impl Shared {
                 len,
                 checksum,
                 route,
-            } => match transfers.read(route, from, len, cancelled) {
+            } => match transfers.read(route, from, len, pace) {
                 Ok(found) => either(found == checksum, Status::READ_SUCCESS, Status::READ_FAIL),
                 Err(stopped) => status(Status::READ_FAIL | at_fault(stopped)),
             },
-            Work::Write { to, len, route } => match transfers.write(route, to, len, cancelled) {
+            Work::Write { to, len, route } => match transfers.write(route, to, len, pace) {
                 Ok(checksum) => Ended {
                     checksum: Some(checksum),
                     ..status(Status::WRITE_SUCCESS)
                 },
                 Err(stopped) => status(Status::WRITE_FAIL | at_fault(stopped)),
             },
-            Work::Copy { from, to, len, route } => match transfers.copy(route, (from, to), len, cancelled) {
+            Work::Copy { from, to, len, route } => match transfers.copy(route, (from, to), len, pace) {
                 Ok(()) => status(Status::COPY_SUCCESS),
                 Err(stopped) => status(Status::COPY_FAIL | at_fault(stopped)),
             },

@@ -233,6 +233,14 @@ impl Function for TestDevice {
         }
     }
 
+    fn pause(&self) {
+        self.engine.pause();
+    }
+
+    fn resume(&self) {
+        self.engine.resume();
+    }
+
     fn reset(&self) {
         self.engine.reset();
     }

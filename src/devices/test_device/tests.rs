@@ -1,12 +1,15 @@
 //! The whole way of a driver: registers, a command, memory, the interrupt, reset.
 
 use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, Permissions};
 
 use super::*;
 use crate::pci::testing::Messages;
+use crate::platform::addr::{Bdf, Gpa, Iova};
+use crate::platform::dma::{Requester, Run, Translations, Translator};
 use crate::platform::irq::InterruptController;
 use crate::platform::memory::GuestRam;
 
@@ -38,10 +41,18 @@ struct Machine {
 }
 
 fn machine_of(msix_vectors: u16, wired: bool) -> Machine {
+    machine_with(msix_vectors, wired, Dma::new)
+}
+
+fn machine_with(
+    msix_vectors: u16,
+    wired: bool,
+    dma: impl FnOnce(Arc<Requester>, GuestRam) -> Dma,
+) -> Machine {
     let messages = Messages::new();
     let wire = Arc::new(Wire::default());
     let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory");
-    let dma = Dma::new(messages.requester().clone(), GuestRam::new(ram));
+    let dma = dma(messages.requester().clone(), GuestRam::new(ram));
     let device = TestDevice::new(TestDeviceParts {
         name: "test0".to_owned(),
         msix_vectors,
@@ -467,6 +478,89 @@ fn a_reset_ends_a_transfer_and_leaves_no_trace_of_it() {
     machine.run(COPY);
     assert_eq!(machine.status(), Status::COPY_SUCCESS | Status::IRQ_RAISED);
     assert_eq!(machine.bytes(0x1000, 0x1000), before);
+}
+
+/// Says when an access begins, and lets it when it may.
+struct Slow {
+    begun: Mutex<Sender<()>>,
+    leave: Mutex<Receiver<()>>,
+}
+
+impl Translator for Slow {
+    fn begin(&self) -> Box<dyn Translations + '_> {
+        let begun = self.begun.lock().expect("not poisoned").send(());
+        begun.expect("the test listens");
+        let leave = self.leave.lock().expect("not poisoned").recv();
+        leave.expect("the test says when");
+        Box::new(AsItIs)
+    }
+}
+
+struct AsItIs;
+
+impl Translations for AsItIs {
+    fn translate(&self, _requester: Bdf, at: Iova, _access: Permissions) -> Option<Run> {
+        Some(Run {
+            target: Gpa(at.0),
+            len: RAM - at.0,
+        })
+    }
+}
+
+/// A machine whose device is in the first of the four accesses of a read.
+fn in_the_midst() -> (Machine, Receiver<()>, Sender<()>) {
+    let (sender, begun) = channel();
+    let (leave, receiver) = channel();
+    let slow = Slow {
+        begun: Mutex::new(sender),
+        leave: Mutex::new(receiver),
+    };
+    let machine = machine_with(32, true, |requester, ram| {
+        Dma::translated(requester, ram, Arc::new(slow))
+    });
+    machine.aim(0, 0, 4 * (64 << 10));
+    machine.set(Reg::Command, READ);
+    begun.recv().expect("a device");
+    (machine, begun, leave)
+}
+
+fn pause_with_leave(machine: &Machine, leave: &Sender<()>) {
+    std::thread::scope(|scope| {
+        scope.spawn(|| machine.device.pause());
+        while !machine.device.engine.state().held {
+            std::thread::yield_now();
+        }
+        (0..4).for_each(|_| leave.send(()).expect("a device"));
+    });
+}
+
+#[test]
+fn while_paused_no_memory_is_touched_and_afterwards_the_rest_is() {
+    let (machine, begun, leave) = in_the_midst();
+    pause_with_leave(&machine, &leave);
+    assert!(begun.try_recv().is_err(), "no second access");
+    machine.device.resume();
+    machine.device.settle();
+    assert_eq!(begun.try_iter().count(), 3);
+    assert!(
+        machine.status().contains(Status::READ_FAIL),
+        "it ended: no checksum was set"
+    );
+}
+
+#[test]
+fn a_reset_in_a_pause_ends_what_was_begun_and_the_pause_goes_on() {
+    let (machine, begun, leave) = in_the_midst();
+    pause_with_leave(&machine, &leave);
+    machine.device.reset();
+    assert_eq!(machine.status(), Status::empty());
+    machine.aim(0, 0, 8);
+    machine.set(Reg::Command, READ);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert!(begun.try_recv().is_err(), "it waits");
+    machine.device.resume();
+    machine.device.settle();
+    assert_eq!(begun.try_iter().count(), 1);
 }
 
 #[test]

@@ -1,10 +1,9 @@
 //! Moving bytes between the device and memory, in pieces.
 //!
 //! A guest may ask for 4 GiB. Each piece takes a view of memory of its own, so that whatever stands between the
-//! device and memory can change in between, and a reset ends a transfer at the next piece.
+//! device and memory can change in between, a reset ends a transfer at the next piece, and a pause lets it wait there.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crc32fast::Hasher;
 use vm_memory::{Bytes, GuestAddress};
@@ -27,6 +26,9 @@ pub(super) enum Stopped {
     /// The device is being reset.
     Cancelled,
 }
+
+/// Asked before each piece: returns once it may be moved, or says that none may be any more.
+pub(super) type Pace<'a> = &'a dyn Fn() -> Result<(), Stopped>;
 
 /// What transfers share.
 pub(super) struct Transfers {
@@ -54,16 +56,10 @@ impl Transfers {
     }
 
     /// Read `len` bytes and return their checksum.
-    pub(super) fn read(
-        &mut self,
-        route: Route,
-        from: u64,
-        len: u32,
-        cancelled: &AtomicBool,
-    ) -> Result<u32, Stopped> {
+    pub(super) fn read(&mut self, route: Route, from: u64, len: u32, pace: Pace<'_>) -> Result<u32, Stopped> {
         let mut hasher = Hasher::new();
         for (offset, len) in pieces(len) {
-            go_on(cancelled)?;
+            pace()?;
             let piece = &mut self.piece[..len];
             self.way.fetch(route, from, offset, piece)?;
             hasher.update(piece);
@@ -72,16 +68,10 @@ impl Transfers {
     }
 
     /// Write `len` bytes that differ each time and return their checksum.
-    pub(super) fn write(
-        &mut self,
-        route: Route,
-        to: u64,
-        len: u32,
-        cancelled: &AtomicBool,
-    ) -> Result<u32, Stopped> {
+    pub(super) fn write(&mut self, route: Route, to: u64, len: u32, pace: Pace<'_>) -> Result<u32, Stopped> {
         let mut hasher = Hasher::new();
         for (offset, len) in pieces(len) {
-            go_on(cancelled)?;
+            pace()?;
             let piece = &mut self.piece[..len];
             self.noise.fill(piece);
             self.way.store(route, to, offset, piece)?;
@@ -96,10 +86,10 @@ impl Transfers {
         route: Route,
         (from, to): (u64, u64),
         len: u32,
-        cancelled: &AtomicBool,
+        pace: Pace<'_>,
     ) -> Result<(), Stopped> {
         for (offset, len) in pieces(len) {
-            go_on(cancelled)?;
+            pace()?;
             let piece = &mut self.piece[..len];
             self.way.fetch(route, from, offset, piece)?;
             self.way.store(route, to, offset, piece)?;
@@ -158,13 +148,6 @@ fn pages(at: u64, len: usize) -> impl Iterator<Item = (Option<u64>, usize)> {
     })
 }
 
-fn go_on(cancelled: &AtomicBool) -> Result<(), Stopped> {
-    if cancelled.load(Ordering::Acquire) {
-        return Err(Stopped::Cancelled);
-    }
-    Ok(())
-}
-
 /// Offset and length of each piece of `len` bytes.
 fn pieces(len: u32) -> impl Iterator<Item = (u32, usize)> {
     (0..len.div_ceil(PIECE)).map(move |index| {
@@ -214,7 +197,7 @@ mod tests {
         (Transfers::new(dma.clone(), services), dma)
     }
 
-    static GO: AtomicBool = AtomicBool::new(false);
+    const GO: fn() -> Result<(), Stopped> = || Ok(());
     const PLAIN: Route = Route {
         pasid: None,
         privileged: false,
@@ -273,7 +256,7 @@ mod tests {
     #[test]
     fn a_cancelled_transfer_touches_nothing() {
         let (mut transfers, dma) = memory();
-        let cancelled = AtomicBool::new(true);
+        let cancelled = || Err(Stopped::Cancelled);
         assert_eq!(transfers.write(PLAIN, 0, 8, &cancelled), Err(Stopped::Cancelled));
         assert_eq!(transfers.read(PLAIN, 0, 8, &cancelled), Err(Stopped::Cancelled));
         assert_eq!(dma.view().read_obj::<u64>(GuestAddress(0)).expect("memory"), 0);

@@ -216,20 +216,6 @@ impl VirtioPci {
         }))
     }
 
-    /// Return once no thread touches guest memory any more; requests wait. For the machine's pause.
-    pub fn pause(&self) {
-        let mut life = self.life();
-        life.paused = true;
-        life.settle();
-    }
-
-    /// Go on after [`Self::pause`].
-    pub fn resume(&self) {
-        let mut life = self.life();
-        life.paused = false;
-        life.settle();
-    }
-
     fn life(&self) -> MutexGuard<'_, Life> {
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -468,6 +454,18 @@ impl Function for VirtioPci {
                 }
             }
         }
+    }
+
+    fn pause(&self) {
+        let mut life = self.life();
+        life.paused = true;
+        life.settle();
+    }
+
+    fn resume(&self) {
+        let mut life = self.life();
+        life.paused = false;
+        life.settle();
     }
 
     fn reset(&self) {

@@ -133,10 +133,22 @@ impl Topology {
     /// Every function as after power-on, then programmed as planned. The vCPUs are paused. Observers are not told: whoever goes
     /// by numbers is reset after this.
     pub fn reset(&self) {
-        for function in self.places.iter().filter_map(|place| place.function.as_ref()) {
-            function.reset();
-        }
+        self.attached().for_each(|function| function.reset());
         self.program();
+    }
+
+    /// Return once no thread of any function touches guest memory. The vCPUs are paused.
+    pub fn pause(&self) {
+        self.attached().for_each(|function| function.pause());
+    }
+
+    /// Let all functions go on, before the vCPUs do.
+    pub fn resume(&self) {
+        self.attached().for_each(|function| function.resume());
+    }
+
+    fn attached(&self) -> impl Iterator<Item = &Arc<dyn Function>> {
+        self.places.iter().filter_map(|place| place.function.as_ref())
     }
 
     /// The present address of every attached function, in the order of the plan, with its name. `None` for

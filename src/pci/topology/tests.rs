@@ -360,6 +360,21 @@ fn a_secondary_bus_reset_resets_and_hides_all_that_is_behind() {
 }
 
 #[test]
+fn a_pause_reaches_every_function_wherever_it_is_and_decoding_stays() {
+    let machine = machine();
+    machine.enable();
+    machine.write(at(&machine, "rp1"), CONTROL, RESET_BELOW);
+    for name in ["near", "far0"] {
+        machine.probe(name).events();
+        let requester = machine.probe(name).requester().bus_master();
+        machine.topology.pause();
+        machine.topology.resume();
+        assert_eq!(machine.probe(name).events(), [Event::Paused, Event::Resumed]);
+        assert_eq!(machine.probe(name).requester().bus_master(), requester);
+    }
+}
+
+#[test]
 fn a_disabled_link_hides_what_is_behind_and_shows_it_again() {
     let machine = machine();
     let (rp0, near) = (at(&machine, "rp0"), at(&machine, "near"));

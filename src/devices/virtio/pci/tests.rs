@@ -359,6 +359,21 @@ fn while_paused_requests_wait() {
     machine.eventually(|machine| machine.driver.used() == [(0, 16)]);
 }
 
+// As when the machine starts again.
+#[test]
+fn a_device_that_was_reset_in_a_pause_works_after_it() {
+    let mut machine = machine();
+    machine.run();
+    machine.function.pause();
+    machine.function.reset();
+    machine.function.resume();
+    machine.function.bus_mastering(true);
+    machine.run();
+    machine.offer();
+    machine.write(NOTIFY.0, 2, 0);
+    machine.eventually(|machine| machine.driver.used() == [(0, 16)]);
+}
+
 // As Linux suspends a function without a soft reset: its queues stay set up.
 #[test]
 fn without_bus_master_requests_wait_as_they_do_in_a_pause() {
