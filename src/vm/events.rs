@@ -115,6 +115,58 @@ impl AsRawFd for Signals {
 mod tests {
     use super::*;
     use std::io::Write;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    /// Who reads what woke it, and wakes itself again if it is never done.
+    struct Worker {
+        more: EventFd,
+        never_done: bool,
+        turns: AtomicUsize,
+    }
+
+    impl Worker {
+        fn woken(never_done: bool) -> Arc<Self> {
+            let more = EventFd::new(EFD_NONBLOCK).expect("a descriptor");
+            more.write(1).expect("room");
+            let turns = AtomicUsize::new(0);
+            Arc::new(Self {
+                more,
+                never_done,
+                turns,
+            })
+        }
+    }
+
+    impl EventSubscriber for Worker {
+        fn process(&self, _events: Events, _ops: &mut EventOps) {
+            self.more.read().expect("it was woken");
+            self.turns.fetch_add(1, Ordering::Relaxed);
+            if self.never_done {
+                self.more.write(1).expect("room");
+            }
+        }
+
+        fn init(&self, ops: &mut EventOps) {
+            ops.add(Events::new_raw(self.more.as_raw_fd(), EventSet::IN))
+                .expect("the descriptor is open and watched once");
+        }
+    }
+
+    #[test]
+    fn who_is_never_done_has_one_turn_and_then_all_others_theirs() {
+        let mut events = EventLoop::new().expect("an epoll descriptor");
+        let (busy, others) = (Worker::woken(true), [(); 3].map(|()| Worker::woken(false)));
+        events.add(busy.clone());
+        others.iter().for_each(|other| events.add(other.clone()));
+        // The loop comes back after each round, and whoever drives it looks at signals then.
+        for round in 1..=3 {
+            events.turn(None).expect("no error");
+            assert_eq!(busy.turns.load(Ordering::Relaxed), round);
+        }
+        let turns = others.map(|other| other.turns.load(Ordering::Relaxed));
+        assert_eq!(turns, [1; 3]);
+    }
 
     #[test]
     fn a_wait_is_rounded_up_and_never_overflows() {

@@ -1,13 +1,16 @@
 //! C: the command buffer.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 
 use ravelin::iommu::amd::commands::Command;
 use ravelin::iommu::amd::features::Wanted;
 use ravelin::iommu::amd::processor::{COMMANDS_PER_CALL, Follower, NoAnswer};
 use ravelin::iommu::amd::registers::Interrupt;
-use ravelin::iommu::amd::spec::registers::Control;
+use ravelin::iommu::amd::spec::registers::{Control, Reg};
+use ravelin::iommu::amd::{Effects, Unit};
 use ravelin::platform::addr::Gpa;
+use ravelin::platform::memory::GuestRam;
 
 use crate::driver::{
     Driver, FLAG, HOLE, INVALIDATE_ALL, RING, Recorder, WAIT_INTERRUPT, command, device, invalidate_device,
@@ -86,14 +89,14 @@ fn c6_a_second_wait_interrupts_only_after_the_bit_was_cleared() {
 
 /// Watches the head while commands run.
 struct Heads {
-    unit: std::sync::Weak<ravelin::iommu::amd::Unit<ravelin::platform::memory::GuestRam>>,
+    unit: Weak<Unit<GuestRam>>,
     seen: std::sync::Mutex<Vec<u64>>,
 }
 
 impl Follower for Heads {
     fn follow(&self, _batch: &[Command]) -> Result<(), NoAnswer> {
         let unit = self.unit.upgrade().expect("alive");
-        let head = unit.register(ravelin::iommu::amd::spec::registers::Reg::CommandHead);
+        let head = unit.register(Reg::CommandHead);
         self.seen.lock().expect("not poisoned").push(head);
         Ok(())
     }
@@ -307,10 +310,62 @@ fn commands_of_one_call_are_bounded_and_the_rest_is_announced() {
     assert_eq!(calls, 32_767_usize.div_ceil(COMMANDS_PER_CALL));
 }
 
+/// Another processor of the guest's: whenever commands were passed on, it rings for one more.
+struct Ringing {
+    unit: Weak<Unit<GuestRam>>,
+    ram: GuestRam,
+    /// How often it will ring yet.
+    left: AtomicUsize,
+}
+
+impl Follower for Ringing {
+    fn follow(&self, _batch: &[Command]) -> Result<(), NoAnswer> {
+        let one_less = |left: usize| left.checked_sub(1);
+        let rings = self
+            .left
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less);
+        if rings.is_err() {
+            return Ok(());
+        }
+        let unit = self.unit.upgrade().expect("alive");
+        let tail = unit.register(Reg::CommandTail);
+        let command = invalidate_device(device()).to_le_bytes();
+        self.ram.write(Gpa(RING + tail), &command).expect("RAM");
+        let tail = u32::try_from((tail + 16) % 0x2000).expect("in the ring");
+        let ring = || unit.mmio_write(reg::COMMAND_TAIL, &tail.to_le_bytes());
+        let owed = std::thread::scope(|threads| threads.spawn(ring).join().expect("no panic"));
+        assert_eq!(owed, Effects::default(), "another thread is at it");
+        Ok(())
+    }
+}
+
+#[test]
+fn a_guest_that_goes_on_ringing_does_not_hold_up_who_carries_out_its_commands() {
+    const RINGS: usize = 500;
+    let driver = Driver::running();
+    let ringing = Arc::new(Ringing {
+        unit: Arc::downgrade(&driver.unit),
+        ram: driver.ram.clone(),
+        left: AtomicUsize::new(RINGS),
+    });
+    driver.unit.add_follower(ringing.clone());
+    let command = invalidate_device(device()).to_le_bytes();
+    driver.ram.write(Gpa(RING), &command).expect("RAM");
+    let mut effects = driver.unit.mmio_write(reg::COMMAND_TAIL, &0x10_u32.to_le_bytes());
+    let mut calls = 1;
+    while effects.more_commands {
+        effects = driver.unit.run_commands();
+        calls += 1;
+    }
+    assert_eq!(ringing.left.load(Ordering::SeqCst), 0, "it was always heard");
+    assert_eq!(calls, RINGS + 1, "a call ends, however often it rings");
+    assert_eq!(driver.read(reg::COMMAND_HEAD), driver.read(reg::COMMAND_TAIL));
+}
+
 #[test]
 fn followers_hear_everything_before_a_wait_in_order_and_before_its_store() {
     struct Watch {
-        ram: ravelin::platform::memory::GuestRam,
+        ram: GuestRam,
         heard: Recorder,
     }
     impl Follower for Watch {

@@ -71,7 +71,7 @@ use iotlb::Iotlb;
 use lanes::{LaneWrite, read_lanes};
 use log::Appended;
 use memory::SystemMemory;
-use processor::{Follower, Processor};
+use processor::{Follower, Processor, Seat};
 use registers::{Configuration, Effect, Exclusion, Interrupts, MsiMirror, Registers};
 use slot::Slot;
 use spec::dte::Dte;
@@ -127,7 +127,7 @@ pub struct Unit<M> {
     memory: M,
     features: Features,
     /// Taken before `registers` where both are.
-    processor: Mutex<Processor>,
+    processor: Seat,
     registers: Mutex<Registers>,
     window: OnceLock<Box<dyn RegisterWindow>>,
     /// Control, as translations see it.
@@ -169,7 +169,7 @@ impl<M: SystemMemory> Unit<M> {
         let unit = Self {
             memory,
             features,
-            processor: Mutex::default(),
+            processor: Seat::default(),
             control: AtomicU64::new(0),
             exclusion: AtomicU64::new(0),
             configuration: Slot::default(),
@@ -312,7 +312,7 @@ impl<M: SystemMemory> Unit<M> {
     }
 
     fn processor(&self) -> MutexGuard<'_, Processor> {
-        self.processor.lock().unwrap_or_else(PoisonError::into_inner)
+        self.processor.take()
     }
 
     /// Show translations what the registers say.

@@ -19,7 +19,8 @@ use super::window::Change;
 use super::{Effects, Unit};
 use crate::platform::addr::{Bdf, Gpa, Iova};
 use std::ops::Deref;
-use std::sync::{Mutex, PoisonError, TryLockError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 /// Commands carried out per call, a prefetched page counting as one.
 pub const COMMANDS_PER_CALL: usize = 1024;
@@ -61,6 +62,39 @@ pub struct Processor {
     carried_out: [u64; 8],
 }
 
+/// A ring's processor, which one thread at a time has.
+#[derive(Debug, Default)]
+pub struct Seat {
+    processor: Mutex<Processor>,
+    /// Somebody found it taken, and went away.
+    missed: AtomicBool,
+}
+
+impl Seat {
+    /// Have the processor. Who has it already learns from [`Seat::missed`] that he was asked.
+    fn try_take(&self) -> Option<MutexGuard<'_, Processor>> {
+        self.missed.store(true, Ordering::SeqCst);
+        let processor = match self.processor.try_lock() {
+            Ok(processor) => processor,
+            Err(TryLockError::Poisoned(poisoned)) => PoisonError::into_inner(poisoned),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        // Whatever was asked for until now, the caller does.
+        self.missed.swap(false, Ordering::SeqCst);
+        Some(processor)
+    }
+
+    /// Have the processor once nobody else has it: while this lives no command is in hand.
+    pub(super) fn take(&self) -> MutexGuard<'_, Processor> {
+        self.processor.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether somebody went away since the processor was taken. To be asked once it has been given back.
+    fn missed(&self) -> bool {
+        self.missed.swap(false, Ordering::SeqCst)
+    }
+}
+
 /// What became of a command.
 enum Carried {
     /// It took effect.
@@ -100,7 +134,7 @@ pub(super) trait Issuer {
     fn unit(&self) -> &Unit<Self::Memory>;
 
     /// What the processor remembers of this ring.
-    fn processor(&self) -> &Mutex<Processor>;
+    fn processor(&self) -> &Seat;
 
     /// The ring's registers, to be looked at.
     fn registers(&self) -> impl Deref<Target = Registers> + '_;
@@ -144,7 +178,7 @@ impl<M: SystemMemory> Issuer for Own<'_, M> {
         self.0
     }
 
-    fn processor(&self) -> &Mutex<Processor> {
+    fn processor(&self) -> &Seat {
         &self.0.processor
     }
 
@@ -306,24 +340,17 @@ impl<M: SystemMemory> Unit<M> {
 /// it leaves the work to that thread.
 pub(super) fn run_ring<I: Issuer>(issuer: &I) -> Effects {
     let mut effects = Effects::default();
-    loop {
-        let mut processor = match issuer.processor().try_lock() {
-            Ok(processor) => processor,
-            Err(TryLockError::Poisoned(poisoned)) => PoisonError::into_inner(poisoned),
-            Err(TryLockError::WouldBlock) => return effects,
-        };
-        let more = run(issuer, &mut processor, &mut effects);
-        drop(processor);
-        if more {
-            effects.join(issuer.left());
-            return effects;
-        }
-        // Who rang meanwhile found the lock taken and went away.
-        let registers = issuer.registers();
-        if !registers.command_runs() || registers.command.waiting() == 0 {
-            return effects;
-        }
+    let Some(mut processor) = issuer.processor().try_take() else {
+        return effects;
+    };
+    let more = run(issuer, &mut processor, &mut effects);
+    drop(processor);
+    // Who rang meanwhile found the processor taken and went away. What he rang for is left to another call: a guest that
+    // goes on ringing would have this one never end.
+    if more || issuer.processor().missed() {
+        effects.join(issuer.left());
     }
+    effects
 }
 
 /// Whether anything is left that nobody has to ring for.

@@ -2,7 +2,6 @@
 
 use std::cell::Cell;
 use std::ops::Deref;
-use std::sync::Mutex;
 
 use super::maps::Broken;
 use super::reach::Reached;
@@ -12,7 +11,7 @@ use crate::iommu::amd::counters::Counters;
 use crate::iommu::amd::events::Event;
 use crate::iommu::amd::memory::{SystemMemory, Unreachable};
 use crate::iommu::amd::pages::PageRange;
-use crate::iommu::amd::processor::{Asked, COMMANDS_PER_CALL, Issuer, Processor, run_ring};
+use crate::iommu::amd::processor::{Asked, COMMANDS_PER_CALL, Issuer, Seat, run_ring};
 use crate::iommu::amd::registers::{Interrupts, Registers};
 use crate::iommu::amd::window::Change;
 use crate::iommu::amd::{Effects, Unit};
@@ -98,7 +97,7 @@ impl<M: SystemMemory> Issuer for GuestRing<'_, M> {
         self.unit
     }
 
-    fn processor(&self) -> &Mutex<Processor> {
+    fn processor(&self) -> &Seat {
         &self.guest.processor
     }
 

@@ -46,7 +46,7 @@ use super::counters::{Counters, Counts};
 use super::features::Features;
 use super::lanes::{LaneWrite, read_lanes};
 use super::memory::SystemMemory;
-use super::processor::Processor;
+use super::processor::Seat;
 use super::registers::guest::Rings;
 use super::registers::{Effect, Interrupts, Registers};
 use super::spec::command::{Generic, Opcode};
@@ -129,7 +129,7 @@ pub(super) struct Guests {
 /// A guest.
 pub(super) struct Guest {
     id: u16,
-    processor: Mutex<Processor>,
+    processor: Seat,
     control: Mutex<VfControl>,
     registers: Mutex<Registers>,
     window: OnceLock<Box<dyn RegisterWindow>>,
@@ -208,7 +208,7 @@ impl Guest {
     fn new(id: u16, features: Features) -> Self {
         Self {
             id,
-            processor: Mutex::default(),
+            processor: Seat::default(),
             control: Mutex::default(),
             registers: Mutex::new(Registers::of_guest(features)),
             window: OnceLock::new(),
@@ -403,7 +403,7 @@ impl<M: SystemMemory> Unit<M> {
                 let mut effects = Effects::default();
                 let counted = reset.len().max(1);
                 for guest in reset {
-                    let idle = lock(&guest.processor);
+                    let idle = guest.processor.take();
                     guest.change().reset_page();
                     drop(idle);
                     effects.join(self.unbroken(&guest, self.mark_clean(guests, &guest)));
@@ -422,7 +422,7 @@ impl<M: SystemMemory> Unit<M> {
 
     fn bring_rings(&self, guest: &Guest) -> Interrupts {
         // The command in hand is finished before its ring stops or moves.
-        let _idle = lock(&guest.processor);
+        let _idle = guest.processor.take();
         let rings = lock(&guest.control).rings;
         let control = Control::from_bits(self.control.load(Ordering::Acquire));
         let mut registers = guest.change();
@@ -450,7 +450,7 @@ impl<M: SystemMemory> Unit<M> {
     pub(super) fn reset_guests(&self) {
         let Some(guests) = &self.guests else { return };
         for guest in guests.all() {
-            let _idle = lock(&guest.processor);
+            let _idle = guest.processor.take();
             *lock(&guest.control) = VfControl::default();
             guest.translate_device.store(0, Ordering::Release);
             *guest.change() = Registers::of_guest(self.features);
