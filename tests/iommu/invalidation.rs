@@ -1,10 +1,14 @@
 //! I: what invalidations drop, and when.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use ravelin::iommu::amd::commands::Command;
+use ravelin::iommu::amd::processor::{Follower, NoAnswer};
 use ravelin::iommu::amd::request::Request;
 use ravelin::iommu::amd::spec::registers::Control;
+use ravelin::platform::addr::Gpa;
 
 use crate::driver::{
     Driver, EVERYTHING, FLAG, GN, INVALIDATE_ALL, PDE, RING, S, device, guest_dte, host_dte,
@@ -148,7 +152,7 @@ fn i12_a_wait_is_answered_only_after_accesses_in_flight_have_ended() {
     let (driver, _) = with_pages(1);
     let commands = [invalidate_pages(1, 0, 0), wait(FLAG, 1)];
     for (index, command) in (0..).zip(commands) {
-        let at = ravelin::platform::addr::Gpa(RING + index * 16);
+        let at = Gpa(RING + index * 16);
         driver.ram.write(at, &command.to_le_bytes()).expect("RAM");
     }
     let ended = AtomicBool::new(false);
@@ -167,6 +171,45 @@ fn i12_a_wait_is_answered_only_after_accesses_in_flight_have_ended() {
         drop(in_flight);
         assert_eq!(doorbell.join().expect("no panic"), 1);
     });
+}
+
+/// Says when invalidations were passed on, which is before the wait behind them.
+#[derive(Default)]
+struct Passed(AtomicBool);
+
+impl Follower for Passed {
+    fn follow(&self, _batch: &[Command]) -> Result<(), NoAnswer> {
+        self.0.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_wait_that_had_to_wait_for_an_access_is_the_last_of_its_call() {
+    let (driver, _) = with_pages(1);
+    let passed = Arc::new(Passed::default());
+    driver.unit.add_follower(passed.clone());
+    let invalidate = invalidate_pages(1, 0, 0);
+    let commands = [invalidate, wait(FLAG, 1), invalidate, wait(FLAG, 2)];
+    for (index, command) in (0..).zip(commands) {
+        let at = Gpa(RING + index * 16);
+        driver.ram.write(at, &command.to_le_bytes()).expect("RAM");
+    }
+    let effects = std::thread::scope(|threads| {
+        let in_flight = driver.unit.begin();
+        let ring = || driver.unit.mmio_write(reg::COMMAND_TAIL, &0x40_u32.to_le_bytes());
+        let doorbell = threads.spawn(ring);
+        while !passed.0.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        drop(in_flight);
+        doorbell.join().expect("no panic")
+    });
+    assert!(effects.more_commands);
+    assert_eq!((driver.get(FLAG), driver.read(reg::COMMAND_HEAD)), (1, 0x20));
+    assert!(!driver.unit.run_commands().more_commands, "nobody was in flight");
+    assert_eq!((driver.get(FLAG), driver.read(reg::COMMAND_HEAD)), (2, 0x40));
 }
 
 fn with_spaces() -> (Driver, [u64; 2]) {

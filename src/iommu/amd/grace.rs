@@ -48,24 +48,30 @@ impl Grace {
         }
     }
 
-    /// Return once everybody has left who was inside when this was called. One caller at a time.
-    pub fn wait(&self) {
+    /// Return once everybody has left who was inside when this was called. One caller at a time. Whether there was anybody
+    /// to wait for.
+    pub fn wait(&self) -> bool {
         full_fence();
         let turn = self.turn.load(Ordering::Relaxed);
         // Late ones, who read the turn before the last change of it, count in the other counter.
-        self.drained(turn + 1);
+        let late = self.drained(turn + 1);
         self.turn.store(turn + 1, Ordering::Relaxed);
         full_fence();
-        self.drained(turn);
+        let inside = self.drained(turn);
         full_fence();
+        late || inside
     }
 
-    fn drained(&self, turn: usize) {
+    /// Wait until nobody is inside of those who entered in `turn`; whether anybody was.
+    fn drained(&self, turn: usize) -> bool {
+        let mut waited = false;
         for shard in &self.shards {
             while shard.counters[turn % 2].load(Ordering::Acquire) % (1 << INSIDE_BITS) != 0 {
+                waited = true;
                 pause();
             }
         }
+        waited
     }
 
     /// The total that those who left had counted, modulo 2^48.

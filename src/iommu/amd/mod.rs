@@ -32,6 +32,7 @@ pub mod counters;
 pub mod device_table;
 pub mod dma;
 pub mod dte_cache;
+pub mod effort;
 pub mod events;
 pub mod features;
 pub mod grace;
@@ -64,6 +65,7 @@ use counters::{Counters, Counts};
 use device_table::{fetch, locate};
 use dma::InFlight;
 use dte_cache::DteCache;
+use effort::Effort;
 use events::Event;
 use features::Features;
 use grace::Grace;
@@ -368,7 +370,7 @@ impl<M: SystemMemory> Unit<M> {
         self.invalidate_all();
         let effects = self.tell_all();
         // No command asks for this, so that none can wait for it. What followers do about everything is bounded.
-        while !self.settle() {}
+        while !self.settle(&mut Effort::of_a_call()) {}
         effects
     }
 

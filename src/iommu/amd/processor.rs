@@ -1,12 +1,13 @@
 //! The command processor: fetches, carries out, stops (section 2.4).
 //!
-//! Work per call is bounded; what is left is said in the effects. Commands are carried out in order. At a
-//! COMPLETION_WAIT, everything before it has taken effect everywhere: in the caches, with followers, and for
-//! accesses that began earlier.
+//! Work per call is bounded, that of followers too; what is left is said in the effects. Commands are carried out in
+//! order. At a COMPLETION_WAIT, everything before it has taken effect everywhere: in the caches, with followers, and for
+//! accesses that began earlier. One that had to wait for such an access is the last of its call.
 
 use super::commands::{Command, Illegal};
 use super::counters::Counters;
 use super::device_table::{Decision, decide};
+use super::effort::Effort;
 use super::events::Event;
 use super::memory::{SystemMemory, Unreachable};
 use super::pages::PageRange;
@@ -31,12 +32,14 @@ const BATCH: usize = 32;
 /// Whatever keeps copies of what the unit said: interrupt routes, devices' own IOTLBs, shadow tables.
 pub trait Follower: Send + Sync {
     /// Obey `batch`, in order. Once this returned and [`Follower::settle`] left nothing, nothing older than it is used.
-    /// It is called before the COMPLETION_WAIT that follows is answered, and must not write the unit's registers.
+    /// It is called before the COMPLETION_WAIT that follows is answered, and must not write the unit's registers. What
+    /// takes requests to the host is noted here and done by [`Follower::settle`], or a guest could have it done for each
+    /// of a thousand commands.
     fn follow(&self, batch: &[Command]) -> Result<(), NoAnswer>;
 
-    /// Do a bounded part of what obeying left to be done; whether nothing is left. COMPLETION_WAIT is not answered
+    /// Do what obeying left to be done, as far as `effort` goes; whether nothing is left. COMPLETION_WAIT is not answered
     /// before. Followers that obey at once have nothing to do here.
-    fn settle(&self) -> bool {
+    fn settle(&self, _effort: &mut Effort) -> bool {
         true
     }
 }
@@ -92,6 +95,26 @@ impl Seat {
     /// Whether somebody went away since the processor was taken. To be asked once it has been given back.
     fn missed(&self) -> bool {
         self.missed.swap(false, Ordering::SeqCst)
+    }
+}
+
+/// What a call may cost.
+struct Budget {
+    /// Commands.
+    commands: usize,
+    /// What followers do.
+    effort: Effort,
+}
+
+impl Budget {
+    /// No more commands in this call.
+    const fn end(&mut self) {
+        self.commands = 0;
+    }
+
+    /// `counted` further commands were carried out.
+    const fn count(&mut self, counted: usize) {
+        self.commands = self.commands.saturating_sub(counted);
     }
 }
 
@@ -238,12 +261,12 @@ impl<M: SystemMemory> Unit<M> {
         run_ring(&Own(self))
     }
 
-    /// Have followers do a part of what is left to them; whether nothing is left to any.
-    pub(super) fn settle(&self) -> bool {
+    /// Have followers do what is left to them, as far as `effort` goes; whether nothing is left to any.
+    pub(super) fn settle(&self, effort: &mut Effort) -> bool {
         let followers = self.followers.read().unwrap_or_else(PoisonError::into_inner);
         let mut settled = true;
         for follower in followers.iter() {
-            settled &= follower.settle();
+            settled &= follower.settle(effort);
         }
         settled
     }
@@ -269,10 +292,10 @@ impl<M: SystemMemory> Unit<M> {
         effects
     }
 
-    /// Return once whoever was in flight when this was called has left.
-    fn wait_for_flights(&self) {
+    /// Return once whoever was in flight when this was called has left; whether anybody was.
+    fn wait_for_flights(&self) -> bool {
         let _alone = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        self.grace.wait();
+        self.grace.wait()
     }
 
     /// Do to the unit's own caches what `command` asks for. For how many further commands that counts.
@@ -356,9 +379,12 @@ pub(super) fn run_ring<I: Issuer>(issuer: &I) -> Effects {
 /// Whether anything is left that nobody has to ring for.
 fn run<I: Issuer>(issuer: &I, processor: &mut Processor, effects: &mut Effects) -> bool {
     let mut more = false;
-    let mut budget = COMMANDS_PER_CALL;
+    let mut budget = Budget {
+        commands: COMMANDS_PER_CALL,
+        effort: Effort::of_a_call(),
+    };
     while let Some(ring) = waiting_commands(issuer) {
-        if budget == 0 {
+        if budget.commands == 0 {
             more = true;
             break;
         }
@@ -370,7 +396,7 @@ fn run<I: Issuer>(issuer: &I, processor: &mut Processor, effects: &mut Effects) 
         }
     }
     effects.join(pass_on(issuer, processor));
-    more |= !issuer.unit().settle();
+    more |= !issuer.unit().settle(&mut budget.effort);
     issuer
         .counters()
         .commands(&std::mem::take(&mut processor.carried_out));
@@ -389,17 +415,19 @@ fn run_batch<I: Issuer>(
     issuer: &I,
     processor: &mut Processor,
     ring: Ring,
-    budget: &mut usize,
+    budget: &mut Budget,
     effects: &mut Effects,
 ) -> Result<(), Stop> {
     let mut bytes = [0; BATCH * ENTRY];
-    let wanted = usize::from(ring.waiting_in_a_row()).min(BATCH).min(*budget);
+    let wanted = usize::from(ring.waiting_in_a_row())
+        .min(BATCH)
+        .min(budget.commands);
     let (fetched, unreadable) = fetch_commands(issuer, ring, wanted, &mut bytes);
     let mut entry = ring.head();
     let mut outcome = Ok(());
     for (done, raw) in bytes.as_chunks().0.iter().take(fetched).enumerate() {
-        if *budget == 0 && done > 0 {
-            // One of those before counted for many.
+        if budget.commands == 0 && done > 0 {
+            // One of those before counted for many, or was to be the last.
             issuer.change().command.set_head(entry);
             return Ok(());
         }
@@ -415,7 +443,7 @@ fn run_batch<I: Issuer>(
             Ok(Carried::Out) => entry = ring.after(entry),
             Ok(Carried::Not) => {
                 // The call ends here, and the next begins with this command.
-                *budget = 0;
+                budget.end();
                 issuer.change().command.set_head(entry);
                 return Ok(());
             }
@@ -459,7 +487,7 @@ fn execute<I: Issuer>(
     processor: &mut Processor,
     raw: u128,
     at: Gpa,
-    budget: &mut usize,
+    budget: &mut Budget,
     effects: &mut Effects,
 ) -> Result<Carried, Stop> {
     let unit = issuer.unit();
@@ -468,21 +496,22 @@ fn execute<I: Issuer>(
         Asked::OfHost(command) => {
             let (owed, counted) = unit.carry_out_of_host(command);
             effects.join(owed);
-            *budget = budget.saturating_sub(counted);
+            budget.count(counted);
             return Ok(Carried::Out);
         }
     };
     if matches!(command, Command::CompletionWait { .. }) {
         effects.join(pass_on(issuer, processor));
-        if !unit.settle() {
+        if !unit.settle(&mut budget.effort) {
             return Ok(Carried::Not);
         }
     }
-    *budget = budget.saturating_sub(1);
+    budget.count(1);
     processor.carried_out[command.kind()] += 1;
     if let Command::CompletionWait { store, interrupt } = command {
-        if std::mem::take(&mut processor.unsettled) {
-            unit.wait_for_flights();
+        if std::mem::take(&mut processor.unsettled) && unit.wait_for_flights() {
+            // An access may take as long as the host's medium does.
+            budget.end();
         }
         complete(issuer, store, interrupt, effects)?;
         return Ok(Carried::Out);
@@ -495,7 +524,7 @@ fn execute<I: Issuer>(
         processor.untold_at.push(at);
     });
     counted += meant.map_err(|Unreachable| Stop::Hardware { at })?;
-    *budget = budget.saturating_sub(counted);
+    budget.count(counted);
     if processor.untold.len() >= BATCH {
         effects.join(pass_on(issuer, processor));
     }

@@ -10,6 +10,7 @@ use super::EmulatedUnit;
 use super::messages::concerned;
 use crate::guest_warn;
 use crate::iommu::amd::commands::Command;
+use crate::iommu::amd::effort::Effort;
 use crate::iommu::amd::processor::{Follower, NoAnswer};
 use crate::platform::addr::Bdf;
 use crate::platform::host::HostError;
@@ -37,6 +38,8 @@ struct Pin {
     /// The vector the processors see, and the one before: an interrupt may be in service while the guest
     /// moves it to another.
     vectors: [Option<u8>; 2],
+    /// What the kernel has may be out of date.
+    stale: bool,
 }
 
 impl Pin {
@@ -118,16 +121,24 @@ struct Refresh {
 
 impl Follower for Refresh {
     fn follow(&self, batch: &[Command]) -> Result<(), NoAnswer> {
-        let concerned = concerned(batch).is_some_and(|concerns| concerns(self.pins.device));
-        let Some(unit) = self.unit.upgrade().filter(|_| concerned) else {
-            return Ok(());
+        if concerned(batch).is_some_and(|concerns| concerns(self.pins.device)) {
+            let mut state = self.pins.state();
+            state.iter_mut().for_each(|pin| pin.stale = pin.asked.is_some());
+        }
+        Ok(())
+    }
+
+    fn settle(&self, effort: &mut Effort) -> bool {
+        let Some(unit) = self.unit.upgrade() else {
+            return true;
         };
         let mut state = self.pins.state();
-        for (number, pin) in (0..).zip(state.iter_mut()) {
-            let asked = pin.asked;
-            if asked.is_none() {
-                continue;
+        for (number, pin) in (0..).zip(state.iter_mut()).filter(|(_, pin)| pin.stale) {
+            if !effort.spend(1) {
+                return false;
             }
+            pin.stale = false;
+            let asked = pin.asked;
             if let Err(error) = self.pins.bring(&unit, number, pin, asked) {
                 let error: &(dyn std::error::Error + 'static) = &error;
                 guest_warn!(
@@ -137,6 +148,6 @@ impl Follower for Refresh {
                 );
             }
         }
-        Ok(())
+        true
     }
 }

@@ -2,11 +2,12 @@
 //!
 //! A route holds what a message becomes at present. The unit's commands say when that may have changed
 //! (INVALIDATE_INTERRUPT_TABLE and those that invalidate more), and every route of the device concerned is
-//! set anew before the COMPLETION_WAIT that follows is answered. A message that would go nowhere has no
-//! route: it is sent one by one, so that the unit can report it. Functions of the host have nothing but routes:
-//! what they send then goes nowhere, and nobody reports it.
+//! set anew before the COMPLETION_WAIT that follows is answered, some in each call: the host's kernel takes its time for
+//! each. A message that would go nowhere has no route: it is sent one by one, so that the unit can report it. Functions of
+//! the host have nothing but routes: what they send then goes nowhere, and nobody reports it.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -16,6 +17,7 @@ use crate::guest_warn;
 use crate::iommu::amd::Effects;
 use crate::iommu::amd::commands::Command;
 use crate::iommu::amd::dma::InFlight;
+use crate::iommu::amd::effort::Effort;
 use crate::iommu::amd::processor::{Follower, NoAnswer};
 use crate::iommu::amd::remap::{Delivery, Remapped};
 use crate::iommu::amd::request::{Access, Request};
@@ -110,8 +112,9 @@ impl MsiSink for RemappingSink {
             kernel: unit.messages.route(requester)?,
             asked: Mutex::default(),
             carries_for: AtomicU32::new(NOBODY),
+            stale: AtomicBool::new(false),
         });
-        let mut routes = lock(&unit.routes.0);
+        let mut routes = lock(&unit.routes.all);
         routes.retain(|route| route.strong_count() > 0);
         routes.push(Arc::downgrade(&route));
         Ok(Box::new(Handle(route)))
@@ -134,6 +137,8 @@ struct Route {
     asked: Mutex<Asked>,
     /// The requester ID whose message the kernel's route has, or [`NOBODY`].
     carries_for: AtomicU32,
+    /// It is among those that are to be brought up to date.
+    stale: AtomicBool,
 }
 
 /// What a route was set to.
@@ -170,12 +175,15 @@ impl Route {
         Ok(())
     }
 
-    /// The guest changed what messages of some devices become, perhaps of this one's, or this is another one by now.
-    fn refresh(&self, concerns: impl Fn(Bdf) -> bool) {
+    /// Whether it is set to a message of a device of those, or of one that has another number by now.
+    fn is_concerned(&self, concerns: impl Fn(Bdf) -> bool) -> bool {
+        let asked = lock(&self.asked);
+        asked.message.is_some() && (self.requester.sbdf().bdf != asked.device || concerns(asked.device))
+    }
+
+    /// What the message becomes may have changed.
+    fn refresh(&self) {
         let mut asked = lock(&self.asked);
-        if asked.message.is_none() || self.requester.sbdf().bdf == asked.device && !concerns(asked.device) {
-            return;
-        }
         let message = asked.message;
         if let Err(error) = self.bring(&mut asked, message) {
             // What the route carries may be out of date, so nothing goes by it: not what a worker of ours sends, nor what
@@ -235,26 +243,51 @@ pub(super) fn concerned(batch: &[Command]) -> Option<impl Fn(Bdf) -> bool + '_> 
 
 /// Every route through a unit.
 #[derive(Default)]
-pub(super) struct Routes(Mutex<Vec<Weak<Route>>>);
+pub(super) struct Routes {
+    all: Mutex<Vec<Weak<Route>>>,
+    /// Those to be brought to what the unit says, each once. Held while one is.
+    stale: Mutex<VecDeque<Weak<Route>>>,
+}
 
 impl Routes {
-    fn refresh(&self, concerns: impl Fn(Bdf) -> bool) {
-        let routes: Vec<_> = lock(&self.0).iter().filter_map(Weak::upgrade).collect();
-        routes.iter().for_each(|route| route.refresh(&concerns));
+    /// Those that are set to a message of a device of those, or of one that has another number by now.
+    fn concerned(&self, concerns: impl Fn(Bdf) -> bool) -> Vec<Arc<Route>> {
+        let mut routes: Vec<_> = lock(&self.all).iter().filter_map(Weak::upgrade).collect();
+        routes.retain(|route| route.is_concerned(&concerns));
+        routes
     }
 
     /// Functions have other numbers: the kernel knows only the message, and would carry what the old number's entry made of
     /// it.
     pub(super) fn renumbered(&self) {
-        self.refresh(|_| false);
+        self.concerned(|_| false).iter().for_each(|route| route.refresh());
     }
 }
 
 impl Follower for Routes {
     fn follow(&self, batch: &[Command]) -> Result<(), NoAnswer> {
         if let Some(concerns) = concerned(batch) {
-            self.refresh(concerns);
+            let mut stale = lock(&self.stale);
+            for route in self.concerned(concerns) {
+                if !route.stale.swap(true, Ordering::Relaxed) {
+                    stale.push_back(Arc::downgrade(&route));
+                }
+            }
         }
         Ok(())
+    }
+
+    fn settle(&self, effort: &mut Effort) -> bool {
+        let mut stale = lock(&self.stale);
+        while !stale.is_empty() {
+            if !effort.spend(1) {
+                return false;
+            }
+            if let Some(route) = stale.pop_front().and_then(|route| route.upgrade()) {
+                route.stale.store(false, Ordering::Relaxed);
+                route.refresh();
+            }
+        }
+        true
     }
 }

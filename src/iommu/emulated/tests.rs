@@ -7,6 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::testing::{Rig, device, indexed, requester};
 use super::*;
+use crate::iommu::amd::effort::Effort;
 use crate::iommu::amd::request::Access;
 use crate::iommu::iommufd::testing::{DEVICE, Function as HostFunction, Host};
 use crate::iommu::iommufd::{Attach, Copies, Ioas, Memlock};
@@ -333,6 +334,67 @@ fn switching_the_unit_off_sends_messages_as_they_are_again() {
     assert_eq!(kernel.history().last(), Some(&Some(indexed(5))));
 }
 
+/// How often INVALIDATE_IOMMU_ALL and a COMPLETION_WAIT behind it have room in the ring.
+const WAITS: u64 = 127;
+/// What the wait before the first of them would store.
+const NONE: u64 = 1000;
+
+fn put_many_waits(rig: &Rig) {
+    for wait in 1..=WAITS {
+        rig.put(8 << 60, 0);
+        rig.put_wait(NONE + wait);
+    }
+}
+
+/// How many of these waits were answered.
+fn answered(rig: &Rig) -> u64 {
+    rig.flag().saturating_sub(NONE)
+}
+
+#[test]
+fn many_routes_are_set_anew_some_in_each_call_and_all_of_them_before_the_wait_is_answered() {
+    const ROUTES: usize = 300;
+    let rig = Rig::running();
+    rig.cover();
+    rig.remap(5, Some((1, 0x31)));
+    let sink = RemappingSink::new(rig.unit.clone());
+    let route = |_| {
+        let route = sink.route(&requester()).expect("a route");
+        route.set(Some(indexed(5))).expect("the host takes it");
+        route
+    };
+    let _routes: Vec<_> = (0..ROUTES).map(route).collect();
+    let kernel = rig.processors.routes();
+    let set = || -> usize { kernel.iter().map(|route| route.history().len()).sum() };
+    // How often the one was set that was set least, beyond the first time.
+    let least = || {
+        let least = kernel.iter().map(|route| route.history().len()).min();
+        least.expect("there are routes") as u64 - 1
+    };
+    put_many_waits(&rig);
+    let mut before = set();
+    rig.ring();
+    let mut calls = 1;
+    loop {
+        let requests = set() - before;
+        assert!(
+            requests <= Effort::PER_CALL,
+            "{requests} requests in call {calls}"
+        );
+        let waits = answered(&rig);
+        assert!(waits <= least(), "{waits} waits in call {calls}");
+        if waits == WAITS {
+            break;
+        }
+        assert!(rig.unit.more.read().is_ok(), "the event loop is told of the rest");
+        before = set();
+        rig.unit.run_commands();
+        calls += 1;
+    }
+    assert_eq!(least(), WAITS);
+    assert!(rig.unit.more.read().is_err(), "nothing is left");
+}
+
 /// The kernel's side of the IOAPIC, as a recorder.
 #[derive(Default)]
 struct Kernel(std::sync::Mutex<Vec<(u8, Option<MsiMessage>)>>);
@@ -398,6 +460,28 @@ fn the_ioapics_inputs_end_by_the_vector_that_processors_saw() {
     rig.remap(9, None);
     rig.invalidate_interrupts();
     assert_eq!(kernel.last(), Some((9, None)));
+}
+
+#[test]
+fn the_ioapics_inputs_are_set_anew_some_in_each_call() {
+    let rig = Rig::running();
+    rig.cover();
+    rig.remap(9, Some((1, 0x39)));
+    let kernel = Arc::new(Kernel::default());
+    let host = RemappingIoApic::new(rig.unit.clone(), device(), kernel.clone());
+    for pin in 0..24 {
+        host.set_route(pin, Some(indexed(9))).expect("the host takes it");
+    }
+    put_many_waits(&rig);
+    let told = || kernel.0.lock().expect("not poisoned").len();
+    let mut before = told();
+    rig.ring();
+    for _ in 0..1000 {
+        assert!(told() - before <= Effort::PER_CALL);
+        before = told();
+        rig.unit.run_commands();
+    }
+    assert_eq!((answered(&rig), told() as u64), (WAITS, 24 * (WAITS + 1)));
 }
 
 #[test]
@@ -504,8 +588,12 @@ fn a_wait_behind_much_work_is_answered_when_the_work_is_done_and_holds_up_no_pro
     rig.put(INVALIDATE, 0x7fff_ffff_ffff_f000 | 1);
     rig.put_wait(9);
     rig.ring();
-    assert_ne!(rig.flag(), 9);
-    rig.unit.run_commands();
+    let calls = (1..10).take_while(|_| {
+        let waits = rig.flag() != 9;
+        rig.unit.run_commands();
+        waits
+    });
+    assert!((1..9).contains(&calls.count()), "some, and not for ever");
     assert_eq!(rig.flag(), 9);
     let place = function.place().expect("attached");
     assert_eq!(kernel.mapped(place).len(), 512);

@@ -30,6 +30,7 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::amd::commands::Command;
+use super::amd::effort::Effort;
 use super::amd::pages::PageRange;
 use super::amd::processor::{Follower, NoAnswer};
 use super::amd::request::{Access, Pasid};
@@ -44,8 +45,8 @@ use crate::platform::memory::GuestRam;
 
 use space::{Broken, Space};
 
-/// Steps per call of [`Follower::settle`].
-const STEPS: usize = 4;
+/// What a step costs: there are four to a call.
+const STEP: usize = Effort::PER_CALL / 4;
 
 /// Whoever knows what devices reach.
 pub trait Views: Send + Sync {
@@ -149,7 +150,7 @@ impl Shadow {
 
     /// Do a bounded part of what is left, and leave the rest to the unit.
     fn settle_at_once(&self, mut state: MutexGuard<'_, State>) {
-        let settled = state.settle(&self.host);
+        let settled = state.settle(&self.host, &mut Effort::of_a_call());
         drop(state);
         if !settled {
             self.unit.upgrade().inspect(|unit| unit.settle_soon());
@@ -224,8 +225,8 @@ impl Follower for Shadow {
         Ok(())
     }
 
-    fn settle(&self) -> bool {
-        self.state().settle(&self.host)
+    fn settle(&self, effort: &mut Effort) -> bool {
+        self.state().settle(&self.host, effort)
     }
 }
 
@@ -310,17 +311,15 @@ impl State {
         }
     }
 
-    /// Do a bounded part of what is left; whether that was all.
-    fn settle(&mut self, host: &Arc<Host>) -> bool {
-        let mut steps = STEPS;
+    /// Do what is left, as far as `effort` goes; whether that was all.
+    fn settle(&mut self, host: &Arc<Host>, effort: &mut Effort) -> bool {
         for index in 0..self.spaces.len() {
             // One that nobody wants any more goes as it is.
             let wanted = self.is_wanted(&self.spaces[index]);
             while wanted && !self.spaces[index].is_settled() {
-                if steps == 0 {
+                if !effort.spend(STEP) {
                     return false;
                 }
-                steps -= 1;
                 if let Err(Broken(error)) = self.spaces[index].step() {
                     tracing::error!(iommu = host.name, %error, "the host does not unmap what its devices should reach no more; they are blocked");
                     self.replace(index, host);

@@ -8,6 +8,7 @@ use vm_memory::Permissions;
 use super::SimHost;
 use crate::iommu::agent::{AddressType, Refused, TranslationAgent};
 use crate::iommu::amd::commands::Command;
+use crate::iommu::amd::effort::Effort;
 use crate::iommu::amd::passing::Passing;
 use crate::iommu::amd::ppr::{Answer, PageRequest};
 use crate::iommu::amd::processor::{Follower, NoAnswer};
@@ -124,7 +125,7 @@ impl Follower for Told {
         outcome
     }
 
-    fn settle(&self) -> bool {
-        self.follower.settle()
+    fn settle(&self, effort: &mut Effort) -> bool {
+        self.follower.settle(effort)
     }
 }

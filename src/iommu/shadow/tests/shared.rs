@@ -29,7 +29,7 @@ impl Rig {
     /// Settle without a command, as the event loop does when it is asked to.
     fn settled(&self) {
         assert!(self.unit.asked.swap(false, Ordering::Relaxed));
-        while !self.shadow().settle() {}
+        while !self.settle() {}
     }
 }
 
