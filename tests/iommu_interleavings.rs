@@ -48,6 +48,72 @@ use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use loom::sync::{Arc, Mutex};
 use slot::{Announced, Slot};
 
+/// A device table entry, and two page tables of which it names one; each cached as the unit caches them.
+#[derive(Default)]
+struct Moved {
+    /// The device's entry: the number of its table. Both tables are of one domain.
+    device: AtomicU64,
+    /// The same as it was read last: tag and number.
+    known: Slot<2>,
+    known_announced: Announced,
+    /// The page of either table: tag and frame.
+    entry: Slot<2>,
+    announced: Announced,
+    grace: Grace,
+    /// The guest has the first table's frame back.
+    freed: AtomicBool,
+}
+
+impl Moved {
+    /// The frame that table `number` leads to.
+    const fn frame(number: u64) -> u64 {
+        if number == 0 { OLD } else { NEW }
+    }
+
+    /// The device's entry, from the cache or from memory.
+    fn table(&self) -> u64 {
+        if let Some([_, number]) = self.known.find(TAG) {
+            return number;
+        }
+        let announced = self.known_announced.count();
+        let number = self.device.load(Ordering::Acquire);
+        self.known
+            .fill([TAG, number], || self.known_announced.count() == announced);
+        number
+    }
+
+    /// A device's access, as in [`Tiny`].
+    fn access(&self) {
+        let _inside = self.grace.enter();
+        let announced = self.announced.count();
+        let number = self.table();
+        let frame = self.entry.find(TAG).map_or_else(
+            || {
+                let frame = Self::frame(number);
+                self.entry
+                    .fill([TAG, frame], || self.announced.count() == announced);
+                frame
+            },
+            |[_, frame]| frame,
+        );
+        assert!(
+            frame == NEW || !self.freed.load(Ordering::Acquire),
+            "an access goes by a table that was given back"
+        );
+    }
+
+    /// The guest gives the device the other table, invalidates entry and page, waits, and takes the first table back.
+    fn switch(&self) {
+        self.device.store(1, Ordering::Release);
+        self.known_announced.invalidation();
+        self.known.clear_if(|words| words[0] == TAG);
+        self.announced.invalidation();
+        self.entry.clear_if(|words| words[0] == TAG);
+        self.grace.wait();
+        self.freed.store(true, Ordering::Release);
+    }
+}
+
 /// A cache of one entry over a page table of one entry, used as the unit uses its own.
 #[derive(Default)]
 struct Tiny {
@@ -164,6 +230,20 @@ fn no_walk_of_one_device_is_left_for_another_after_the_wait() {
         devices
             .into_iter()
             .for_each(|device| device.join().expect("no panic"));
+    });
+}
+
+#[test]
+fn no_walk_by_a_device_table_entry_is_left_after_the_wait_behind_its_invalidation() {
+    check(2, || {
+        let moved = Arc::new(Moved::default());
+        let device = {
+            let moved = moved.clone();
+            loom::thread::spawn(move || moved.access())
+        };
+        moved.switch();
+        moved.access();
+        device.join().expect("no panic");
     });
 }
 

@@ -1,18 +1,25 @@
 //! I: what invalidations drop, and when.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ravelin::iommu::amd::commands::Command;
+use ravelin::iommu::amd::features::{Features, Wanted};
+use ravelin::iommu::amd::memory::{SystemMemory, Unreachable};
 use ravelin::iommu::amd::processor::{Follower, NoAnswer};
 use ravelin::iommu::amd::request::Request;
 use ravelin::iommu::amd::spec::registers::Control;
+use ravelin::iommu::amd::{Effects, Unit};
 use ravelin::platform::addr::Gpa;
+use ravelin::platform::memory::GuestRam;
 
 use crate::driver::{
-    Driver, EVERYTHING, FLAG, GN, INVALIDATE_ALL, PDE, RING, S, device, guest_dte, host_dte,
-    invalidate_device, invalidate_pages, other_device, pasid, pde, pte, read, reg, wait, write,
+    DEVICE_TABLE, Driver, EVERYTHING, FLAG, GN, INVALIDATE_ALL, PDE, RING, RING_LENGTH, S, device, guest_dte,
+    host_dte, invalidate_device, invalidate_pages, other_device, pasid, pde, pte, read, reg, ring_base, wait,
+    write,
 };
 
 fn with_pages(count: u64) -> (Driver, u64) {
@@ -210,6 +217,100 @@ fn a_wait_that_had_to_wait_for_an_access_is_the_last_of_its_call() {
     assert_eq!((driver.get(FLAG), driver.read(reg::COMMAND_HEAD)), (1, 0x20));
     assert!(!driver.unit.run_commands().more_commands, "nobody was in flight");
     assert_eq!((driver.get(FLAG), driver.read(reg::COMMAND_HEAD)), (2, 0x40));
+}
+
+/// What a test does in between.
+type Act = Rc<RefCell<Option<Box<dyn FnOnce()>>>>;
+
+/// RAM in which something happens, once, right after the quadword at `at` was read.
+struct Meddled {
+    ram: GuestRam,
+    at: u64,
+    act: Act,
+}
+
+impl SystemMemory for Meddled {
+    fn read(&self, at: Gpa, data: &mut [u8]) -> Result<(), Unreachable> {
+        SystemMemory::read(&self.ram, at, data)
+    }
+
+    fn write(&self, at: Gpa, data: &[u8]) -> Result<(), Unreachable> {
+        SystemMemory::write(&self.ram, at, data)
+    }
+
+    fn load(&self, at: Gpa) -> Result<u64, Unreachable> {
+        let found = self.ram.load(at);
+        if at.0 == self.at
+            && let Some(act) = self.act.take()
+        {
+            act();
+        }
+        found
+    }
+
+    fn store(&self, at: Gpa, value: u64) -> Result<(), Unreachable> {
+        self.ram.store(at, value)
+    }
+
+    fn compare_exchange(&self, at: Gpa, old: u64, new: u64) -> Result<Result<(), u64>, Unreachable> {
+        self.ram.compare_exchange(at, old, new)
+    }
+}
+
+#[test]
+fn a_walk_by_an_entry_that_was_invalidated_meanwhile_is_kept_for_nobody() {
+    let mut driver = Driver::at_reset();
+    let (old, new) = (driver.attach(device(), 1), driver.attach(other_device(), 1));
+    driver.map(old, 4, 0x1000, 1, pte(0x5000));
+    driver.map(new, 4, 0x1000, 1, pte(0x6000));
+    let act = Act::default();
+    let unit = Rc::new(Unit::new(
+        Features::offer(Wanted::EVERYTHING),
+        Meddled {
+            ram: driver.ram.clone(),
+            // The last quadword of the first device's entry.
+            at: DEVICE_TABLE + u64::from(device().requester_id()) * 32 + 24,
+            act: act.clone(),
+        },
+    ));
+    let on = Control::new().with_iommu_en(true).with_cmd_buf_en(true);
+    for (at, value) in [
+        (reg::DEVICE_TABLE, DEVICE_TABLE | 0x1ff),
+        (reg::COMMAND_BASE, ring_base(RING, RING_LENGTH)),
+        (reg::CONTROL, on.into_bits()),
+    ] {
+        let owed = unit.mmio_write(at, &value.to_le_bytes());
+        assert_eq!(owed, Effects::default());
+    }
+    let target = |device| {
+        let found = unit.begin().translate(&read(device, 0x1000));
+        found.ok().map(|found| found.target.0)
+    };
+    // The guest takes the device out of the domain, whose tables it has others for, and does not wait yet.
+    let (ram, weak) = (driver.ram.clone(), Rc::downgrade(&unit));
+    driver.set_dte(device(), host_dte(old, 4, 1));
+    let moved = host_dte(new, 4, 2).into_quadwords();
+    *act.borrow_mut() = Some(Box::new(move || {
+        for (index, quadword) in (0..).zip(moved) {
+            let at = DEVICE_TABLE + u64::from(device().requester_id()) * 32 + index * 8;
+            ram.write_obj(Gpa(at), &quadword).expect("RAM");
+        }
+        let commands = [
+            invalidate_device(device()),
+            invalidate_pages(1, 0, EVERYTHING | S | PDE),
+        ];
+        for (index, command) in (0..).zip(commands) {
+            ram.write(Gpa(RING + index * 16), &command.to_le_bytes())
+                .expect("RAM");
+        }
+        let unit: Rc<Unit<Meddled>> = weak.upgrade().expect("alive");
+        let owed = unit.mmio_write(reg::COMMAND_TAIL, &0x20_u32.to_le_bytes());
+        assert_eq!(owed, Effects::default());
+    }));
+    assert_eq!(target(device()), Some(0x5000), "in flight since before");
+    assert!(act.borrow().is_none(), "it happened");
+    assert_eq!(target(other_device()), Some(0x6000));
+    assert_eq!(target(device()), Some(0x6000));
 }
 
 fn with_spaces() -> (Driver, [u64; 2]) {

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use super::device_table::{Decision, decide};
 use super::events::{Event, Kind, PageFault, Source, Tag};
 use super::grace::Inside;
-use super::iotlb::{Key, Seen, Space};
+use super::iotlb::{Key, Seen, Space, Ticket};
 use super::memory::SystemMemory;
 use super::registers::Exclusion;
 use super::remap::{Lost, Remapped, Remapping, is_interrupt};
@@ -107,6 +107,8 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
         let unit = self.unit;
         // Registers may have changed since: nothing of before outlives a request that heeds them.
         self.decided.set(None);
+        // Before anything is read by which a walk goes.
+        let ticket = unit.iotlb.ticket();
         let control = Control::from_bits(unit.control.load(Ordering::Acquire));
         if !control.iommu_en() {
             return Ok(untranslated(request.at, Access::BOTH, u64::MAX));
@@ -148,7 +150,7 @@ impl<'a, M: SystemMemory> InFlight<'a, M> {
                     None => {
                         // Copies, so that hits need neither in memory.
                         let (dte, decision) = (dte, decision);
-                        unit.miss(request, &dte, &decision, allowed)
+                        unit.miss(request, &dte, &decision, allowed, ticket)
                     }
                 }
             }
@@ -352,8 +354,9 @@ impl<M: SystemMemory> Unit<M> {
         dte: &Dte,
         decision: &Decision,
         allowed: Access,
+        ticket: Ticket,
     ) -> Result<Translation, Box<Abort>> {
-        match self.walk_and_keep(decision, request) {
+        match self.walk_and_keep(ticket, decision, request) {
             Some(Ok(leaf)) => {
                 let size = 1 << leaf.shift;
                 Ok(Translation {
@@ -367,14 +370,15 @@ impl<M: SystemMemory> Unit<M> {
         }
     }
 
-    /// Walk the tables of `decision` and keep what was found; `None` where it has none.
+    /// Walk the tables of `decision` and keep what was found; `None` where it has none. The `ticket` is older than all by
+    /// which it was decided.
     pub(super) fn walk_and_keep(
         &self,
+        ticket: Ticket,
         decision: &Decision,
         request: &Request,
     ) -> Option<Result<Leaf, Stopped>> {
         let CachedAs { key, .. } = cached_as(decision)?;
-        let ticket = self.iotlb.ticket(key);
         let found = self.walk(decision, request)?;
         if let Ok(leaf) = &found {
             self.iotlb.keep(ticket, key, request.at.0, leaf);

@@ -5,7 +5,8 @@
 //! devices of one domain share entries (section 2.2.2).
 //!
 //! Invalidating a domain or everything changes a stamp that entries must match. Invalidating pages looks for
-//! them. An entry never comes from a walk that began before an invalidation it should have obeyed.
+//! them. An entry never comes from a walk that began before an invalidation it should have obeyed, and a walk begins where
+//! it is read by which tables: with Control and the device table entry. So the ticket is taken before both are read.
 
 use super::pages::PageRange;
 use super::request::{Access, Pasid};
@@ -102,12 +103,9 @@ pub struct Hit {
     pub allowed: Access,
 }
 
-/// What was known when a walk began.
+/// How many invalidations there had been when a walk began.
 #[derive(Clone, Copy, Debug)]
-pub struct Ticket {
-    stamp: u64,
-    announced: u64,
-}
+pub struct Ticket(u64);
 
 /// Third quadword of an entry: target, and beside it what a page cannot need below bit 12.
 mod value {
@@ -247,13 +245,10 @@ impl Iotlb {
         None
     }
 
-    /// Take this before a walk whose result is to be kept.
+    /// Take this before a walk whose result is to be kept, and before it is read which tables are walked.
     #[inline]
-    pub fn ticket(&self, key: Key) -> Ticket {
-        Ticket {
-            announced: self.announced.count(),
-            stamp: self.stamp(key.domain),
-        }
+    pub fn ticket(&self) -> Ticket {
+        Ticket(self.announced.count())
     }
 
     /// Keep what a walk for `at` found, unless an invalidation came between.
@@ -284,8 +279,10 @@ impl Iotlb {
         // Any victim will do; a bit of the page number spreads the choice.
         let victim = || &set[usize::from(leaf.base >> 12 & 1 == 1)];
         let entry = same.or_else(free).unwrap_or_else(victim);
-        let still_true = || self.announced.count() == ticket.announced;
-        entry.0.fill([tag, owner, value, ticket.stamp], still_true);
+        // Of an invalidation whose stamp this is already, the count is seen below.
+        let stamp = self.stamp(key.domain);
+        let still_true = || self.announced.count() == ticket.0;
+        entry.0.fill([tag, owner, value, stamp], still_true);
     }
 
     /// Say that a page of `1 << shift` bytes is kept in `class`, before it is.

@@ -333,13 +333,18 @@ impl<M: SystemMemory> Unit<M> {
         let PageRange::Span { first, last } = first else {
             return;
         };
-        let Ok(dte) = self.entry(device) else {
-            return;
-        };
-        if invalidate && dte.host.v() {
+        if invalidate
+            && let Ok(dte) = self.entry(device)
+            && dte.host.v()
+        {
             self.iotlb
                 .invalidate_pages(dte.guest.domain(), space, PageRange::Span { first, last });
         }
+        // Other rings' invalidations come at any time.
+        let ticket = self.iotlb.ticket();
+        let Ok(dte) = self.entry(device) else {
+            return;
+        };
         let size = last - first + 1;
         let configuration = self.configuration();
         let control: Control = configuration.control;
@@ -352,7 +357,7 @@ impl<M: SystemMemory> Unit<M> {
                 ..Request::plain(device, Iova(at), Access::NONE)
             };
             let decision: Decision = decide(control, configuration.exclusion, &dte, &request);
-            if !control.iommu_en() || self.walk_and_keep(&decision, &request).is_none() {
+            if !control.iommu_en() || self.walk_and_keep(ticket, &decision, &request).is_none() {
                 return;
             }
         }

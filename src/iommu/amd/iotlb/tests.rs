@@ -27,7 +27,7 @@ fn guest(pasid: u32, nested: bool) -> Key {
 }
 
 fn keep(cache: &Iotlb, key: Key, at: u64, leaf: Leaf) {
-    cache.keep(cache.ticket(key), key, at, &leaf);
+    cache.keep(cache.ticket(), key, at, &leaf);
 }
 
 fn target(cache: &Iotlb, key: Key, at: u64) -> Option<u64> {
@@ -214,7 +214,7 @@ fn a_walk_that_an_invalidation_overtook_is_not_kept() {
     ];
     for invalidate in invalidations {
         let cache = Iotlb::new(SETS);
-        let ticket = cache.ticket(HOST);
+        let ticket = cache.ticket();
         invalidate(&cache);
         cache.keep(ticket, HOST, 0x1000, &leaf(0x5000, 12));
         assert_eq!(target(&cache, HOST, 0x1000), None);
