@@ -347,6 +347,31 @@ fn i13_an_invalidation_of_one_space_drops_that_space() {
 }
 
 #[test]
+fn an_invalidation_without_a_space_drops_the_page_in_every_space() {
+    for pasids in [vec![None], vec![Some(5)], vec![None, Some(5)]] {
+        let (mut driver, roots) = with_spaces();
+        let asked: Vec<_> = pasids
+            .iter()
+            .map(|space| {
+                let plain = read(device(), 0x1000);
+                space.map_or(plain, |space| plain.in_space(pasid(space)))
+            })
+            .collect();
+        for request in &asked {
+            assert_eq!(driver.target(request), Some(0x5000));
+        }
+        roots
+            .iter()
+            .for_each(|root| driver.map_guest(*root, 4, 0x1000, 1, 0x6007));
+        // As Linux 6.1 to 6.7 unmaps one page of a v2 table.
+        driver.flush(&[invalidate_pages(1, 0, 0x1000)]);
+        for request in &asked {
+            assert_eq!(driver.target(request), Some(0x6000), "{request:?}");
+        }
+    }
+}
+
+#[test]
 fn a_host_invalidation_of_everything_drops_guest_spaces_too() {
     let (mut driver, roots) = with_spaces();
     let in_space = read(device(), 0x1000).in_space(pasid(5));

@@ -28,7 +28,7 @@ pub enum Command {
     InvalidatePages {
         /// DomainID.
         domain: u16,
-        /// In this process address space; `None` in the host table.
+        /// In this process address space; `None` in any table of the domain.
         space: Option<Pasid>,
         /// Where.
         pages: PageRange,

@@ -152,8 +152,35 @@ pub struct Iotlb {
     announced: Announced,
     /// By class, in eight bits each: the largest page ever kept there, as a logarithm; 0 for none.
     largest: AtomicU64,
-    /// Whether nested translations were ever kept.
-    nested: AtomicU64,
+    /// By stamp: of which kinds of guest tables translations were ever kept, see [`kept`].
+    guests: Box<[AtomicU64; STAMPS]>,
+}
+
+/// Kinds of guest tables.
+mod kept {
+    use super::Space;
+
+    /// Of PASID 0, without a host table below.
+    pub(super) const ZERO: u64 = 1;
+    /// Of other PASIDs.
+    pub(super) const OTHERS: u64 = 1 << 1;
+    /// Over a host table.
+    pub(super) const NESTED: u64 = 1 << 2;
+
+    /// What is to be noted before a translation of `space` is kept.
+    pub(super) const fn of(space: Space) -> u64 {
+        match space {
+            Space::Host => 0,
+            Space::Guest { nested: true, .. } => NESTED,
+            Space::Guest { pasid, nested: false } => {
+                if pasid.value() == 0 {
+                    ZERO
+                } else {
+                    OTHERS
+                }
+            }
+        }
+    }
 }
 
 impl Iotlb {
@@ -171,7 +198,7 @@ impl Iotlb {
             domains: Box::new(std::array::from_fn(|_| AtomicU64::new(0))),
             announced: Announced::default(),
             largest: AtomicU64::new(0),
-            nested: AtomicU64::new(0),
+            guests: Box::new(std::array::from_fn(|_| AtomicU64::new(0))),
         }
     }
 
@@ -260,9 +287,7 @@ impl Iotlb {
             _ => 0,
         };
         self.note(class, leaf.shift);
-        if matches!(key.space, Space::Guest { nested: true, .. }) {
-            self.nested.fetch_or(1, Ordering::SeqCst);
-        }
+        self.note_guest(key);
         let tag = key.tag(class, at);
         let owner = key.owner();
         let granule = at & !((1 << GRANULES[class]) - 1);
@@ -298,6 +323,15 @@ impl Iotlb {
         }
     }
 
+    /// Say of which kind `key` is, before a translation of it is kept.
+    fn note_guest(&self, key: Key) {
+        let kind = kept::of(key.space);
+        let kinds = &self.guests[usize::from(key.domain) % STAMPS];
+        if kinds.load(Ordering::SeqCst) & kind != kind {
+            kinds.fetch_or(kind, Ordering::SeqCst);
+        }
+    }
+
     /// Drop everything.
     pub fn invalidate_all(&self) {
         self.announced.invalidation();
@@ -312,14 +346,16 @@ impl Iotlb {
 
     /// Drop the translations of `domain` in `space` whose page shares a byte with `range`.
     ///
-    /// `None` is the host table, and with it whatever is nested over it.
+    /// `None` is every table of the domain: Linux 6.1 to 6.7 names no space (GN=0) when it unmaps in v2 tables. Of host
+    /// tables and of PASID 0 the pages are looked for; where others were ever kept, of PASIDs that nobody remembers here,
+    /// or nested, so that their addresses are not those of the host table, the domain goes.
     pub fn invalidate_pages(&self, domain: u16, space: Option<Pasid>, range: PageRange) {
         self.announced.invalidation();
-        let nested = self.nested.load(Ordering::SeqCst) != 0;
+        let guests = self.guests[usize::from(domain) % STAMPS].load(Ordering::SeqCst);
         let PageRange::Span { first, last } = range else {
             return self.invalidate_domain(domain);
         };
-        if nested && space.is_none() {
+        if space.is_none() && guests & (kept::OTHERS | kept::NESTED) != 0 {
             return self.invalidate_domain(domain);
         }
         let kept = self.largest.load(Ordering::SeqCst);
@@ -336,11 +372,15 @@ impl Iotlb {
         if probes.fold(0, u64::saturating_add) > MOST_PROBES {
             return self.invalidate_domain(domain);
         }
+        let guest = |pasid, nested| Space::Guest { pasid, nested };
         let spaces = match space {
-            None => [Some(Space::Host), None],
+            None => {
+                let zero = guests & kept::ZERO != 0;
+                [Some(Space::Host), zero.then(|| guest(Pasid::ZERO, false))]
+            }
             Some(pasid) => {
-                let guest = |nested| Space::Guest { pasid, nested };
-                [Some(guest(false)), nested.then(|| guest(true))]
+                let nested = guests & kept::NESTED != 0;
+                [Some(guest(pasid, false)), nested.then(|| guest(pasid, true))]
             }
         };
         for space in spaces.into_iter().flatten() {

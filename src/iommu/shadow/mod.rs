@@ -165,7 +165,7 @@ impl Shadow {
     }
 }
 
-/// Whether an invalidation of `domain` in `space`, `None` for the host table, is about `view`; and where it then is.
+/// Whether an invalidation of `domain` in `space`, `None` for every table of it, is about `view`; and where it then is.
 fn concerns(view: &View, domain: u16, space: Option<Pasid>, pages: PageRange) -> Option<PageRange> {
     let View::Translated {
         domain: own, tables, ..
@@ -179,8 +179,8 @@ fn concerns(view: &View, domain: u16, space: Option<Pasid>, pages: PageRange) ->
     match (tables, space) {
         (Tables::Host(_), None) => Some(pages),
         (Tables::Guest(table), Some(pasid)) => (pasid == table.pasid).then_some(pages),
-        // Addresses of the host table below are not those of the device.
-        (Tables::Guest(table), None) => table.host.map(|_| PageRange::Everything),
+        // Linux 6.1 to 6.7 announces changes of v2 tables so. Addresses of a host table below are not those of the device.
+        (Tables::Guest(table), None) => Some(table.host.map_or(pages, |_| PageRange::Everything)),
         (Tables::Host(_), Some(_)) => None,
     }
 }

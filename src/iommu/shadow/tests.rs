@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::iommu::amd::walk::{HostTable, Track};
+use crate::iommu::amd::walk::{GuestTable, HostTable, Track};
 use crate::iommu::iommufd::Memlock;
 use crate::iommu::iommufd::testing::{Call, Function, Host as Kernel};
 use crate::platform::addr::{Gpa, Sbdf};
@@ -390,6 +390,58 @@ fn another_domains_invalidations_change_nothing() {
     assert_eq!(rig.reaches(BASE), None);
     rig.invalidate_page(0);
     assert_eq!(rig.reaches(BASE), Some(0x5000));
+}
+
+/// The processors' tables of four levels, of PASID 0: each level's entry 0 leads to the next, the last maps pages.
+fn guest_tables(rig: &Rig) -> View {
+    const PRESENT: u64 = 7;
+    const TABLES: u64 = 0x1_0000;
+    for level in 0..4 {
+        let next = TABLES + (level + 1) * 0x1000;
+        rig.put(TABLES + level * 0x1000, next | PRESENT);
+    }
+    View::Translated {
+        domain: DOMAIN,
+        allowed: Access::BOTH,
+        tables: Tables::Guest(GuestTable {
+            gcr3: TABLES,
+            glx: 0,
+            pasid: Pasid::ZERO,
+            levels: 4,
+            signed: false,
+            user: false,
+            track: Track::default(),
+            host: None,
+            root_is_guest: false,
+        }),
+    }
+}
+
+#[test]
+fn pages_of_the_processors_tables_follow_invalidations_that_name_no_space() {
+    // The last level, whose place `guest_tables` gives.
+    const LAST: u64 = 0x1_4000;
+    let rig = Rig::new();
+    rig.view(0, guest_tables(&rig));
+    let page = |page: u64| {
+        let first = page << 12;
+        pages(PageRange::Span {
+            first,
+            last: first | 0xfff,
+        })
+    };
+    rig.put(LAST + 3 * 8, 0x5000 | 7);
+    rig.put(LAST + 4 * 8, 0x9000 | 7);
+    rig.commands(&[page(3)]);
+    assert_eq!((rig.reaches(0x3008), rig.reaches(0x4008)), (Some(0x5008), None));
+    rig.put(LAST + 3 * 8, 0);
+    rig.commands(&[page(3)]);
+    assert_eq!(rig.reaches(0x3008), None);
+    rig.commands(&[pages(PageRange::Everything)]);
+    assert_eq!(rig.reaches(0x4008), Some(0x9008));
+    rig.put(LAST + 4 * 8, 0);
+    rig.commands(&[pages(PageRange::Everything)]);
+    assert_eq!(rig.reaches(0x4008), None);
 }
 
 #[test]

@@ -161,11 +161,39 @@ fn an_invalidation_of_one_space_leaves_the_other() {
         keys.map(|key| target(&cache, key, 0x1000).is_some()),
         [true, true, false]
     );
+}
+
+#[test]
+fn an_invalidation_that_names_no_space_is_about_all_of_them() {
+    let spaces = [vec![0], vec![5], vec![0, 5]];
+    for pasids in spaces {
+        let cache = Iotlb::new(SETS);
+        let guests = pasids.iter().map(|pasid| guest(*pasid, false));
+        let keys: Vec<_> = guests.chain([HOST]).collect();
+        keys.iter()
+            .for_each(|key| keep(&cache, *key, 0x1000, leaf(0x5000, 12)));
+        cache.invalidate_pages(1, None, page(0x1000));
+        for key in keys {
+            assert_eq!(target(&cache, key, 0x1000), None, "{key:?} of {pasids:?}");
+        }
+    }
+}
+
+#[test]
+fn pages_beside_those_invalidated_stay_in_host_tables_and_in_pasid_0() {
+    let cache = Iotlb::new(SETS);
+    let other = Key {
+        domain: 2,
+        ..guest(5, false)
+    };
+    for key in [HOST, guest(0, false), other] {
+        keep(&cache, key, 0x1000, leaf(0x5000, 12));
+        keep(&cache, key, 0x2000, leaf(0x6000, 12));
+    }
     cache.invalidate_pages(1, None, page(0x1000));
-    assert_eq!(
-        keys.map(|key| target(&cache, key, 0x1000).is_some()),
-        [false, true, false]
-    );
+    let left = |key| [0x1000, 0x2000].map(|at| target(&cache, key, at).is_some());
+    assert_eq!([HOST, guest(0, false)].map(left), [[false, true]; 2]);
+    assert_eq!(left(other), [true, true], "of another domain");
 }
 
 #[test]
