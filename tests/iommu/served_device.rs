@@ -28,7 +28,7 @@ use ravelin::platform::memory::GuestRam;
 use ravelin::platform::msi::{MsiMessage, MsiRoute, MsiSink};
 use ravelin::platform::protection::{Watcher, WriteProtection};
 
-use crate::driver::{command, guest_dte, invalidate_device, wait};
+use crate::driver::{GN, command, guest_dte, invalidate_device, invalidate_pages, wait};
 use crate::function::{Function, READ, REQUEST_PAGE, WRITE};
 
 const RAM: usize = 0x80_0000;
@@ -310,6 +310,23 @@ impl Guest {
 }
 
 const REFUSED: Status = Status::WRITE_FAIL.union(Status::DESTINATION_INVALID);
+
+#[test]
+fn what_is_kept_without_a_space_is_forgotten_with_space_0() {
+    let guest = Guest::running();
+    guest.space(0, 0, BUFFER);
+    assert_eq!(guest.write(0, Flags::TRANSLATED), Status::WRITE_SUCCESS);
+    assert_eq!(
+        (guest.devices[0].get(Reg::Kept), guest.load(BUFFER) != 0),
+        (1, true)
+    );
+    guest.space(0, 0, BUFFER + 0x5000);
+    // Both name space 0, as Linux 7.3 unmaps.
+    guest.flush(&[invalidate_pages(7, 0, AT | GN), forget(NAMES[0], 0)]);
+    assert_eq!(guest.devices[0].get(Reg::Kept), 0);
+    assert_eq!(guest.write(0, Flags::TRANSLATED), Status::WRITE_SUCCESS);
+    assert_ne!(guest.load(BUFFER + 0x5000), 0);
+}
 
 #[test]
 fn each_process_address_space_is_reached_by_the_guests_own_tables() {

@@ -14,7 +14,8 @@ use ravelin::platform::dma::{Dma, Requester};
 use ravelin::platform::memory::GuestRam;
 
 use crate::driver::{
-    Driver, INVALIDATE_ALL, PPR_LOG, command, device, guest_dte, host_dte, other_device, pte, reg, ring_base,
+    Driver, GN, INVALIDATE_ALL, PPR_LOG, command, device, guest_dte, host_dte, invalidate_pages,
+    other_device, pte, reg, ring_base,
 };
 use crate::function::{ATS, COPY, Function, PASID, PRI, READ, REQUEST_PAGE, WRITE};
 
@@ -141,6 +142,36 @@ fn a_kept_translation_is_used_until_the_device_is_told_to_forget_it() {
     assert_eq!((bench.get(Reg::Kept), bench.get(Reg::Invalidations)), (0, 2));
     assert_eq!(bench.run(WRITE, TRANSLATED, 0, 0x1000, 8), Status::WRITE_SUCCESS);
     assert_ne!(bench.bytes(0x30_0000)[..8], [0; 8]);
+}
+
+#[test]
+fn what_is_kept_without_a_space_is_forgotten_with_space_0_whose_tables_say_it() {
+    let mut driver = Driver::running();
+    let (gcr3, root) = (driver.table(), driver.table());
+    driver.put(gcr3, root | 1);
+    driver.map_guest(root, 4, 0x1000, 1, 0x20_5007);
+    let mut dte = guest_dte(gcr3, 7);
+    dte.host.set_giov(true);
+    dte.guest.set_iotlb(true);
+    driver.set_dte(device(), dte);
+    let mut bench = bench(driver);
+    bench.enable();
+    assert_eq!(bench.run(WRITE, TRANSLATED, 0, 0x1000, 8), Status::WRITE_SUCCESS);
+    assert_ne!(bench.bytes(0x20_5000)[..8], [0; 8]);
+    bench.driver.map_guest(root, 4, 0x1000, 1, 0x30_0007);
+    let id = u32::from(device().requester_id());
+    // As Linux 7.3 unmaps: both name space 0.
+    bench.driver.flush(&[
+        invalidate_pages(7, 0, 0x1000 | GN),
+        command(4, id, id, 0x1000 | 4, 0),
+    ]);
+    assert_eq!(bench.get(Reg::Kept), 0);
+    assert_eq!(bench.run(WRITE, TRANSLATED, 0, 0x1000, 8), Status::WRITE_SUCCESS);
+    assert_ne!(bench.bytes(0x30_0000)[..8], [0; 8]);
+    // Another space's are no such.
+    assert_eq!(bench.get(Reg::Kept), 1);
+    bench.driver.flush(&[command(4, id, id | 5 << 16, 0x1000 | 4, 0)]);
+    assert_eq!(bench.get(Reg::Kept), 1);
 }
 
 #[test]

@@ -525,8 +525,10 @@ fn execute<I: Issuer>(
     let meant = issuer.mean(command, |command| {
         counted += unit.apply(command);
         processor.unsettled = true;
-        processor.untold.push(command);
-        processor.untold_at.push(at);
+        for told in std::iter::once(command).chain(also_untagged(command)) {
+            processor.untold.push(told);
+            processor.untold_at.push(at);
+        }
     });
     counted += meant.map_err(|Unreachable| Stop::Hardware { at })?;
     budget.count(counted);
@@ -534,6 +536,26 @@ fn execute<I: Issuer>(
         effects.join(pass_on(issuer, processor));
     }
     Ok(Carried::Out)
+}
+
+/// What a device is told beside `command`.
+///
+/// Behind an entry with GIOV, requests without PASID are translated by the tables of PASID 0, and what the device keeps of
+/// them has no PASID either: Linux 7.3 has it forget them as those of PASID 0. The entry may have changed since the device
+/// asked, so that it is not looked at; to forget more than was meant costs a translation request.
+fn also_untagged(command: Command) -> Option<Command> {
+    match command {
+        Command::InvalidateIotlb {
+            device,
+            space: Some(Pasid::ZERO),
+            pages,
+        } => Some(Command::InvalidateIotlb {
+            device,
+            space: None,
+            pages,
+        }),
+        _ => None,
+    }
 }
 
 /// Tell followers of what they have not heard.
