@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use ravelin::iommu::amd::commands::Command;
+use ravelin::iommu::amd::effort::Effort;
 use ravelin::iommu::amd::features::Wanted;
 use ravelin::iommu::amd::processor::{COMMANDS_PER_CALL, Follower, NoAnswer};
 use ravelin::iommu::amd::registers::Interrupt;
@@ -360,6 +361,77 @@ fn a_guest_that_goes_on_ringing_does_not_hold_up_who_carries_out_its_commands() 
     assert_eq!(ringing.left.load(Ordering::SeqCst), 0, "it was always heard");
     assert_eq!(calls, RINGS + 1, "a call ends, however often it rings");
     assert_eq!(driver.read(reg::COMMAND_HEAD), driver.read(reg::COMMAND_TAIL));
+}
+
+/// A follower that obeys a part at a time.
+#[derive(Default)]
+struct Slow {
+    /// How often it has to be called yet.
+    left: AtomicUsize,
+    calls: AtomicUsize,
+}
+
+impl Follower for Slow {
+    fn follow(&self, _batch: &[Command]) -> Result<(), NoAnswer> {
+        self.left.store(20, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn settle(&self, _effort: &mut Effort) -> bool {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        let one_less = |left: usize| left.checked_sub(1);
+        self.left
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less)
+            .is_err()
+    }
+}
+
+#[test]
+fn a_register_does_not_hold_up_the_processor_until_followers_have_obeyed() {
+    let driver = Driver::running();
+    let slow = Arc::new(Slow::default());
+    driver.unit.add_follower(slow.clone());
+    let base = driver.read(reg::DEVICE_TABLE);
+    let control = driver.read(reg::CONTROL);
+    for (at, value) in [
+        (reg::DEVICE_TABLE, base ^ 1),
+        (reg::EXCLUSION_LIMIT, 0x5000),
+        (reg::CONTROL, control & !1),
+        (reg::CONTROL, control),
+    ] {
+        slow.calls.store(0, Ordering::SeqCst);
+        let mut effects = driver.unit.mmio_write(at, &value.to_le_bytes());
+        assert!(effects.more_commands, "{at:#x}");
+        assert!(slow.calls.load(Ordering::SeqCst) <= 2, "{at:#x}");
+        while effects.more_commands {
+            effects = driver.unit.run_commands();
+        }
+        assert_eq!(slow.left.load(Ordering::SeqCst), 0, "{at:#x}");
+    }
+    // A wait that comes meanwhile is answered behind it.
+    let off = driver
+        .unit
+        .mmio_write(reg::CONTROL, &(control & !1).to_le_bytes());
+    assert!(off.more_commands);
+    driver
+        .ram
+        .write(Gpa(RING), &wait(FLAG, 7).to_le_bytes())
+        .expect("RAM");
+    let on = driver.unit.mmio_write(reg::CONTROL, &control.to_le_bytes());
+    let rung = driver.unit.mmio_write(reg::COMMAND_TAIL, &0x10_u32.to_le_bytes());
+    assert!(on.more_commands && rung.more_commands);
+    assert_eq!(driver.get(FLAG), 0);
+    driver.carry_out(rung);
+    assert_eq!((driver.get(FLAG), slow.left.load(Ordering::SeqCst)), (7, 0));
+}
+
+#[test]
+fn a_reset_is_over_when_followers_have_obeyed() {
+    let driver = Driver::running();
+    let slow = Arc::new(Slow::default());
+    driver.unit.add_follower(slow.clone());
+    driver.unit.reset();
+    assert_eq!(slow.left.load(Ordering::SeqCst), 0);
 }
 
 #[test]

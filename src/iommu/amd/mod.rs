@@ -89,7 +89,7 @@ use crate::platform::addr::{Bdf, Gpa};
 pub struct Effects {
     /// Interrupts of the unit itself, not to be remapped.
     pub interrupts: Interrupts,
-    /// Commands are left: call [`Unit::run_commands`] again, from a thread that holds up nobody.
+    /// Commands are left, or work of followers: call [`Unit::run_commands`] again, from a thread that holds up nobody.
     pub more_commands: bool,
     /// The MSI capability of the unit's function takes this.
     pub program_msi: Option<MsiMirror>,
@@ -295,8 +295,10 @@ impl<M: SystemMemory> Unit<M> {
             self.publish(&registers);
         }
         self.reset_guests();
-        // With the log off there is nothing to report.
+        // With the log off there is nothing to report. What followers still have to do is little: behind a unit that is off
+        // no tables are looked at. Nobody would call for it, as nothing of before a reset is owed.
         let _ = self.forget();
+        while !self.settle(&mut Effort::of_a_call()) {}
     }
 
     /// The registers, to be looked at.
@@ -365,12 +367,12 @@ impl<M: SystemMemory> Unit<M> {
         effects
     }
 
-    /// Drop everything cached, and have followers do so.
+    /// Drop everything cached, and have followers do so, as far as one call goes: whoever writes a register is in the middle
+    /// of an exit.
     fn forget(&self) -> Effects {
         self.invalidate_all();
-        let effects = self.tell_all();
-        // No command asks for this, so that none can wait for it. What followers do about everything is bounded.
-        while !self.settle(&mut Effort::of_a_call()) {}
+        let mut effects = self.tell_all();
+        effects.more_commands |= !self.settle(&mut Effort::of_a_call());
         effects
     }
 

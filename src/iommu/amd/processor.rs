@@ -37,6 +37,13 @@ pub trait Follower: Send + Sync {
     /// of a thousand commands.
     fn follow(&self, batch: &[Command]) -> Result<(), NoAnswer>;
 
+    /// A register changed by which everything may mean something else: forget all. No wait comes behind that, so memory that a
+    /// device is no longer to reach is out of its reach once this returned, whatever [`Follower::settle`] has yet to do.
+    /// Interrupts may go their old way until then.
+    fn forget(&self) -> Result<(), NoAnswer> {
+        self.follow(&[Command::InvalidateAll])
+    }
+
     /// Do what obeying left to be done, as far as `effort` goes; whether nothing is left. COMPLETION_WAIT is not answered
     /// before. Followers that obey at once have nothing to do here.
     fn settle(&self, _effort: &mut Effort) -> bool {
@@ -285,10 +292,13 @@ impl<M: SystemMemory> Unit<M> {
     /// Have followers drop everything.
     pub(super) fn tell_all(&self) -> Effects {
         let mut effects = Effects::default();
-        self.tell(&[Command::InvalidateAll], |NoAnswer { device, .. }| {
-            let at = Gpa::default();
-            effects.join(self.report(&Event::IotlbInvalidationTimeout { device, at }));
-        });
+        let followers = self.followers.read().unwrap_or_else(PoisonError::into_inner);
+        for follower in followers.iter() {
+            if let Err(NoAnswer { device, .. }) = follower.forget() {
+                let at = Gpa::default();
+                effects.join(self.report(&Event::IotlbInvalidationTimeout { device, at }));
+            }
+        }
         effects
     }
 

@@ -14,8 +14,8 @@
 //! The address space with guest RAM may have memory of devices beside it, and so tables may lead there. When that memory goes,
 //! what leads there goes at once, before it; when it comes, what led nowhere is looked at again.
 //!
-//! A function that the guest renumbers is read anew by its new number, and blocked meanwhile where that says something else:
-//! the guest tells of entries that it changes, and not of functions that come under others.
+//! Until the wait is answered a function reaches what it reached. Where a register of the unit said what it is to reach instead,
+//! or the guest gave it another number, there is no wait: it reaches nothing until that is there.
 //!
 //! A settled shadow is what the tables said when they were last invalidated. The host's requests that fail leave less
 //! mapped than the guest asked for, never more: where one to unmap fails, the address space is given up, its functions
@@ -225,6 +225,12 @@ impl Follower for Shadow {
         Ok(())
     }
 
+    fn forget(&self) -> Result<(), NoAnswer> {
+        self.follow(&[Command::InvalidateAll])?;
+        self.state().confine(&self.host);
+        Ok(())
+    }
+
     fn settle(&self, effort: &mut Effort) -> bool {
         self.state().settle(&self.host, effort)
     }
@@ -335,6 +341,21 @@ impl State {
         self.spaces
             .retain(|space| wanted.next() == Some(true) || attached.contains(&Some(space.id())));
         true
+    }
+
+    /// Take functions away from what they are no longer to reach. Those whose new space is not settled are blocked until it is;
+    /// those that keep theirs keep what is in it, which is as old as the guest's last invalidation.
+    fn confine(&mut self, host: &Host) {
+        let blocked = self.blocked.id();
+        for index in 0..self.functions.len() {
+            let function = &mut self.functions[index];
+            let copy = self.spaces.iter().find(|space| space.view() == function.view);
+            match copy {
+                Some(space) if function.place == Some(space.id()) => {}
+                Some(space) if !space.is_settled() => function.block(blocked, host),
+                _ => self.switch(index, host),
+            }
+        }
     }
 
     fn is_wanted(&self, space: &Space) -> bool {

@@ -644,6 +644,54 @@ fn one_call_does_a_bounded_part_and_the_function_stays_where_it_was_until_all_is
     assert_eq!(rig.mapped().len(), 4 * 256);
 }
 
+/// Rig whose domain takes many calls to be filled.
+fn with_much_to_do() -> Rig {
+    let rig = Rig::new();
+    (0..512).step_by(2).for_each(|page| rig.map(page, 0x5000));
+    [0, 2, 3]
+        .into_iter()
+        .for_each(|entry| rig.put(UPPER + entry * 8, LEAF | 1 << 9 | LOWER));
+    rig
+}
+
+#[test]
+fn a_function_that_a_register_gave_other_tables_reaches_nothing_until_they_are_followed() {
+    let rig = with_much_to_do();
+    *rig.unit.views.lock().expect("a test's own") = vec![tables(), View::Nothing];
+    rig.shadow().forget().expect("it answers");
+    assert_eq!(rig.reaches(0x5000), None, "neither guest RAM");
+    assert_eq!(rig.reaches(BASE), None, "nor yet what the tables say");
+    assert_eq!(rig.functions[1].reaches(0x5000), None, "blocked at once");
+    assert!(!rig.settle());
+    assert_eq!((rig.reaches(0x5000), rig.reaches(BASE)), (None, None));
+    while !rig.settle() {}
+    assert_eq!((rig.reaches(0x5000), rig.reaches(BASE)), (None, Some(0x5000)));
+}
+
+#[test]
+fn a_function_whose_tables_a_register_left_alone_goes_on_by_them() {
+    let rig = with_much_to_do();
+    rig.view(0, tables());
+    let before = (rig.functions[0].place(), rig.kernel.count(Call::Attach));
+    // As when the guest switches its event log off and on.
+    rig.shadow().forget().expect("it answers");
+    assert_eq!(rig.reaches(BASE), Some(0x5000));
+    while !rig.settle() {}
+    let after = (rig.functions[0].place(), rig.kernel.count(Call::Attach));
+    assert_eq!((after, rig.reaches(BASE)), (before, Some(0x5000)));
+}
+
+#[test]
+fn a_unit_that_is_switched_off_leads_to_guest_ram_at_once() {
+    let rig = with_much_to_do();
+    rig.view(1, tables());
+    let identity = View::Identity(Access::BOTH);
+    *rig.unit.views.lock().expect("a test's own") = vec![tables(), identity];
+    rig.shadow().forget().expect("it answers");
+    assert_eq!(rig.functions[1].place(), Some(rig.ram_space));
+    assert!(!rig.settle(), "the other's takes longer");
+}
+
 /// A change of the guest's tables, of the lower one's first pages.
 #[derive(Debug, Clone)]
 enum Change {
