@@ -406,6 +406,8 @@ impl<M: SystemMemory> Unit<M> {
                     let idle = guest.processor.take();
                     guest.change().reset_page();
                     drop(idle);
+                    // Who rang once the page was reset may have found the processor taken.
+                    effects.join(Self::owe_waiting(guests, &guest));
                     effects.join(self.unbroken(&guest, self.mark_clean(guests, &guest)));
                 }
                 (effects, counted)
@@ -438,12 +440,19 @@ impl<M: SystemMemory> Unit<M> {
         };
         for guest in guests.all() {
             effects.join(guests.interrupted(guest.id, self.bring_rings(&guest)));
-            let registers = guest.registers();
-            if registers.command_runs() && registers.command.waiting() > 0 {
-                effects.join(guests.owe(guest.id, |owed| owed.more_commands = true));
-            }
+            effects.join(Self::owe_waiting(guests, &guest));
         }
         effects
+    }
+
+    /// Owe `guest` what waits in its ring.
+    fn owe_waiting(guests: &Guests, guest: &Guest) -> Effects {
+        let registers = guest.registers();
+        if registers.command_runs() && registers.command.waiting() > 0 {
+            guests.owe(guest.id, |owed| owed.more_commands = true)
+        } else {
+            Effects::default()
+        }
     }
 
     /// Everything about guests as after power-on.
