@@ -11,7 +11,7 @@
 //! | EFR 4, GT and EFR 48, GIO | `guest_tables` | `tables::p13` |
 //! | EFR 6, IA; command 8 | always | `commands::c16` |
 //! | EFR 7, GA | always | `interrupts::x10`, `x11` |
-//! | EFR 11:10, HATS = six levels | always | `reference`, modes 1 to 6 |
+//! | EFR 11:10, HATS = four to six levels | `host_levels` | `reference`, modes 1 to 6 |
 //! | EFR 13:12, GATS = five levels | `five_levels` | `tables::guest_tables_of_five_levels` |
 //! | EFR 15:14, GLX = three levels | `guest_tables` | `tables::p14` |
 //! | EFR 36:32, PASmax | `pasid_bits` | `tables::p14` |

@@ -1,7 +1,9 @@
 //! The unit as devices and processors of a machine meet it.
 
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -127,12 +129,25 @@ fn an_invalidation_waits_for_requests_in_flight_and_later_ones_see_it() {
     rig.cover();
     rig.map(0, 0x50_0000);
     let dma = dma(&rig);
-    dma.view().write_obj(1_u64, GuestAddress(0)).expect("mapped");
-    rig.map(0, 0x51_0000);
-    rig.command(3, 1 << 32);
-    // The whole domain: what was cached is forgotten.
-    rig.put(3 << 60 | 1 << 32, 0x7fff_ffff_ffff_f003);
-    rig.command(8, 0);
+    let (begun, waits) = std::sync::mpsc::channel();
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|threads| {
+        let request = || {
+            let view = dma.view();
+            view.write_obj(1_u64, GuestAddress(0)).expect("mapped");
+            begun.send(()).expect("the test waits");
+            std::thread::sleep(Duration::from_millis(100));
+            ended.store(true, Ordering::SeqCst);
+            drop(view);
+        };
+        threads.spawn(request);
+        waits.recv().expect("it begins");
+        rig.map(0, 0x51_0000);
+        // The whole domain: what was cached is forgotten. Returns when the wait behind it was answered.
+        rig.put(INVALIDATE, 0x7fff_ffff_ffff_f003);
+        rig.command(8, 0);
+        assert!(ended.load(Ordering::SeqCst), "the request had ended");
+    });
     dma.view().write_obj(2_u64, GuestAddress(0)).expect("mapped");
     assert_eq!((rig.load(0x50_0000), rig.load(0x51_0000)), (1, 2));
 }
