@@ -386,6 +386,40 @@ impl Follower for Slow {
     }
 }
 
+/// While it settles for the first time, another thread has commands carried out, for whatever reason.
+struct Asked {
+    unit: Weak<Unit<GuestRam>>,
+    left: AtomicUsize,
+}
+
+impl Follower for Asked {
+    fn follow(&self, _batch: &[Command]) -> Result<(), NoAnswer> {
+        Ok(())
+    }
+
+    fn settle(&self, _effort: &mut Effort) -> bool {
+        if self.left.swap(0, Ordering::SeqCst) > 0 {
+            let unit = self.unit.upgrade().expect("alive");
+            let other = || unit.run_commands();
+            let owed = std::thread::scope(|threads| threads.spawn(other).join().expect("no panic"));
+            assert_eq!(owed, Effects::default(), "another thread is at it");
+        }
+        true
+    }
+}
+
+#[test]
+fn a_call_that_found_another_thread_at_it_is_made_up_for_though_the_ring_is_empty() {
+    let driver = Driver::running();
+    let asked = Asked {
+        unit: Arc::downgrade(&driver.unit),
+        left: AtomicUsize::new(1),
+    };
+    driver.unit.add_follower(Arc::new(asked));
+    assert!(driver.unit.run_commands().more_commands);
+    assert!(!driver.unit.run_commands().more_commands);
+}
+
 #[test]
 fn a_register_does_not_hold_up_the_processor_until_followers_have_obeyed() {
     let driver = Driver::running();
