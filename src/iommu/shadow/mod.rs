@@ -239,13 +239,8 @@ impl Follower for Shadow {
 impl Observer for Shadow {
     fn renumbered(&self) {
         let mut state = self.state();
-        let (was, blocked) = (state.views(), state.blocked.id());
         self.look(&mut state, |function| function.read_as != function.at());
-        for (function, was) in state.functions.iter_mut().zip(was) {
-            if function.view != was {
-                function.block(blocked, &self.host);
-            }
-        }
+        state.confine(&self.host);
         self.settle_at_once(state);
     }
 
@@ -293,11 +288,6 @@ impl Copies for Shadow {
 }
 
 impl State {
-    /// What each function is to reach.
-    fn views(&self) -> Vec<View> {
-        self.functions.iter().map(|function| function.view).collect()
-    }
-
     /// Read again what the functions of `which` are to reach, and make the address spaces that are missing.
     fn look(&mut self, host: &Arc<Host>, view: impl Fn(Bdf) -> View, which: impl Fn(&Confined) -> bool) {
         for function in self.functions.iter_mut().filter(|function| which(function)) {

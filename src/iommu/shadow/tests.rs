@@ -249,7 +249,7 @@ fn a_function_that_is_renumbered_has_what_its_new_numbers_entry_said_before() {
     let identity = rig.functions[1].place();
     rig.requesters[0].renumber(at(4));
     rig.shadow().renumbered();
-    while !rig.shadow().settle() {}
+    while !rig.shadow().settle(&mut Effort::of_a_call()) {}
     assert_eq!((rig.reaches(BASE), rig.reaches(0x5000)), (Some(0x40_0000), None));
     assert_eq!(rig.functions[1].place(), identity);
     rig.requesters[0].renumber(at(5));
@@ -292,7 +292,7 @@ fn a_function_that_is_renumbered_is_blocked_until_more_than_a_step_of_tables_was
         "no processor does all of it"
     );
     assert_eq!(rig.reaches(BASE), None);
-    while !rig.shadow().settle() {}
+    while !rig.shadow().settle(&mut Effort::of_a_call()) {}
     assert_eq!(rig.reaches(0), Some(0x40_0000));
 }
 
