@@ -194,6 +194,10 @@ mod tests {
                     }
                 });
             }
+            // Somebody has to come out.
+            while inside.load(Ordering::SeqCst) == 0 {
+                thread::yield_now();
+            }
             for _ in 0..CLOSINGS {
                 let _changing = changing.lock().expect("not poisoned");
                 let closed = gate.close();
