@@ -25,6 +25,10 @@ const LONGEST_CHAIN: usize = MOST_SLICES;
 /// single pages, and two more for each buffer that begins and ends inside one; no more than a megabyte describes them.
 const MOST_PIECES: usize = 16_384 + 2 * LONGEST_CHAIN;
 
+/// Bytes of one chain, twice what any device takes. Behind an IOMMU every page of it is looked up before the device sees
+/// how long it is, and whoever changes translations waits for that.
+const MOST_BYTES: u64 = 128 << 20;
+
 /// Guest memory as queues use it.
 pub trait QueueMemory: GuestMemory<Bitmap = ()> {}
 
@@ -231,6 +235,7 @@ impl VirtQueue {
             last_writable: None,
         };
         let (mut more, mut writing) = (true, false);
+        let mut bytes = 0;
         for (count, descriptor) in descriptors.enumerate() {
             if count >= LONGEST_CHAIN {
                 return Err(Broken::Chain(head));
@@ -246,6 +251,10 @@ impl VirtQueue {
                 (Permissions::Read, &mut chain.readable)
             };
             let (at, len) = (descriptor.addr(), descriptor.len());
+            bytes += u64::from(len);
+            if bytes > MOST_BYTES {
+                return Err(Broken::Chain(head));
+            }
             let out_of_reach = |error| Broken::Buffer {
                 head,
                 at: Iova(at.0),

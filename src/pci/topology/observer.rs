@@ -8,7 +8,8 @@ use crate::platform::dma::Requester;
 /// Who holds something for functions by their numbers: an IOMMU, which looks them up in tables of the guest's.
 pub trait Observer: Send + Sync {
     /// Some functions have other numbers than before, which their requesters know already. Called on the processor that
-    /// wrote the number, with no lock held and before its access is over; what it does is bounded therefore.
+    /// wrote the number, with no lock held and before its access is over: it does no more than is needed for nobody to go by the
+    /// old number, once for each function behind the bridge.
     fn renumbered(&self);
 
     /// The function that issues requests as `requester` issues none any more and will not come back. A function of the host's is

@@ -53,18 +53,6 @@ pub(super) fn load_bzimage(
         path: loading.kernel.to_owned(),
         what,
     };
-    let (version, flags) = (header.version, header.xloadflags);
-    if version < PROTOCOL_2_12 || flags & XLF_KERNEL_64 == 0 {
-        return Err(BootError::NoSuchEntry {
-            path: loading.kernel.to_owned(),
-            asked: "linux",
-            why: format!(
-                "it is a 32-bit kernel or one from before Linux 3.8 (boot protocol {}.{:02})",
-                version >> 8,
-                version & 0xff
-            ),
-        });
-    }
     // The kernel runs where it prefers to whatever we do; load it there and it need not move.
     let at = Gpa(header.pref_address);
     let room = loading.room;
@@ -94,7 +82,7 @@ pub(super) fn load_bzimage(
     let floor = Gpa(range.last().0 + 1);
     if let Some(initramfs) = initramfs {
         let last = Gpa(u64::from(header.initrd_addr_max));
-        let above = flags & XLF_CAN_BE_LOADED_ABOVE_4G != 0;
+        let above = header.xloadflags & XLF_CAN_BE_LOADED_ABOVE_4G != 0;
         let placed = place_initramfs(loading, initramfs, floor, last, above)?;
         set_initramfs(&mut params, placed);
     }
@@ -124,7 +112,7 @@ pub(super) fn load_elf(
     Ok(finish(loading, params, elf.physical_entry()))
 }
 
-/// The setup header of a bzImage, which is known to be one; a header that the file ends in is broken.
+/// The setup header of a bzImage, which is known to be one: of a kernel with a 64-bit entry point, and whole.
 fn read_header(loading: &Loading<'_>, file: &File) -> Result<setup_header, BootError> {
     use std::os::unix::fs::FileExt;
 
@@ -154,6 +142,18 @@ fn read_header(loading: &Loading<'_>, file: &File) -> Result<setup_header, BootE
     };
     if len < whole {
         return broken(format!("the file has {len} bytes of {whole}"));
+    }
+    let (version, flags) = (header.version, header.xloadflags);
+    if version < PROTOCOL_2_12 || flags & XLF_KERNEL_64 == 0 {
+        return Err(BootError::NoSuchEntry {
+            path: loading.kernel.to_owned(),
+            asked: "linux",
+            why: format!(
+                "it is a 32-bit kernel or one from before Linux 3.8 (boot protocol {}.{:02})",
+                version >> 8,
+                version & 0xff
+            ),
+        });
     }
     // All of what follows the setup is loaded, to where the kernel says that it needs this much.
     if len - setup > u64::from(init_size) {

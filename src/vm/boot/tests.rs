@@ -343,6 +343,8 @@ fn an_old_kernel_without_a_64_bit_entry_is_refused_with_its_protocol() {
     let bench = Bench::new();
     let mut image = bzimage();
     put(&mut image, 0x206, &0x020b_u16.to_le_bytes());
+    // Before protocol 2.10 there was no such field.
+    put(&mut image, 0x260, &[0; 4]);
     assert!(bench.refused(&bench.plan(&image)).contains("boot protocol 2.11"));
 }
 

@@ -218,6 +218,47 @@ fn a_chain_of_64_mib_that_is_scattered_over_pages_is_taken_however_it_is_cut() {
     }
 }
 
+/// As [`OnePage`], and counts what is asked.
+struct Counted(std::sync::atomic::AtomicUsize);
+
+impl Translator for Counted {
+    fn begin(&self) -> Box<dyn Translations + '_> {
+        Box::new(self)
+    }
+}
+
+impl Translations for &Counted {
+    fn translate(&self, requester: Bdf, at: Iova, access: Permissions) -> Option<Run> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        OnePage.translate(requester, at, access)
+    }
+}
+
+// One descriptor may say four gigabytes; each of its pages would be a walk while a guest's invalidation waits.
+#[test]
+fn a_chain_of_more_bytes_than_any_device_takes_breaks_the_queue_before_they_are_looked_up() {
+    for parts in [
+        vec![Part::write(1 << 32, u32::MAX)],
+        vec![
+            Part::write(1 << 32, 1),
+            Part::write(1 << 32, u32::try_from(MOST_BYTES).expect("small")),
+        ],
+    ] {
+        let mut driver = Driver::new(4);
+        let requester = Arc::new(Requester::default());
+        requester.set_bus_master(true);
+        let counted = Arc::new(Counted(Default::default()));
+        let dma = Dma::translated(requester, driver.ram(), counted.clone());
+        driver.offer(&parts);
+        let view = dma.view();
+        assert!(matches!(driver.queue.pop(&view), Err(Broken::Chain(0))));
+        assert!(
+            counted.0.load(Ordering::Relaxed) < 20,
+            "only rings and descriptors"
+        );
+    }
+}
+
 #[test]
 fn a_readable_part_after_a_writable_one_breaks_the_queue() {
     let mut driver = Driver::new(8);

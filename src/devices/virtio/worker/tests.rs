@@ -296,18 +296,32 @@ fn the_end_waits_for_one_chain() {
     assert!(midst.begun.try_recv().is_err(), "no other is begun");
 }
 
+// The thread is in the midst of a chain when both orders come, or has parked between them.
 #[test]
 fn a_pause_that_ends_at_once_loses_nothing() {
-    let mut midst = in_the_midst(false);
-    let gate = midst.workers.workers[0].gate.clone();
-    // The thread sees the order in the midst of its turn, and the next one before it comes to its gate.
-    gate.order(Order::Pause);
-    midst.leave.send(()).expect("the service listens");
-    gate.order(Order::Run);
-    for head in 1..4 {
-        assert_eq!(midst.begun.recv_timeout(SOON), Ok(head));
-        midst.leave.send(()).expect("the service listens");
+    for parks in [false, true] {
+        let mut midst = in_the_midst(false);
+        let gate = midst.workers.workers[0].gate.clone();
+        gate.order(Order::Pause);
+        if parks {
+            midst
+                .leave
+                .send(())
+                .expect("the service is in the midst of a chain");
+            gate.await_parked();
+        }
+        gate.order(Order::Run);
+        if !parks {
+            midst
+                .leave
+                .send(())
+                .expect("the service is in the midst of a chain");
+        }
+        for head in 1..4 {
+            assert_eq!(midst.begun.recv_timeout(SOON), Ok(head));
+            midst.leave.send(()).expect("the service listens");
+        }
+        midst.workers.pause();
+        assert_eq!(midst.driver.used().len(), 4);
     }
-    midst.workers.pause();
-    assert_eq!(midst.driver.used().len(), 4);
 }
