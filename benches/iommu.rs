@@ -87,7 +87,8 @@ fn unit() -> (GuestRam, Unit<GuestRam>) {
     let entry = DEVICE_TABLE + u64::from(device().requester_id()) * 32;
     put(&ram, entry, TABLES | 4 << 9 | 3 << 61 | 3);
     put(&ram, entry + 8, 1);
-    let unit = Unit::new(Features::offer(Wanted::DEFAULT), ram.clone());
+    let own = Bdf::new(0, 0, 2).expect("valid");
+    let unit = Unit::new(own, Features::offer(Wanted::DEFAULT), ram.clone());
     let write = |offset: u64, value: u64| {
         let _ = unit.mmio_write(offset, &value.to_le_bytes());
     };

@@ -17,8 +17,7 @@ use libfuzzer_sys::fuzz_target;
 use ravelin::pci::access::DwordWrite;
 use ravelin::pci::bar::BarSpec;
 use ravelin::pci::capability::{
-    AccessControl, AlternativeRouting, ErrorReporting, Express, MsixLayout, PowerManagement, SerialNumber,
-    Subsystem, VendorSpecific,
+    AccessControl, ErrorReporting, Express, MsixLayout, PowerManagement, Subsystem, VendorSpecific,
 };
 use ravelin::pci::config_ports::ConfigPorts;
 use ravelin::pci::config_space::ConfigSpace;
@@ -125,9 +124,7 @@ impl Loaded {
             })
             .capability(VendorSpecific::with_writable(&[0x5a; 13], 4..9))
             .capability(ErrorReporting::function())
-            .capability(AccessControl::multi_function())
-            .capability(AlternativeRouting { next_function: 0 })
-            .capability(SerialNumber(0x0123_4567_89ab_cdef));
+            .capability(AccessControl::port());
         for bar in &node.bars {
             config = config.bar(BarSpec {
                 index: bar.index,

@@ -51,12 +51,6 @@ impl DwordWrite {
         self.mask
     }
 
-    /// Whether a bit of `bits` lies in a written lane.
-    #[must_use]
-    pub const fn touches(self, bits: u32) -> bool {
-        self.mask & bits != 0
-    }
-
     /// The part of the write that falls into `lanes`, or `None` when none does.
     ///
     /// `lanes` has 0xff in each lane to keep.
@@ -203,8 +197,6 @@ mod tests {
         let byte = DwordWrite::new(1, &[0xff]).expect("inside");
         assert_eq!(byte.store(0, 0x00ff_3f00), 0x3f00);
         assert_eq!((byte.value(), byte.mask()), (0xff00, 0xff00));
-        assert!(byte.touches(0x0100));
-        assert!(!byte.touches(0x1_0001));
     }
 
     #[test]

@@ -80,7 +80,6 @@ pub mod bridge;
 pub mod capability;
 pub mod config_ports;
 pub mod config_space;
-pub mod dump;
 pub mod ecam;
 pub mod endpoint;
 mod function;

@@ -9,7 +9,7 @@ use std::ops::RangeInclusive;
 
 use serde::{Serialize, Serializer};
 
-use crate::platform::addr::{Bdf, Gpa, GpaRange};
+use crate::platform::addr::{Bdf, GpaRange};
 
 /// Bytes of ECAM per bus: 32 devices of 8 functions of 4 KiB (PCI Express Base Specification 7.2.2).
 pub const ECAM_BYTES_PER_BUS: u64 = 1 << 20;
@@ -377,17 +377,6 @@ impl BarKind {
     #[must_use]
     pub const fn is_64_bit(self) -> bool {
         matches!(self, Self::Mem64 { .. })
-    }
-}
-
-impl Bar {
-    /// The memory it covers; `None` for I/O ports.
-    #[must_use]
-    pub fn memory(&self) -> Option<GpaRange> {
-        match self.kind {
-            BarKind::Io => None,
-            BarKind::Mem32 { .. } | BarKind::Mem64 { .. } => GpaRange::new(Gpa(self.address), self.size),
-        }
     }
 }
 

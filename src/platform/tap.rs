@@ -196,12 +196,6 @@ impl Tap {
         })
     }
 
-    /// The interface's name.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
     /// Say which work the reader takes over from the host.
     pub fn set_offloads(&self, offloads: Offloads) -> Result<(), HostError> {
         // SAFETY: TUNSETOFFLOAD takes its argument by value; `self.fd` is open.

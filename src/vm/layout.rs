@@ -18,17 +18,16 @@
 
 use serde::Serialize;
 
+use crate::devices::{hpet, ioapic};
 use crate::iommu::emulated::{self, GuestRegisters};
 use crate::pci::assign::{AssignError, FunctionSpec, Measured, Pools, Space, TreeSpec, measure};
 use crate::pci::tree::{ECAM_BYTES, NodeKind, PciTree, PortRange};
 use crate::platform::addr::{Gpa, GpaRange};
 
 /// The I/O APIC's registers: one page.
-pub const IOAPIC: GpaRange = fixed(0xfec0_0000, 0x1000);
+pub const IOAPIC: GpaRange = fixed(0xfec0_0000, ioapic::spec::WINDOW_LEN);
 /// The HPET's registers.
-pub const HPET: GpaRange = fixed(0xfed0_0000, 0x400);
-/// Where no unit may be: Linux on Zen reads and writes back 0xfed803c0, i2c-piix4 reads 0xfed80300.
-pub const SOUTHBRIDGE: GpaRange = fixed(0xfed8_0000, 0x1_0000);
+pub const HPET: GpaRange = fixed(0xfed0_0000, hpet::WINDOW_LEN);
 /// Local APICs, and where MSI writes go.
 pub const LOCAL_APIC: GpaRange = fixed(0xfee0_0000, 0x10_0000);
 /// The end of what PCI may use below 4 GiB: the fixed units begin here.
@@ -346,6 +345,8 @@ mod tests {
 
     #[test]
     fn nothing_overlaps_the_fixed_units() {
+        // Linux on Zen reads and writes back 0xfed803c0, i2c-piix4 reads 0xfed80300.
+        const SOUTHBRIDGE: GpaRange = fixed(0xfed8_0000, 0x1_0000);
         let mapped = mapped(8 << 30, &roots(4));
         let ecams = mapped.pci.segments.iter().map(|segment| segment.ecam);
         let all: Vec<GpaRange> = ecams

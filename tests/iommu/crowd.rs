@@ -115,7 +115,7 @@ impl Crowd {
             ..Wanted::EVERYTHING
         };
         let own = Bdf::from_requester_id(OWN);
-        let unit = Unit::at(own, Features::offer(wanted), memory.clone());
+        let unit = Unit::new(own, Features::offer(wanted), memory.clone());
         let heard = Arc::new(Heard::default());
         unit.add_follower(heard.clone());
         let crowd = Self {

@@ -68,6 +68,11 @@ pub(crate) enum Width {
 
 pub(crate) const WIDTHS: [Width; 3] = [Width::Quadword, Width::LowThenHigh, Width::HighThenLow];
 
+/// The unit's own function: 00:00.2.
+pub(crate) fn own() -> Bdf {
+    Bdf::new(0, 0, 2).expect("valid")
+}
+
 /// The device under test: 02:03.1.
 pub(crate) fn device() -> Bdf {
     Bdf::new(2, 3, 1).expect("valid")
@@ -102,14 +107,10 @@ impl Driver {
 
     /// A unit that offers `wanted`, as after power-on.
     pub(crate) fn with(wanted: Wanted) -> Self {
-        Self::of(|ram| Unit::new(Features::offer(wanted), ram))
-    }
-
-    /// The unit that `make` makes for the memory it is given.
-    pub(crate) fn of(make: impl FnOnce(GuestRam) -> Unit<GuestRam>) -> Self {
         let ranges = [(GuestAddress(0), usize::try_from(RAM).expect("small"))];
         let ram = GuestRam::new(GuestMemoryMmap::from_ranges(&ranges).expect("a mapping"));
-        let (unit, page) = (make(ram.clone()), Page::default());
+        let unit = Unit::new(own(), Features::offer(wanted), ram.clone());
+        let page = Page::default();
         unit.show_registers(Box::new(page.clone()));
         Self {
             unit: Arc::new(unit),

@@ -1,18 +1,16 @@
 //! Two guests on one unit: the host lays out their maps and entries, and each has a driver in miniature that fills rings
 //! and v2 tables in its own memory.
 
-use ravelin::iommu::amd::features::{Features, Wanted};
+use ravelin::iommu::amd::Effects;
+use ravelin::iommu::amd::features::Wanted;
 use ravelin::iommu::amd::spec::dte::Dte;
 use ravelin::iommu::amd::spec::registers::Control;
 use ravelin::iommu::amd::spec::viommu::{COMMAND_DIRTY, DEVICE_MAPS, DOMAIN_MAPS, MapControl};
 use ravelin::iommu::amd::viommu::Owed;
-use ravelin::iommu::amd::{Effects, Unit};
 use ravelin::platform::addr::{Bdf, Gpa};
 
-use crate::driver::{Driver, device, guest_dte, host_dte, invalidate_device, other_device, pte, wait};
+use crate::driver::{Driver, device, guest_dte, host_dte, invalidate_device, other_device, own, pte, wait};
 
-/// The unit's own function.
-pub(crate) const OWN: u16 = 0x0002;
 /// What each guest calls its device, and a domain.
 pub(crate) const NAME: u16 = 0x0008;
 pub(crate) const DOMAIN: u16 = 3;
@@ -89,8 +87,7 @@ impl Machine {
             virtualizable: true,
             ..Wanted::EVERYTHING
         };
-        let own = Bdf::from_requester_id(OWN);
-        let mut host = Driver::of(|ram| Unit::at(own, Features::offer(wanted), ram)).started();
+        let mut host = Driver::with(wanted).started();
         let on = Control::new()
             .with_vcmd_en(true)
             .with_viommu_en(true)
@@ -98,7 +95,7 @@ impl Machine {
             .with_gcr3_trp_mode(true);
         host.enable(on.with_ppr_en(true));
         // The private address space, as far as the maps of guests 4 and 5 go.
-        let private = host.attach(own, 1);
+        let private = host.attach(own(), 1);
         host.map(private, 4, DEVICE_MAPS + (4 << 20), 2, pte(DEVICE_MAP_AT));
         host.map(private, 4, DOMAIN_MAPS + (4 << 19), 2, pte(DOMAIN_MAP_AT));
         host.map(private, 4, COMMAND_DIRTY, 1, pte(DIRTY_AT));

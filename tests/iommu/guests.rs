@@ -2,14 +2,13 @@
 
 use std::sync::Arc;
 
+use ravelin::iommu::amd::Effects;
 use ravelin::iommu::amd::commands::Command;
-use ravelin::iommu::amd::features::{Features, Wanted};
 use ravelin::iommu::amd::ppr::{Answer, PageRequest};
 use ravelin::iommu::amd::request::Access;
 use ravelin::iommu::amd::spec::dte::Dte;
 use ravelin::iommu::amd::spec::registers::Control;
 use ravelin::iommu::amd::spec::viommu::{DEVICE_MAPS, DOMAIN_MAPS};
-use ravelin::iommu::amd::{Effects, Unit};
 use ravelin::platform::addr::{Bdf, Gpa, Iova};
 
 use crate::driver::{
@@ -617,13 +616,6 @@ fn a_unit_without_the_extension_has_none_of_it() {
     driver.flush(&[]);
     driver.submit(&[command(10, 4, 0, 0, 0)]);
     assert_eq!(driver.events()[0][1] >> 28, 5);
-    // Nor has one that does not know its place.
-    let wanted = Wanted {
-        virtualizable: true,
-        ..Wanted::DEFAULT
-    };
-    let driver = Driver::of(|ram| Unit::new(Features::offer(wanted), ram));
-    assert!(!driver.unit.features().efr.viommu());
 }
 
 /// A guest that writes anything anywhere it can reach harms nobody but itself.

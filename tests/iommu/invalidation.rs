@@ -18,8 +18,8 @@ use ravelin::platform::memory::GuestRam;
 
 use crate::driver::{
     DEVICE_TABLE, Driver, EVERYTHING, FLAG, GN, INVALIDATE_ALL, PDE, RING, RING_LENGTH, S, device, guest_dte,
-    host_dte, invalidate_device, invalidate_pages, other_device, pasid, pde, pte, read, reg, ring_base, wait,
-    write,
+    host_dte, invalidate_device, invalidate_pages, other_device, own, pasid, pde, pte, read, reg, ring_base,
+    wait, write,
 };
 
 fn with_pages(count: u64) -> (Driver, u64) {
@@ -265,6 +265,7 @@ fn a_walk_by_an_entry_that_was_invalidated_meanwhile_is_kept_for_nobody() {
     driver.map(new, 4, 0x1000, 1, pte(0x6000));
     let act = Act::default();
     let unit = Rc::new(Unit::new(
+        own(),
         Features::offer(Wanted::EVERYTHING),
         Meddled {
             ram: driver.ram.clone(),

@@ -5,10 +5,9 @@ use ravelin::iommu::amd::remap::Delivery;
 use ravelin::iommu::amd::spec::dte::{Dte, Interrupt};
 use ravelin::iommu::amd::spec::viommu::COMMAND_DIRTY;
 use ravelin::iommu::amd::viommu::{GuestInterrupt, GuestLog, Posted};
-use ravelin::platform::addr::Bdf;
 
-use crate::driver::{HOLE, INVALIDATE_ALL, command, host_dte, invalidate_device, reg, wait};
-use crate::guest::{DIRTY_AT, FLAG, Guest, Machine, OWN, RING, control, page};
+use crate::driver::{HOLE, INVALIDATE_ALL, command, host_dte, invalidate_device, own, reg, wait};
+use crate::guest::{DIRTY_AT, FLAG, Guest, Machine, RING, control, page};
 use crate::guests::host_errors;
 
 /// First level of the extended interrupt remapping table, its second levels for event and PPR logs, and a virtual APIC.
@@ -37,13 +36,12 @@ fn own_entry(machine: &Machine, change: impl FnOnce(Interrupt) -> Interrupt) {
         .with_iv(true)
         .with_int_ctl(2)
         .with_root(INTERRUPTS >> 6);
-    let own = Bdf::from_requester_id(OWN);
     let dte = Dte {
         interrupt: change(interrupt),
         ..host_dte(machine.private, 4, 1)
     };
-    machine.host.set_dte(own, dte);
-    machine.host.submit(&[invalidate_device(own)]);
+    machine.host.set_dte(own(), dte);
+    machine.host.submit(&[invalidate_device(own())]);
 }
 
 /// Write the entry of `guest` in a second level.

@@ -147,7 +147,11 @@ const MOST_CALLS: usize = 64;
 pub(crate) fn run(input: &[u8]) {
     let memory = Memory::default();
     memory.with(|dreamt| dreamt.input = input.to_vec());
-    let unit = Unit::new(Features::offer(Wanted::EVERYTHING), memory.clone());
+    let unit = Unit::new(
+        Bdf::from_requester_id(2),
+        Features::offer(Wanted::EVERYTHING),
+        memory.clone(),
+    );
     let page = Page::default();
     unit.show_registers(Box::new(page.clone()));
     let settle = |effects: Effects| {

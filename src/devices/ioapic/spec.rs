@@ -89,8 +89,6 @@ impl DeliveryMode {
     pub const NMI: Self = Self(4);
     /// INIT; no vector.
     pub const INIT: Self = Self(5);
-    /// The vector comes from an 8259; this board has none.
-    pub const EXTINT: Self = Self(7);
 }
 
 /// One redirection table entry.
@@ -223,7 +221,8 @@ mod tests {
         };
         assert_eq!(with(DeliveryMode(3), 0x30), None);
         assert_eq!(with(DeliveryMode(6), 0x30), None);
-        assert_eq!(with(DeliveryMode::EXTINT, 0x30), None);
+        // The vector would come from an 8259, of which there is none.
+        assert_eq!(with(DeliveryMode(7), 0x30), None);
         assert!(with(DeliveryMode::NMI, 0).is_some());
         assert!(with(DeliveryMode::FIXED, 4).is_some());
         assert!(with(DeliveryMode::LOWEST_PRIORITY, 0).is_some());

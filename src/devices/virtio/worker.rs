@@ -74,8 +74,8 @@ impl Woken {
     };
 
     /// Only the queue at `position` of the service's queues, 0 to 63.
-    #[must_use]
-    pub fn by_queue(position: usize) -> Self {
+    #[cfg(test)]
+    pub(super) fn by_queue(position: usize) -> Self {
         Self {
             queues: 1 << (position & 63),
             ..Self::NOTHING
@@ -83,8 +83,8 @@ impl Woken {
     }
 
     /// Only the source at `position` of the service's sources, 0 to 63.
-    #[must_use]
-    pub fn by_source(position: usize) -> Self {
+    #[cfg(test)]
+    pub(super) fn by_source(position: usize) -> Self {
         Self {
             sources: 1 << (position & 63),
             ..Self::NOTHING

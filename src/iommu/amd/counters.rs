@@ -2,7 +2,6 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::commands::Command;
 use super::spec::event::Code;
 
 /// Running totals.
@@ -23,7 +22,7 @@ pub struct Counts {
     pub doorbells: u64,
     /// Those among them that came late, by whoever polls, and cost no exit.
     pub polled: u64,
-    /// Commands carried out, by [`Command::KINDS`].
+    /// Commands carried out, by [`super::commands::Command::KINDS`].
     pub commands: [u64; 8],
     /// Errors that stopped the command processor.
     pub stops: u64,
@@ -82,13 +81,5 @@ impl Counters {
             walks: get(&self.walks),
             events: self.events.each_ref().map(get),
         }
-    }
-}
-
-impl Counts {
-    /// How many commands of the kind of `command` there were.
-    #[must_use]
-    pub const fn of(&self, command: &Command) -> u64 {
-        self.commands[command.kind()]
     }
 }

@@ -147,41 +147,6 @@ impl Features {
         Self { efr, efr2, header }
     }
 
-    /// What two units both offer: Linux uses only what every unit of a guest has.
-    #[must_use]
-    pub fn and(self, other: Self) -> Self {
-        let bits = |mask: Efr| self.efr.into_bits() & other.efr.into_bits() & !mask.into_bits();
-        let fields = Efr::new()
-            .with_hats(3)
-            .with_gats(3)
-            .with_glx(3)
-            .with_pas_max(31)
-            .with_dev_tbl_seg(3);
-        let header = self.header.into_bits() & other.header.into_bits();
-        let np_cache = self.header.np_cache() || other.header.np_cache();
-        Self {
-            efr: Efr::from_bits(bits(fields))
-                .with_hats(self.efr.hats().min(other.efr.hats()))
-                .with_gats(self.efr.gats().min(other.efr.gats()))
-                .with_glx(self.efr.glx().min(other.efr.glx()))
-                .with_pas_max(self.efr.pas_max().min(other.efr.pas_max()))
-                .with_dev_tbl_seg(self.efr.dev_tbl_seg().min(other.efr.dev_tbl_seg())),
-            efr2: Efr2::new()
-                .with_gcr3_trp_mode(self.efr2.gcr3_trp_mode() && other.efr2.gcr3_trp_mode())
-                .with_num_int_remap(self.efr2.num_int_remap().min(other.efr2.num_int_remap())),
-            header: Header::from_bits(header).with_np_cache(np_cache),
-        }
-    }
-
-    /// The same, but for the vIOMMU extension.
-    #[must_use]
-    pub(super) const fn without_guests(self) -> Self {
-        Self {
-            efr: self.efr.with_viommu(false),
-            ..self
-        }
-    }
-
     /// Whether commands about devices' own IOTLBs exist.
     #[must_use]
     pub const fn ats(&self) -> bool {
@@ -277,7 +242,11 @@ mod tests {
         let all = 1 << 52 | 1 << 53 | 1 << 58 | 1 << 60;
         let of = |features: Features| features.control_writable().into_bits() & all;
         assert_eq!(of(features), all);
-        assert_eq!(of(features.without_guests()), 1 << 58);
+        let plain = Features::offer(Wanted {
+            nested: true,
+            ..Wanted::DEFAULT
+        });
+        assert_eq!(of(plain), 1 << 58);
     }
 
     #[test]
@@ -290,24 +259,5 @@ mod tests {
             Features::offer(wanted).efr.hats()
         };
         assert_eq!([0, 4, 5, 6, 7].map(hats), [0, 0, 1, 2, 2]);
-    }
-
-    #[test]
-    fn units_of_one_guest_offer_what_all_of_them_have() {
-        let all = Features::offer(Wanted::EVERYTHING);
-        let plain = Features::offer(Wanted::DEFAULT);
-        let both = all.and(plain);
-        assert_eq!(both.efr, plain.efr);
-        assert_eq!(both.efr2, plain.efr2);
-        assert!(!both.ats());
-    }
-
-    #[test]
-    fn one_unit_that_shadows_makes_every_unit_say_so() {
-        let shadowing = Features::offer(Wanted {
-            np_cache: true,
-            ..Wanted::DEFAULT
-        });
-        assert!(Features::offer(Wanted::DEFAULT).and(shadowing).header.np_cache());
     }
 }

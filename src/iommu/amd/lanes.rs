@@ -46,12 +46,6 @@ impl LaneWrite {
     pub const fn clear(self, old: u64, w1c: u64) -> u64 {
         old & !(self.value & w1c)
     }
-
-    /// Whether any of `bits` lies in a lane that was written.
-    #[must_use]
-    pub const fn touches(self, bits: u64) -> bool {
-        self.mask & bits != 0
-    }
 }
 
 /// Copy lanes of a register's value to the guest; an access that no register takes reads zero.
@@ -80,7 +74,6 @@ mod tests {
         assert_eq!(write.store(0x1234, 0x0f0f_ffff_ffff_f000), 0x0f0f_ffff_0000_1234);
         let write = LaneWrite::new(1, &[0xab]).expect("aligned");
         assert_eq!(write.store(u64::MAX, u64::MAX), 0xffff_ffff_ffff_abff);
-        assert!(write.touches(0xff00) && !write.touches(0xff));
     }
 
     #[test]

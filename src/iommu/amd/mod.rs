@@ -152,21 +152,11 @@ pub struct Unit<M> {
 }
 
 impl<M: SystemMemory> Unit<M> {
-    /// A unit as after power-on that offers `features` and works on `memory`. It serves no guests: that takes a place of
-    /// its own, by which it finds their maps.
+    /// A unit at `own` as after power-on that offers `features` and works on `memory`. By its own device table entry it
+    /// finds what it needs to serve guests, if `features` say that it does.
     #[must_use]
-    pub fn new(features: Features, memory: M) -> Self {
-        Self::with(features.without_guests(), memory, None)
-    }
-
-    /// The same at `own`, by whose device table entry it finds what it needs to serve guests if `features` say so.
-    #[must_use]
-    pub fn at(own: Bdf, features: Features, memory: M) -> Self {
+    pub fn new(own: Bdf, features: Features, memory: M) -> Self {
         let guests = features.efr.viommu().then(|| Box::new(Guests::new(own)));
-        Self::with(features, memory, guests)
-    }
-
-    fn with(features: Features, memory: M, guests: Option<Box<Guests>>) -> Self {
         let registers = Registers::new(features);
         let unit = Self {
             memory,
@@ -188,12 +178,6 @@ impl<M: SystemMemory> Unit<M> {
         };
         unit.publish(&unit.registers());
         unit
-    }
-
-    /// What the unit offers.
-    #[must_use]
-    pub const fn features(&self) -> &Features {
-        &self.features
     }
 
     /// From now on `follower` hears of every invalidation.

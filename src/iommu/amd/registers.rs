@@ -177,12 +177,6 @@ impl Registers {
         };
     }
 
-    /// What is advertised.
-    #[must_use]
-    pub const fn features(&self) -> &Features {
-        &self.features
-    }
-
     /// Control.
     #[must_use]
     pub const fn control(&self) -> Control {

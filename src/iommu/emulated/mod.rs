@@ -33,6 +33,7 @@ use super::amd::features::Features;
 use super::amd::passing::Passing;
 use super::amd::processor::Follower;
 use super::amd::registers::Interrupt;
+pub use super::amd::spec::registers::MMIO_LEN;
 use super::amd::spec::registers::Reg;
 use super::amd::view::View;
 use super::amd::window::RegisterWindow;
@@ -53,9 +54,6 @@ use crate::platform::msi::{MsiMessage, MsiPort, MsiSink};
 
 use messages::Routes;
 use serving::Waiting;
-
-/// Bytes of a unit's registers, and what their address is a multiple of (publication 48882, section 3.4).
-pub const MMIO_LEN: u64 = 0x4000;
 
 /// Data of a message, by what it delivers.
 mod data {
@@ -126,7 +124,7 @@ impl EmulatedUnit {
         );
         let routes = Arc::new(Routes::default());
         let ats = parts.features.header.iotlb();
-        let unit = Unit::at(parts.at.bdf, parts.features, parts.ram.clone());
+        let unit = Unit::new(parts.at.bdf, parts.features, parts.ram.clone());
         unit.add_follower(routes.clone());
         let connected = Self {
             name: parts.name,

@@ -178,7 +178,7 @@ impl SimHost {
         }
         let more = EventFd::new(EFD_NONBLOCK).map_err(refused)?;
         let memory = SimMemory::new(&name, ram)?;
-        let unit = Unit::at(OWN_FUNCTION, offer(ats), memory.clone());
+        let unit = Unit::new(OWN_FUNCTION, offer(ats), memory.clone());
         let functions = (0..devices).map(|device| function(HostDevice(device)));
         let kernel = Kernel::start(&unit, &memory, ats, functions).map_err(refused)?;
         let own = Arc::new(Requester::new(at));

@@ -1,4 +1,4 @@
-//! From what hangs where to a [`PciTree`]: device numbers, bus numbers, windows, BARs and interrupt pins.
+//! From what hangs where to a [`PciTree`](super::tree::PciTree): device numbers, bus numbers, windows, BARs and interrupt pins.
 //!
 //! Pure and deterministic: the same specification gives the same tree, in time that grows with the number
 //! of functions (times its logarithm, for sorting). There is no firmware to do this later, and the guest is
@@ -23,7 +23,9 @@ use std::ops::RangeInclusive;
 
 use crate::platform::addr::GpaRange;
 
-use super::tree::{Identity, NodeKind, PciTree, PortRange};
+#[cfg(any(test, fuzzing))]
+use super::tree::PciTree;
+use super::tree::{Identity, NodeKind, PortRange};
 
 pub use super::bar::BarSpec;
 pub use number::measure;
@@ -341,7 +343,8 @@ impl AssignError {
     }
 }
 
-/// Number and place `spec` in one go, for callers whose pools do not depend on what is needed.
+/// Number and place `spec` in one go, where the pools do not depend on what is needed.
+#[cfg(any(test, fuzzing))]
 pub fn assign(spec: &TreeSpec, pools: &Pools) -> Result<PciTree, AssignError> {
     measure(spec)?.place(pools)
 }

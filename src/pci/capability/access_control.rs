@@ -6,8 +6,6 @@ use crate::pci::access::Register;
 /// Source validation, translation blocking, request and completion redirect, upstream forwarding, direct
 /// translated: what a downstream port of a root complex or switch implements.
 const PORT: u32 = 0x5f;
-/// Of a function beside others in one device: request and completion redirect, direct translated.
-const MULTI_FUNCTION: u32 = 0x4c;
 
 /// ACS without egress control.
 ///
@@ -24,14 +22,6 @@ impl AccessControl {
     pub const fn port() -> Self {
         Self {
             register: Register::writable(PORT, PORT << 16),
-        }
-    }
-
-    /// Of a function of a multi-function device.
-    #[must_use]
-    pub const fn multi_function() -> Self {
-        Self {
-            register: Register::writable(MULTI_FUNCTION, MULTI_FUNCTION << 16),
         }
     }
 }
@@ -61,8 +51,7 @@ mod tests {
         assert_eq!(acs.read(1), PORT << 16 | PORT);
         acs.reset();
         assert_eq!(acs.read(1), PORT);
-        let mut acs = AccessControl::multi_function();
-        let _ = acs.write(1, DwordWrite::new(2, &[0xff]).expect("inside"));
-        assert_eq!(acs.read(1), MULTI_FUNCTION << 16 | MULTI_FUNCTION);
+        let _ = acs.write(1, DwordWrite::new(3, &[0xff]).expect("inside"));
+        assert_eq!(acs.read(1), PORT);
     }
 }

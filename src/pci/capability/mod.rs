@@ -5,7 +5,6 @@
 //! capability they look for, so those that are looked for most go first.
 
 mod access_control;
-mod alternative_routing;
 mod error_reporting;
 mod express;
 mod msi;
@@ -14,13 +13,11 @@ mod one_register;
 mod page_requests;
 mod power;
 mod process_address_space;
-mod serial_number;
 mod subsystem;
 mod translation_services;
 mod vendor;
 
 pub use access_control::AccessControl;
-pub use alternative_routing::AlternativeRouting;
 pub use error_reporting::{ErrorReporting, Severity};
 pub use express::{Express, PortType};
 pub use msi::Msi;
@@ -28,7 +25,6 @@ pub use msix::{Msix, MsixLayout, MsixTable, Raised, VectorChanged};
 pub use page_requests::PageRequests;
 pub use power::PowerManagement;
 pub use process_address_space::ProcessAddressSpace;
-pub use serial_number::SerialNumber;
 pub use subsystem::Subsystem;
 pub use translation_services::TranslationServices;
 pub use vendor::VendorSpecific;
@@ -162,13 +158,6 @@ impl CapabilityList {
     pub fn first(&self) -> u8 {
         let first = self.entries.first().filter(|entry| !entry.is_extended());
         first.map_or(0, |entry| entry.offset.to_le_bytes()[0])
-    }
-
-    /// Offset and identity of each capability, in ascending order of offset.
-    pub fn iter(&self) -> impl Iterator<Item = (u16, CapabilityId)> + '_ {
-        self.entries
-            .iter()
-            .map(|entry| (entry.offset, entry.capability.id()))
     }
 
     /// The first capability of type `C`.

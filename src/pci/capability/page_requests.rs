@@ -53,8 +53,7 @@ impl PageRequests {
     /// Issue a request of `group`: `false` when none may be issued, or no more before some are answered.
     #[must_use]
     pub fn issue(&mut self, group: u16) -> bool {
-        let sum: u32 = self.outstanding.iter().map(|(_, count)| count).sum();
-        if !self.enabled() || sum >= self.capacity.min(self.allocation.get()) {
+        if !self.enabled() || self.outstanding() >= self.capacity.min(self.allocation.get()) {
             return false;
         }
         match self.outstanding.iter_mut().find(|(index, _)| *index == group) {
@@ -82,9 +81,8 @@ impl PageRequests {
         }
     }
 
-    /// Requests that were not answered yet.
-    #[must_use]
-    pub fn outstanding(&self) -> u32 {
+    /// How many requests were not answered yet.
+    fn outstanding(&self) -> u32 {
         self.outstanding.iter().map(|(_, count)| count).sum()
     }
 

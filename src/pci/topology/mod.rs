@@ -153,6 +153,7 @@ impl Topology {
 
     /// The present address of every attached function, in the order of the plan, with its name. `None` for
     /// one that no configuration access reaches at present.
+    #[cfg(any(test, fuzzing))]
     pub fn functions(&self) -> impl Iterator<Item = (&str, Option<Sbdf>)> {
         self.places.iter().filter_map(|place| {
             let function = place.function.as_ref()?;

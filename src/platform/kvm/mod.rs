@@ -30,7 +30,7 @@ use super::addr::PAGE_SIZE;
 use super::host::HostError;
 
 pub use irq::MsiDelivery;
-pub use vcpu::{Direction, Exit, Kick, PowerOnState, Unemulated, Vcpu, allow_kicks, kick_signal};
+pub use vcpu::{Exit, Kick, PowerOnState, Unemulated, Vcpu, allow_kicks, kick_signal};
 pub use vm::{INTEL_RESERVED, KvmVm, ReadOnlyPage};
 pub use watched::{WatchCounts, WatchedPages};
 

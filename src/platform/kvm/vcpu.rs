@@ -100,15 +100,6 @@ impl fmt::Display for Unemulated {
     }
 }
 
-/// Which way an access goes, for counters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Direction {
-    /// The guest reads.
-    Read,
-    /// The guest writes.
-    Write,
-}
-
 /// A virtual processor. Its requests must come from the thread that runs it.
 pub struct Vcpu {
     fd: VcpuFd,

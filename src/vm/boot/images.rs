@@ -250,9 +250,8 @@ fn place_tables(ram: &GuestRam, tables: impl Fn(Gpa) -> AcpiTables) -> Result<(G
     let made = tables(Gpa(at));
     ram.write(Gpa(at), &made.bytes)
         .expect("the range was cut from RAM");
-    let mut root = vec![0; RSDP_LEN];
-    ram.read(made.rsdp, &mut root)
-        .and_then(|()| ram.write(RSDP_SEARCHED, &root))
+    ram.read_obj::<[u8; RSDP_LEN]>(made.rsdp)
+        .and_then(|root| ram.write(RSDP_SEARCHED, &root))
         .expect("the root pointer lies in the tables, and RAM goes on to 1 MiB");
     let range = GpaRange::new(Gpa(at), len).expect("the tables are not empty");
     Ok((range, made.rsdp))

@@ -64,6 +64,7 @@ pub struct BlockConfig {
     pub serial: Option<String>,
 }
 
+#[cfg(any(test, fuzzing))]
 impl BlockConfig {
     /// The image at `path`, writable and cached, one queue of 256 entries.
     #[must_use]

@@ -2,9 +2,6 @@
 
 use bitfield_struct::bitfield;
 
-/// Bytes of an entry.
-pub const LEN: u64 = 16;
-
 /// What an entry asks for, bits 63:60 of it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Opcode(pub u8);

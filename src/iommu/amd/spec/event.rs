@@ -4,9 +4,6 @@ use std::fmt;
 
 use bitfield_struct::bitfield;
 
-/// Bytes of a record.
-pub const LEN: u64 = 16;
-
 /// What a record reports, bits 63:60 of it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Code(pub u8);

@@ -2,9 +2,6 @@
 
 use bitfield_struct::bitfield;
 
-/// Bytes of a record.
-pub const LEN: u64 = 16;
-
 /// A page service request.
 #[bitfield(u128)]
 #[derive(PartialEq, Eq)]

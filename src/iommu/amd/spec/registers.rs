@@ -2,8 +2,8 @@
 
 use bitfield_struct::bitfield;
 
-/// Bytes of MMIO a unit without performance counters decodes.
-pub const MMIO_SIZE: u64 = 0x4000;
+/// Bytes of MMIO that a unit without performance counters decodes, and what their address is a multiple of.
+pub const MMIO_LEN: u64 = 0x4000;
 
 /// An aligned quadword of MMIO that holds at least one register.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]

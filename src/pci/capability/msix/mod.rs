@@ -172,12 +172,6 @@ impl Msix {
         self.state().table.enabled()
     }
 
-    /// Whether `vector` would be sent at once: MSI-X is on and neither it nor the function is masked.
-    #[must_use]
-    pub fn may_send(&self, vector: u16) -> bool {
-        self.state().table.message(vector).is_some()
-    }
-
     /// Interrupt by `vector`: at once, or once it is unmasked. Nothing happens while MSI-X is off, where
     /// there is no such vector, or without Bus Master Enable.
     pub fn signal(&self, vector: u16) {
