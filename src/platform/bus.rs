@@ -5,7 +5,7 @@
 //! dropped no further call reaches its device: the drop waits for accesses in flight.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 /// Something that answers accesses to a range of addresses. Devices choose their own lock.
@@ -35,7 +35,6 @@ struct Range {
     removed: RwLock<bool>,
     reads: AtomicU64,
     writes: AtomicU64,
-    trace: AtomicBool,
 }
 
 /// What went through one range since it was claimed.
@@ -149,7 +148,6 @@ impl Bus {
             removed: RwLock::new(false),
             reads: AtomicU64::new(0),
             writes: AtomicU64::new(0),
-            trace: AtomicBool::new(false),
         });
         Arc::make_mut(&mut ranges).insert(at, range.clone());
         Ok(Claim {
@@ -163,9 +161,7 @@ impl Bus {
         let answered = self.with(at, data.len(), |range, offset| {
             range.reads.fetch_add(1, Ordering::Relaxed);
             range.device.read(offset, data);
-            if range.trace.load(Ordering::Relaxed) {
-                tracing::info!(target: "bus", space = self.space, device = %range.name, offset, ?data, "read");
-            }
+            tracing::trace!(space = self.space, device = %range.name, offset, ?data, "read");
         });
         if !answered {
             data.fill(0xff);
@@ -177,9 +173,7 @@ impl Bus {
     pub fn write(&self, at: u64, data: &[u8]) -> bool {
         self.with(at, data.len(), |range, offset| {
             range.writes.fetch_add(1, Ordering::Relaxed);
-            if range.trace.load(Ordering::Relaxed) {
-                tracing::info!(target: "bus", space = self.space, device = %range.name, offset, ?data, "write");
-            }
+            tracing::trace!(space = self.space, device = %range.name, offset, ?data, "write");
             range.device.write(offset, data);
         })
     }
@@ -218,15 +212,6 @@ impl Bus {
             })
             .collect()
     }
-
-    /// Log every access to the ranges of `name` from now on, or stop. Returns how many ranges that are.
-    pub fn trace(&self, name: &str, on: bool) -> usize {
-        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let named = ranges.iter().filter(|range| range.name == name);
-        named
-            .map(|range| range.trace.store(on, Ordering::Relaxed))
-            .count()
-    }
 }
 
 /// Ownership of a range. Dropping it gives the range back and waits for accesses in flight; it must
@@ -234,14 +219,6 @@ impl Bus {
 pub struct Claim {
     bus: Weak<Bus>,
     range: Arc<Range>,
-}
-
-impl Claim {
-    /// First address of the range.
-    #[must_use]
-    pub fn start(&self) -> u64 {
-        self.range.start
-    }
 }
 
 impl fmt::Debug for Claim {
@@ -388,7 +365,29 @@ mod tests {
             (traffic[0].name.as_str(), traffic[0].reads, traffic[0].writes),
             ("echo", 1, 2)
         );
-        assert_eq!(bus.trace("echo", true), 1);
-        assert_eq!(bus.trace("nobody", true), 0);
+    }
+
+    #[test]
+    fn every_access_can_be_logged() {
+        let bus = Bus::mmio();
+        let _claim = bus
+            .claim("echo", 0x1000, 0x100, Arc::new(Echo::default()))
+            .expect("free");
+        let (mut lines, writer) = std::io::pipe().expect("a pipe");
+        let subscriber = tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::TRACE)
+            .with_writer(move || writer.try_clone().expect("a descriptor"))
+            .finish();
+        tracing::subscriber::with_default(subscriber, || {
+            bus.write(0x1004, &[7]);
+            bus.read(0x1004, &mut [0; 1]);
+        });
+        let mut text = String::new();
+        std::io::Read::read_to_string(&mut lines, &mut text).expect("both ends are ours");
+        let told = |what: &str| {
+            text.lines()
+                .any(|line| line.contains(what) && line.contains("echo"))
+        };
+        assert!(told("write") && told("read"), "{text}");
     }
 }

@@ -93,7 +93,6 @@ pub struct Pair {
     stalled: bool,
     /// Where the part of a frame lands that exceeds the first chain.
     spill: Vec<u8>,
-    dropped: u64,
 }
 
 impl Service for Pair {
@@ -129,14 +128,7 @@ impl Pair {
             mergeable,
             stalled: true,
             spill: vec![0; LARGEST_FRAME],
-            dropped: 0,
         }
-    }
-
-    /// Frames dropped since the driver started, because they did not fit the driver's buffers.
-    #[must_use]
-    pub fn dropped(&self) -> u64 {
-        self.dropped
     }
 
     /// Give the driver the frames that wait, one ring's worth at most.
@@ -186,13 +178,13 @@ impl Pair {
             let spilled = len.saturating_sub(direct);
             if len < HEADER_LEN || spilled > self.spill.len() || (spilled > 0 && direct < room) {
                 queue.put_back(first.head);
-                self.dropped += 1;
+                tracing::debug!(card = %self.name, len, "a frame does not fit the driver's buffers and is dropped");
             } else if spilled == 0 {
                 first.writable.number_of_buffers(1);
                 queue.complete(view, first.head, u32::try_from(len).expect("a frame"))?;
             } else if !self.mergeable || !self.spread(view, queue, &first.writable, first.head, spilled)? {
                 queue.put_back(first.head);
-                self.dropped += 1;
+                tracing::debug!(card = %self.name, len, "a frame does not fit the driver's buffers and is dropped");
             }
         }
         queue.notify(&mem.view())?;

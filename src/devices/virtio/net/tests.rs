@@ -89,7 +89,6 @@ fn a_frame_larger_than_the_buffer_of_a_driver_that_does_not_merge_is_dropped() {
     assert_eq!(receive(&mut pair, &mut driver).expect("good"), Turn::Idle);
     assert_eq!(driver.used(), [(0, 112)], "the next frame has the buffer");
     assert_eq!(driver.bytes(places[0], 112), received(100, 1));
-    assert_eq!(pair.dropped(), 1);
 }
 
 #[test]
@@ -104,7 +103,6 @@ fn a_frame_larger_than_all_buffers_is_dropped_and_they_are_used_again() {
     host.send(&frame(100)).expect("sent");
     assert_eq!(receive(&mut pair, &mut driver).expect("good"), Turn::Idle);
     assert_eq!(driver.used(), [(0, 64), (1, 48)]);
-    assert_eq!(pair.dropped(), 1);
 }
 
 // Firecracker CVE-2020-16843: a full receive ring froze the card for ever.
@@ -129,7 +127,6 @@ fn a_driver_without_buffers_stalls_the_card_until_it_has_some() {
         assert_eq!(turn_of(&mut pair, Woken::by_queue(0), &dma, queue), Turn::Idle);
         assert_eq!(driver.used().len(), 2, "{round}");
     }
-    assert_eq!(pair.dropped(), 0);
 }
 
 fn turn_of(
