@@ -2,6 +2,8 @@
 //!
 //! The format is what the operator says (raw), never what the content suggests: a guest writes the content.
 
+mod shortcuts;
+
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileTypeExt;
@@ -13,6 +15,7 @@ use vm_memory::VolatileSlice;
 use super::super::queue::Buffers;
 use crate::platform::host::HostError;
 use crate::platform::vectored;
+use shortcuts::Shortcuts;
 
 /// Bytes in virtio's unit of addressing, whatever the block size.
 pub const SECTOR: u64 = 512;
@@ -45,8 +48,7 @@ pub struct Image {
     physical_block_size: u32,
     /// What buffers, lengths and offsets are multiples of for the kernel to take them; 1 when cached.
     alignment: usize,
-    punches_holes: bool,
-    zeroes_ranges: bool,
+    shortcuts: Shortcuts,
 }
 
 impl Image {
@@ -113,22 +115,12 @@ impl Image {
                 size - usable
             );
         }
-        let beyond = |flags| {
-            // Beyond the end of a file nothing can change, yet the file system answers whether it could. The end of
-            // what is usable may lie before it: the bytes between are the operator's.
-            let end = size.next_multiple_of(u64::from(block_size));
-            let flags = flags | FallocateFlags::KEEP_SIZE;
-            rustix::fs::fallocate(&file, flags, end, u64::from(block_size)).is_ok()
-        };
-        let (punches_holes, zeroes_ranges) = if options.read_only {
-            (false, false)
+        let shortcuts = if options.read_only {
+            Shortcuts::NONE
         } else if kind.is_block_device() {
-            (true, true)
+            Shortcuts::ALL
         } else {
-            (
-                beyond(FallocateFlags::PUNCH_HOLE),
-                beyond(FallocateFlags::ZERO_RANGE),
-            )
+            Shortcuts::of_file(&file, path).map_err(failed("examine"))?
         };
         Ok(Self {
             file,
@@ -138,8 +130,7 @@ impl Image {
             block_size,
             physical_block_size: physical.max(block_size),
             alignment,
-            punches_holes,
-            zeroes_ranges,
+            shortcuts,
         })
     }
 
@@ -170,7 +161,7 @@ impl Image {
     /// Whether ranges can be given back to the host.
     #[must_use]
     pub fn punches_holes(&self) -> bool {
-        self.punches_holes
+        self.shortcuts.punches_holes
     }
 
     /// Where it is on the host.
@@ -226,7 +217,7 @@ impl Image {
     /// Whether the host makes zeros without writing them. Of a block device nobody knows: its driver may write.
     #[must_use]
     pub fn zeroes_cheaply(&self) -> bool {
-        self.zeroes_ranges && self.file.metadata().is_ok_and(|metadata| metadata.is_file())
+        self.shortcuts.zeroes_ranges && self.file.metadata().is_ok_and(|metadata| metadata.is_file())
     }
 
     /// Make `len` bytes at `at` zeros, giving them back to the host if `unmap`.
@@ -234,11 +225,11 @@ impl Image {
     /// Where the host has no shortcut they are written, and taken off `left`; EOPNOTSUPP, and nothing written, when
     /// fewer are.
     pub fn write_zeroes(&self, at: u64, len: u64, unmap: bool, left: &mut u64) -> io::Result<()> {
-        if unmap && self.punches_holes && self.discard(at, len).is_ok() {
+        if unmap && self.shortcuts.punches_holes && self.discard(at, len).is_ok() {
             return Ok(());
         }
         let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-        if self.zeroes_ranges && rustix::fs::fallocate(&self.file, flags, at, len).is_ok() {
+        if self.shortcuts.zeroes_ranges && rustix::fs::fallocate(&self.file, flags, at, len).is_ok() {
             return Ok(());
         }
         *left = left.checked_sub(len).ok_or(rustix::io::Errno::OPNOTSUPP)?;
@@ -251,7 +242,7 @@ impl Image {
     /// The same on a host that zeroes ranges and takes them back, or does neither.
     #[cfg(test)]
     pub(super) fn with_shortcuts(mut self, has: bool) -> Self {
-        (self.punches_holes, self.zeroes_ranges) = (has, has);
+        self.shortcuts = if has { Shortcuts::ALL } else { Shortcuts::NONE };
         self
     }
 

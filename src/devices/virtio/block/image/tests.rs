@@ -1,6 +1,7 @@
 //! Images on the host: what opens and what does not, and transfers the kernel does not take as they are.
 
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 
 use tempfile::NamedTempFile;
 
@@ -64,6 +65,25 @@ fn the_part_behind_the_last_whole_block_stays_hidden_and_as_it_is() {
     drop(image);
     let kept = std::fs::read(file.path()).expect("still there");
     assert!(kept == content, "byte for byte");
+}
+
+#[test]
+fn what_its_file_system_can_do_is_asked_without_changing_the_image() {
+    let file = file(5000);
+    let state = || {
+        let now = file.as_file().metadata().expect("examined");
+        (now.len(), now.blocks(), now.mtime_nsec(), now.ctime_nsec())
+    };
+    file.as_file().sync_all().expect("written");
+    let before = state();
+    // Longer than the kernel's clock for times of files takes for a tick.
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    let image = Image::open(&options(file.path())).expect("nine sectors");
+    assert!(
+        image.punches_holes(),
+        "it was asked, and the test's file system punches holes"
+    );
+    assert_eq!(state(), before);
 }
 
 #[test]
@@ -222,7 +242,7 @@ fn only_of_a_file_with_shortcuts_zeros_are_cheap() {
 fn ranges_that_the_host_takes_back_count_for_nothing() {
     let file = file(1 << 20);
     let image = Image::open(&options(file.path())).expect("a good image");
-    assert!(image.punches_holes, "the test's file system punches holes");
+    assert!(image.punches_holes(), "the test's file system punches holes");
     let mut left = 7;
     image
         .write_zeroes(0, 1 << 20, true, &mut left)
