@@ -37,6 +37,18 @@ pub struct ImageOptions {
     pub direct: bool,
 }
 
+impl ImageOptions {
+    fn file(&self) -> io::Result<File> {
+        let mut flags = if self.read_only {
+            OFlags::RDONLY
+        } else {
+            OFlags::RDWR
+        };
+        flags.set(OFlags::DIRECT, self.direct);
+        Ok(rustix::fs::open(&self.path, flags | OFlags::CLOEXEC, Mode::empty())?.into())
+    }
+}
+
 /// An open image.
 #[derive(Debug)]
 pub struct Image {
@@ -61,19 +73,7 @@ impl Image {
             let action = format!("{what} disk image {}", path.display());
             move |error: io::Error| HostError::new(action, error)
         };
-        let access = if options.read_only {
-            OFlags::RDONLY
-        } else {
-            OFlags::RDWR
-        };
-        let direct = if options.direct {
-            OFlags::DIRECT
-        } else {
-            OFlags::empty()
-        };
-        let fd = rustix::fs::open(path, access | direct | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|error| failed("open")(error.into()))?;
-        let mut file = File::from(fd);
+        let mut file = options.file().map_err(failed("open"))?;
         let kind = file.metadata().map_err(failed("examine"))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             let neither = io::Error::new(
@@ -84,12 +84,7 @@ impl Image {
         }
         lock(&file, path, options.read_only)?;
         let (logical, physical) = if kind.is_block_device() {
-            let logical = rustix::fs::ioctl_blksszget(&file).map_err(io::Error::from);
-            let physical = rustix::fs::ioctl_blkpbszget(&file).map_err(io::Error::from);
-            let failed = failed("ask for the block size of");
-            logical
-                .and_then(|logical| Ok((logical, physical?)))
-                .map_err(failed)?
+            block_sizes(&file).map_err(failed("ask for the block size of"))?
         } else {
             (512, 4096)
         };
@@ -276,6 +271,12 @@ impl Image {
         }
         Ok(())
     }
+}
+
+/// Logical and physical block size of a block device.
+fn block_sizes(device: &File) -> io::Result<(u32, u32)> {
+    let logical = rustix::fs::ioctl_blksszget(device)?;
+    Ok((logical, rustix::fs::ioctl_blkpbszget(device)?))
 }
 
 /// The part of `buffer` that begins at a multiple of [`COARSE`].
