@@ -9,7 +9,7 @@ use super::events::EventLoop;
 use super::layout;
 use super::plan::{CharBackend, Plan};
 use crate::devices::Device;
-use crate::devices::character::{Backend, HostEnd};
+use crate::devices::character::HostEnd;
 use crate::devices::clock::{Clock, Expire, HostAlarm, HostClock};
 use crate::devices::exit_port::{self, EXIT_PORT, ExitPort};
 use crate::devices::hpet::Hpet;
@@ -89,7 +89,7 @@ impl Board {
         to: &CharBackend,
         events: &mut EventLoop,
     ) -> Result<Arc<HostEnd>, HostError> {
-        let end = backend(to).open(&self.requests)?;
+        let end = to.open(&self.requests)?;
         tracing::info!(device, at = end.place(), "a console is connected");
         events.add(end.clone());
         Ok(end)
@@ -210,16 +210,5 @@ impl Board {
             .push(bus.claim(device.name(), start, len, device.clone())?);
         self.devices.push(device);
         Ok(())
-    }
-}
-
-/// The host's end of a stream as the devices take it.
-pub(super) fn backend(plan: &CharBackend) -> Backend {
-    match plan {
-        CharBackend::Null => Backend::Null,
-        CharBackend::Stdio => Backend::Stdio,
-        CharBackend::File(path) => Backend::File(path.clone()),
-        CharBackend::Pty => Backend::Pty,
-        CharBackend::Socket(path) => Backend::Socket(path.clone()),
     }
 }

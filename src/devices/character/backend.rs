@@ -10,6 +10,7 @@ use std::sync::Arc;
 use rustix::fs::{FileType, Mode as Permissions, OFlags, fstat, open};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, isatty, tcgetattr, tcsetattr};
+use serde::Serialize;
 
 use super::output::{Mode, Output, WhenFull};
 use super::terminal::{Entered, RawTerminal};
@@ -18,7 +19,8 @@ use crate::devices::request::RequestQueue;
 use crate::platform::host::HostError;
 
 /// What to connect a stream to.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Backend {
     /// Output vanishes, there is no input.
     Null,

@@ -14,6 +14,7 @@ use std::path::PathBuf;
 
 use serde::{Serialize, Serializer};
 
+pub use crate::devices::character::Backend as CharBackend;
 use crate::iommu::amd::features::{Features, Wanted};
 use crate::iommu::emulated::GuestRegisters;
 use crate::iommu::iommufd::Abi;
@@ -499,22 +500,6 @@ pub struct VfioPlan {
     /// The inherited descriptor of its VFIO device, where that was opened by whoever starts the machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fd: Option<i32>,
-}
-
-/// What a stream of characters is connected to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum CharBackend {
-    /// Output vanishes, there is no input.
-    Null,
-    /// The terminal Ravelin was started from, in raw mode where it is one.
-    Stdio,
-    /// Output is appended to a file, there is no input.
-    File(PathBuf),
-    /// A pseudo-terminal, whose path is logged.
-    Pty,
-    /// A Unix socket to listen on, one client at a time.
-    Socket(PathBuf),
 }
 
 /// What to start.

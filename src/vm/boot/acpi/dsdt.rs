@@ -4,10 +4,9 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{Device, EISAName, Name, Package, Path, ResourceTemplate, Scope};
-use acpi_tables::sdt::Sdt;
 
 use super::resource::{UsedMemory, isa_interrupt, ports};
-use super::{Hardware, OEM_ID, OEM_REVISION, OEM_TABLE_ID, TABLE_HEADER, board, bytes_of, host_bridge};
+use super::{Hardware, board, bytes_of, host_bridge, table};
 use crate::vm::layout;
 
 /// Revision 2 and above: integers have 64 bits.
@@ -47,17 +46,9 @@ pub(super) fn dsdt(hardware: &Hardware<'_>) -> Vec<u8> {
         system_bus.extend(processor(uid));
     }
 
-    let mut table = Sdt::new(
-        *b"DSDT",
-        TABLE_HEADER,
-        REVISION,
-        OEM_ID,
-        OEM_TABLE_ID,
-        OEM_REVISION,
-    );
-    table.append_slice(&Scope::raw(Path::new("_SB_"), system_bus));
-    table.append_slice(&soft_off());
-    table.as_slice().to_vec()
+    let mut body = Scope::raw(Path::new("_SB_"), system_bus);
+    body.extend(soft_off());
+    table(*b"DSDT", REVISION, &body)
 }
 
 /// `_S5`: what SLP_TYP switches the machine off. There is no other sleep state.

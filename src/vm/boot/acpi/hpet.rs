@@ -3,9 +3,8 @@
 //! IA-PC HPET specification 1.0a, section 3.2.4.
 
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::sdt::Sdt;
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, TABLE_HEADER, board, bytes_of};
+use super::{board, bytes_of, table};
 use crate::vm::layout;
 
 const REVISION: u8 = 1;
@@ -21,14 +20,6 @@ pub(super) fn hpet() -> Vec<u8> {
         AccessSize::Undefined,
         layout::HPET.start().0,
     );
-    let mut table = Sdt::new(
-        *b"HPET",
-        TABLE_HEADER,
-        REVISION,
-        OEM_ID,
-        OEM_TABLE_ID,
-        OEM_REVISION,
-    );
     let mut body = board::HPET_ID.to_le_bytes().to_vec();
     body.extend(bytes_of(&base));
     // The first and only block.
@@ -36,6 +27,5 @@ pub(super) fn hpet() -> Vec<u8> {
     body.extend(MINIMUM_TICKS.to_le_bytes());
     // No page protection promised, no OEM attribute.
     body.push(0);
-    table.append_slice(&body);
-    table.as_slice().to_vec()
+    table(*b"HPET", REVISION, &body)
 }

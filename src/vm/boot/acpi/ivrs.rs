@@ -7,9 +7,7 @@
 //! Software sizes its tables by the last function that the device entries name, and uses all other functions
 //! named here as an index: a unit's entries therefore end with the last function of its last bus.
 
-use acpi_tables::sdt::Sdt;
-
-use super::{Hardware, OEM_ID, OEM_REVISION, OEM_TABLE_ID, TABLE_HEADER, board};
+use super::{Hardware, board, table};
 use crate::iommu::amd::features::Features;
 use crate::iommu::emulated;
 use crate::pci::tree::{NodeKind, RootComplex};
@@ -54,14 +52,6 @@ mod entry {
 
 /// The table for this hardware, which has an IOMMU at least.
 pub(super) fn ivrs(hardware: &Hardware<'_>) -> Vec<u8> {
-    let mut table = Sdt::new(
-        *b"IVRS",
-        TABLE_HEADER,
-        REVISION,
-        OEM_ID,
-        OEM_TABLE_ID,
-        OEM_REVISION,
-    );
     let sizes = hardware
         .viommus
         .first()
@@ -79,8 +69,7 @@ pub(super) fn ivrs(hardware: &Hardware<'_>) -> Vec<u8> {
             body.extend(ivhd(kind, unit, &devices));
         }
     }
-    table.append_slice(&body);
-    table.as_slice().to_vec()
+    table(*b"IVRS", REVISION, &body)
 }
 
 /// One description of `unit`, by type.

@@ -23,6 +23,7 @@ mod spcr;
 use acpi_tables::Aml;
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 
 use crate::pci::tree::PciTree;
@@ -122,6 +123,20 @@ pub fn describe(hardware: &Hardware<'_>, at: Gpa) -> AcpiTables {
     let mut bytes = blob.bytes;
     bytes[..RSDP_LEN].copy_from_slice(&bytes_of(&Rsdp::new(OEM_ID, xsdt.0)));
     AcpiTables { bytes, rsdp: at }
+}
+
+/// A table that nothing but `body` follows the header of.
+fn table(signature: [u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
+    let mut table = Sdt::new(
+        signature,
+        TABLE_HEADER,
+        revision,
+        OEM_ID,
+        OEM_TABLE_ID,
+        OEM_REVISION,
+    );
+    table.append_slice(body);
+    table.as_slice().to_vec()
 }
 
 /// Tables one after the other, each on a border that suits the strictest of them.

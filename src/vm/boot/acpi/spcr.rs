@@ -4,10 +4,9 @@
 //! another architecture.
 
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::sdt::Sdt;
 use zerocopy::{Immutable, IntoBytes};
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, TABLE_HEADER, board, bytes_of};
+use super::{board, bytes_of, table};
 
 const REVISION: u8 = 4;
 /// The port's device in the DSDT.
@@ -100,14 +99,5 @@ pub(super) fn spcr() -> Vec<u8> {
         namespace_at: NAMESPACE_AT.to_le_bytes(),
         namespace: NAMESPACE,
     };
-    let mut table = Sdt::new(
-        *b"SPCR",
-        TABLE_HEADER,
-        REVISION,
-        OEM_ID,
-        OEM_TABLE_ID,
-        OEM_REVISION,
-    );
-    table.append_slice(console.as_bytes());
-    table.as_slice().to_vec()
+    table(*b"SPCR", REVISION, console.as_bytes())
 }
