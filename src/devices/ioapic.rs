@@ -15,7 +15,7 @@ pub mod spec;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use self::input::{Ended, Input};
@@ -26,6 +26,7 @@ use super::register::{Lanes, answer};
 use crate::guest_warn;
 use crate::platform::bus::BusDevice;
 use crate::platform::irq::{EoiListener, IOAPIC_INPUTS, InterruptController, IoApicHost};
+use crate::platform::lock::lock;
 use crate::platform::msi::MsiMessage;
 
 /// How long an input rests that interrupted very often without anybody releasing it.
@@ -59,10 +60,6 @@ pub struct IoApic {
     host: Arc<dyn IoApicHost>,
     clock: Arc<dyn Clock>,
     alarm: Arc<dyn Alarm>,
-}
-
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl IoApic {

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::thread::sched_setaffinity;
@@ -20,6 +20,7 @@ use crate::platform::bus::Bus;
 use crate::platform::host::HostError;
 use crate::platform::irq::EoiListener;
 use crate::platform::kvm::{Exit, Kick, PowerOnState, Vcpu, WatchedPages, kick_signal};
+use crate::platform::lock::lock;
 
 /// What answers a processor's exits.
 pub struct Surroundings {
@@ -147,10 +148,6 @@ impl Default for OrdersState {
             failed: None,
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Orders {

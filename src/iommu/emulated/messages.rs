@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -24,6 +24,7 @@ use crate::iommu::amd::request::{Access, Request};
 use crate::platform::addr::{Bdf, Iova};
 use crate::platform::dma::Requester;
 use crate::platform::host::HostError;
+use crate::platform::lock::lock;
 use crate::platform::memory::GuestRam;
 use crate::platform::msi::{MsiMessage, MsiRoute, MsiSink};
 
@@ -119,10 +120,6 @@ impl MsiSink for RemappingSink {
         routes.push(Arc::downgrade(&route));
         Ok(Box::new(Handle(route)))
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A route that carries nobody's message.

@@ -31,7 +31,7 @@ mod tables;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -57,6 +57,7 @@ use super::viommu::host::{
 use crate::platform::addr::{Bdf, Sbdf};
 use crate::platform::dma::{Requester, Translator};
 use crate::platform::host::HostError;
+use crate::platform::lock::lock;
 use crate::platform::memory::GuestRam;
 use crate::platform::msi::{MsiMessage, MsiSink};
 
@@ -125,10 +126,6 @@ struct State {
 struct Interrupts {
     event: bool,
     ppr: bool,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What the host calls a device.

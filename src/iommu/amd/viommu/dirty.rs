@@ -4,11 +4,12 @@
 //! fetches commands of the guest until none waits, or its ring is off.
 
 use super::maps::Broken;
-use super::{Guest, Guests, lock};
+use super::{Guest, Guests};
 use crate::iommu::amd::Unit;
 use crate::iommu::amd::memory::{SystemMemory, Unreachable, change};
 use crate::iommu::amd::spec::viommu::COMMAND_DIRTY;
 use crate::platform::addr::Gpa;
+use crate::platform::lock::lock;
 
 impl<M: SystemMemory> Unit<M> {
     /// Commands of `guest` are about to be fetched.

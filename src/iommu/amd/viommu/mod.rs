@@ -40,7 +40,7 @@ mod reach;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use super::counters::{Counters, Counts};
 use super::features::Features;
@@ -59,6 +59,7 @@ use super::spec::viommu::{
 use super::window::{Change, RegisterWindow};
 use super::{Effects, Unit, within};
 use crate::platform::addr::Bdf;
+use crate::platform::lock::lock;
 
 pub use interrupts::{FIRST_VECTOR, GuestInterrupt, GuestLog, Posted};
 
@@ -144,10 +145,6 @@ struct VfControl {
     domain_map: MapControl,
     misc: MiscControl,
     rings: Rings,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Guests {

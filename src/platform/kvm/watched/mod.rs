@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use super::cmpxchg16b::OPERAND;
 use super::gate::Gate;
@@ -16,6 +16,7 @@ use super::slots::{Piece, RamSlots, SlotError, SlotHost, plan};
 use super::sys;
 use crate::platform::addr::{Gpa, GpaRange, PAGE_SIZE};
 use crate::platform::host::HostError;
+use crate::platform::lock::lock;
 use crate::platform::memory::GuestRam;
 use crate::platform::protection::Watcher;
 
@@ -49,10 +50,6 @@ pub struct WatchedPages {
 struct Watch {
     watcher: Weak<dyn Watcher>,
     pages: BTreeSet<Gpa>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The page that `at` is in.
