@@ -20,11 +20,11 @@ use bitfield_struct::bitfield;
 
 use super::Device;
 use super::clock::{Alarm, Clock, Expire};
-use super::register::Lanes;
 use super::rtc::wire::ClockWire;
 use crate::guest_warn;
 use crate::platform::bus::BusDevice;
 use crate::platform::irq::{InterruptController, IrqLine};
+use crate::platform::lanes::LaneWrite;
 
 /// Bytes of guest physical space the registers take.
 pub const WINDOW_LEN: u64 = 0x400;
@@ -192,14 +192,14 @@ impl Timer {
         true
     }
 
-    fn write_config(&mut self, lanes: Lanes, counter: u64) {
+    fn write_config(&mut self, lanes: LaneWrite, counter: u64) {
         let bits = lanes.store(self.config.into_bits(), Config::WRITABLE.into_bits());
         self.config = Config::from_bits(bits);
         self.comparator &= self.width();
         self.arm(counter, Passed::Waits);
     }
 
-    fn write_comparator(&mut self, lanes: Lanes, counter: u64) {
+    fn write_comparator(&mut self, lanes: LaneWrite, counter: u64) {
         let periodic = self.config.periodic();
         if periodic {
             self.period = lanes.store(self.period, self.width());
@@ -304,7 +304,7 @@ impl State {
         }
     }
 
-    fn write(&mut self, register: Register, lanes: Lanes, now: Duration) {
+    fn write(&mut self, register: Register, lanes: LaneWrite, now: Duration) {
         let counter = self.counter(now);
         match register {
             Register::Capabilities => {}
@@ -329,7 +329,7 @@ impl State {
         }
     }
 
-    fn write_configuration(&mut self, lanes: Lanes, now: Duration) {
+    fn write_configuration(&mut self, lanes: LaneWrite, now: Duration) {
         let writable = General::new().with_enable(true).with_legacy_replacement(true);
         let counter = self.counter(now);
         let was_enabled = self.general.enable();
@@ -446,7 +446,7 @@ impl BusDevice for Hpet {
         state.count(now);
         let first = offset - offset % QUAD;
         for at in [first, first + QUAD] {
-            let lanes = Lanes::of(offset, data, at, QUAD);
+            let lanes = LaneWrite::of(offset, data, at, QUAD);
             if let Some((register, lanes)) = Register::at(at).zip(lanes) {
                 state.write(register, lanes, now);
             }

@@ -22,10 +22,11 @@ use self::input::{Ended, Input};
 use self::spec::{Direct, Indirect, VERSION};
 use super::Device;
 use super::clock::{Alarm, Clock, Expire};
-use super::register::{Lanes, answer};
+use super::register::answer;
 use crate::guest_warn;
 use crate::platform::bus::BusDevice;
 use crate::platform::irq::{EoiListener, IOAPIC_INPUTS, InterruptController, IoApicHost};
+use crate::platform::lanes::LaneWrite;
 use crate::platform::lock::lock;
 use crate::platform::msi::MsiMessage;
 
@@ -126,7 +127,7 @@ impl IoApic {
                 return;
             }
         };
-        let lanes = Lanes::of(half, &data, 0, 8).expect("half an entry touches the entry");
+        let lanes = LaneWrite::of(half, &data, 0, 8).expect("half an entry touches the entry");
         lock(&self.inputs[pin]).write(lanes);
         self.update_route(pin);
         self.service(pin);

@@ -12,11 +12,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bitfield_struct::bitfield;
 
 use super::Device;
-use super::register::{Lanes, answer};
+use super::register::answer;
 use super::request::{Request, RequestQueue};
 use crate::guest_warn;
 use crate::platform::bus::BusDevice;
 use crate::platform::irq::IrqLine;
+use crate::platform::lanes::LaneWrite;
 
 /// The first port of the PM1a event block; the control block follows it.
 pub const PM1A_PORT: u64 = 0x600;
@@ -124,7 +125,7 @@ impl Registers {
 
     /// Returns the sleep state that the write enters.
     fn write(&mut self, offset: u64, data: &[u8]) -> Option<u8> {
-        let lanes = |register| Lanes::of(offset, data, register, offset::LEN);
+        let lanes = |register| LaneWrite::of(offset, data, register, offset::LEN);
         let word = |bits: u64| u16::try_from(bits).expect("lanes of a 16-bit register");
         if let Some(lanes) = lanes(offset::STATUS) {
             let bits = lanes.clear(self.status.into_bits().into(), Events::STATUS.into_bits().into());

@@ -11,6 +11,7 @@ pub mod doorbell;
 pub mod host;
 pub mod irq;
 pub mod kvm;
+pub mod lanes;
 pub mod lock;
 pub mod log;
 pub mod memory;

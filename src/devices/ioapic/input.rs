@@ -4,7 +4,7 @@
 //! holds no lock.
 
 use super::spec::Redirection;
-use crate::devices::register::Lanes;
+use crate::platform::lanes::LaneWrite;
 use crate::platform::msi::MsiMessage;
 
 /// Interrupts in a row that may end with the input still asserted before the next one is put off. A driver
@@ -58,7 +58,7 @@ impl Input {
     }
 
     /// The guest wrote part of the entry.
-    pub(super) fn write(&mut self, lanes: Lanes) {
+    pub(super) fn write(&mut self, lanes: LaneWrite) {
         let bits = lanes.store(self.entry.into_bits(), Redirection::WRITABLE.into_bits());
         self.entry = Redirection::from_bits(bits);
         if !self.entry.is_level() {

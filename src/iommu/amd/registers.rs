@@ -4,12 +4,12 @@
 //! lanes that were written. A write returns its [`Effect`]; the unit performs it once the file is unlocked.
 
 use super::features::Features;
-use super::lanes::LaneWrite;
 use super::log::Log;
 use super::ring::Ring;
 use super::spec::registers::{
     Control, DeviceTableBase, ExclusionBase, ExclusionLimit, Reg, RingBase, RingPointer, Status, XtInterrupt,
 };
+use crate::platform::lanes::LaneWrite;
 
 /// What the unit owes the guest after a write.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

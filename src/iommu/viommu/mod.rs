@@ -59,7 +59,6 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
 use super::amd::features::Features;
-use super::amd::lanes::{LaneWrite, read_lanes};
 use super::amd::registers::{Effect, Registers};
 use super::amd::spec::registers::Reg;
 use super::function::UnitFunction;
@@ -74,6 +73,7 @@ use crate::platform::bus::BusDevice;
 use crate::platform::device_memory::DeviceMemory;
 use crate::platform::dma::Requester;
 use crate::platform::host::HostError;
+use crate::platform::lanes::{LaneWrite, read_lanes};
 use crate::platform::memory::GuestRam;
 use crate::platform::msi::{MsiMessage, MsiPort, MsiRoute, MsiSink};
 use crate::platform::protection::{Watcher, WriteProtection};

@@ -44,7 +44,6 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use super::counters::{Counters, Counts};
 use super::features::Features;
-use super::lanes::{LaneWrite, read_lanes};
 use super::memory::SystemMemory;
 use super::processor::Seat;
 use super::registers::guest::Rings;
@@ -59,6 +58,7 @@ use super::spec::viommu::{
 use super::window::{Change, RegisterWindow};
 use super::{Effects, Unit, within};
 use crate::platform::addr::Bdf;
+use crate::platform::lanes::{LaneWrite, read_lanes};
 use crate::platform::lock::lock;
 
 pub use interrupts::{FIRST_VECTOR, GuestInterrupt, GuestLog, Posted};

@@ -1,21 +1,21 @@
-//! Accesses to parts of a quadword register.
+//! Writes to parts of a register.
 
-/// The bytes a guest wrote inside one aligned quadword. Lanes outside `mask` hold zero.
+/// The bytes a guest wrote of one register of at most eight bytes. Lanes outside `mask` hold zero.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LaneWrite {
     value: u64,
     mask: u64,
 }
 
-/// The byte lanes `from..from + len` of a quadword as a mask; `None` when the access is no power of two, not
-/// aligned to itself, or leaves the quadword.
+/// The byte lanes `from..from + len` of a quadword as a mask, if a register takes such an access.
 fn lanes(from: usize, len: usize) -> Option<u64> {
     let aligned = matches!(len, 1 | 2 | 4 | 8) && from.is_multiple_of(len) && from + len <= 8;
     aligned.then(|| (u64::MAX >> (64 - 8 * len)) << (8 * from))
 }
 
 impl LaneWrite {
-    /// `bytes` written `from` bytes into the quadword; `None` for an access that no register takes.
+    /// `bytes` written `from` bytes into an aligned quadword; `None` for an access that no register takes: one that is no
+    /// power of two, not aligned to itself, or leaves the quadword.
     #[must_use]
     pub fn new(from: usize, bytes: &[u8]) -> Option<Self> {
         let mask = lanes(from, bytes.len())?;
@@ -23,6 +23,21 @@ impl LaneWrite {
         quadword[from..from + bytes.len()].copy_from_slice(bytes);
         let value = u64::from_le_bytes(quadword);
         Some(Self { value, mask })
+    }
+
+    /// The lanes that a write of `data` at `offset`, of whatever length, has in the register of `len` bytes (at most 8) that
+    /// begins at `register`; `None` when they do not touch. All offsets are into the same device.
+    #[must_use]
+    pub fn of(offset: u64, data: &[u8], register: u64, len: u64) -> Option<Self> {
+        let mut lanes = Self { value: 0, mask: 0 };
+        for (at, byte) in (offset..).zip(data) {
+            let lane = at.checked_sub(register).filter(|lane| *lane < len.min(8));
+            if let Some(lane) = lane {
+                lanes.value |= u64::from(*byte) << (8 * lane);
+                lanes.mask |= 0xff << (8 * lane);
+            }
+        }
+        (lanes.mask != 0).then_some(lanes)
     }
 
     /// Ordinary storage: written lanes of writable bits replace the old value.
@@ -97,5 +112,27 @@ mod tests {
         let mut half = [0; 4];
         read_lanes(0x1122_3344_5566_7788, 4, &mut half);
         assert_eq!(u32::from_le_bytes(half), 0x1122_3344);
+    }
+
+    #[test]
+    fn a_narrow_write_leaves_the_other_lanes_alone() {
+        let lanes = LaneWrite::of(1, &[0xaa], 0, 4).expect("touches");
+        assert_eq!(lanes.store(0x1122_3344, u64::MAX), 0x1122_aa44);
+        assert_eq!(lanes.store(0x1122_3344, 0x0f00), 0x1122_3a44);
+    }
+
+    #[test]
+    fn a_wide_write_reaches_each_register_with_its_own_lanes() {
+        let data = [1, 2, 3, 4];
+        assert_eq!(
+            LaneWrite::of(0, &data, 0, 2).expect("touches").store(0, !0),
+            0x0201
+        );
+        assert_eq!(
+            LaneWrite::of(0, &data, 2, 2).expect("touches").store(0, !0),
+            0x0403
+        );
+        assert_eq!(LaneWrite::of(0, &data, 4, 2), None);
+        assert_eq!(LaneWrite::of(2, &data, 0, 2), None);
     }
 }
