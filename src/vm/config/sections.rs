@@ -201,7 +201,7 @@ section! {
         id = "id": Option<Name>,
         /// Its PCI segment (default 0).
         segment = "segment": Option<u16>,
-        /// Its bus numbers, like 0x00-0x3f (default: an even share of the segment's).
+        /// Its bus numbers, like 0x00-0x3f (default: what it needs, in eights, of an even share of the segment's).
         bus = "bus": Option<BusRange>,
     }
 }
