@@ -16,24 +16,25 @@
 //! Lock order: the device's life, then its common configuration, then what [`Endpoint`] has. Workers take only
 //! the endpoint's, so that a reset may wait for them with the first one held.
 
+mod lines;
+mod window;
+
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::{LARGEST_QUEUE, VirtQueue};
-use super::registers::{Effect, Live, NO_VECTOR, Registers};
+use super::registers::{Effect, Registers};
 use super::worker::{ServedQueue, Workers};
 use super::{Activation, Features, Interrupts, Kind, VirtioDevice};
 use crate::guest_warn;
 use crate::pci::access::DwordWrite;
 use crate::pci::bar::BarSpec;
-use crate::pci::capability::{
-    Capability, CapabilityId, Express, MsixLayout, PowerManagement, VendorSpecific,
-};
+use crate::pci::capability::{Express, MsixLayout, PowerManagement, VendorSpecific};
 use crate::pci::config_space::ConfigSpace;
-use crate::pci::endpoint::{Endpoint, InterruptMode};
+use crate::pci::endpoint::Endpoint;
 use crate::pci::tree::{BarKind, Identity, Pin};
 use crate::pci::{Command, ConfigEffect, Function};
 use crate::platform::addr::Gpa;
@@ -42,6 +43,8 @@ use crate::platform::doorbell::{Doorbell, DoorbellHost};
 use crate::platform::host::HostError;
 use crate::platform::irq::IrqLine;
 use crate::platform::msi::MsiPort;
+use lines::Lines;
+use window::Window;
 
 /// Most queues a device may have; each has a vector, and the configuration one more.
 pub const MOST_QUEUES: usize = 255;
@@ -68,11 +71,6 @@ const CFG_COMMON: u8 = 1;
 const CFG_NOTIFY: u8 = 2;
 const CFG_ISR: u8 = 3;
 const CFG_DEVICE: u8 = 4;
-const CFG_PCI: u8 = 5;
-
-/// Bits of the ISR status (4.1.4.5).
-const ISR_QUEUE: u8 = 1;
-const ISR_CONFIGURATION: u8 = 2;
 
 /// The identification registers of a virtio function (4.1.2).
 #[must_use]
@@ -492,143 +490,6 @@ fn structures() -> [VendorSpecific; 4] {
         body(CFG_ISR, ISR, &[]),
         body(CFG_DEVICE, DEVICE, &[]),
     ]
-}
-
-/// The capability by which configuration accesses reach the BAR (4.1.4.9).
-#[derive(Debug, Default)]
-struct Window {
-    bar: u8,
-    offset: u32,
-    length: u32,
-}
-
-impl Window {
-    /// Its last dword: the data.
-    const DATA: u16 = 4;
-
-    /// Offset and length of the access, if they make one.
-    fn target(&self) -> Option<(u64, usize)> {
-        let len = match self.length {
-            1 | 2 | 4 => self.length,
-            _ => return None,
-        };
-        let fits = self.bar == BAR.index
-            && self.offset.is_multiple_of(len)
-            && u64::from(self.offset) + u64::from(len) <= BAR.size;
-        let len = usize::try_from(len).expect("at most 4");
-        fits.then_some((u64::from(self.offset), len))
-    }
-}
-
-impl Capability for Window {
-    fn id(&self) -> CapabilityId {
-        CapabilityId::Standard(0x09)
-    }
-
-    fn len(&self) -> u16 {
-        20
-    }
-
-    fn read(&self, dword: u16) -> u32 {
-        match dword {
-            0 => u32::from(CFG_PCI) << 24 | 20 << 16,
-            1 => u32::from(self.bar),
-            2 => self.offset,
-            3 => self.length,
-            _ => 0,
-        }
-    }
-
-    fn write(&mut self, dword: u16, write: DwordWrite) -> ConfigEffect {
-        match dword {
-            1 => self.bar = write.store(u32::from(self.bar), 0xff).to_le_bytes()[0],
-            2 => self.offset = write.store(self.offset, u32::MAX),
-            3 => self.length = write.store(self.length, u32::MAX),
-            _ => {}
-        }
-        ConfigEffect::empty()
-    }
-
-    fn reset(&mut self) {
-        *self = Self::default();
-    }
-}
-
-/// A device's interrupts: by MSI-X to the vectors the driver chose, else by wire and ISR status.
-struct Lines {
-    endpoint: Arc<Endpoint>,
-    config_vector: AtomicU16,
-    queue_vectors: Vec<AtomicU16>,
-    /// Held while the wire is driven, so that status and wire agree.
-    isr: Mutex<u8>,
-    needs_reset: AtomicBool,
-    generation: AtomicU8,
-}
-
-impl Lines {
-    fn new(endpoint: Arc<Endpoint>, queues: u16) -> Self {
-        Self {
-            endpoint,
-            config_vector: AtomicU16::new(NO_VECTOR),
-            queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
-            isr: Mutex::new(0),
-            needs_reset: AtomicBool::new(false),
-            generation: AtomicU8::new(0),
-        }
-    }
-
-    fn live(&self) -> Live {
-        Live {
-            needs_reset: self.needs_reset.load(Ordering::Acquire),
-            generation: self.generation.load(Ordering::Acquire),
-        }
-    }
-
-    fn interrupt(&self, vector: u16, status: u8) {
-        if self.endpoint.interrupt_mode() == InterruptMode::Msix {
-            if vector != NO_VECTOR {
-                self.endpoint.signal(vector);
-            }
-            return;
-        }
-        let mut isr = self.isr.lock().unwrap_or_else(PoisonError::into_inner);
-        *isr |= status;
-        self.endpoint.set_intx(true);
-    }
-
-    /// Reading the status clears it and releases the wire.
-    fn take_isr(&self) -> u8 {
-        let mut isr = self.isr.lock().unwrap_or_else(PoisonError::into_inner);
-        self.endpoint.set_intx(false);
-        std::mem::take(&mut isr)
-    }
-
-    fn reset(&self) {
-        self.config_vector.store(NO_VECTOR, Ordering::Release);
-        for vector in &self.queue_vectors {
-            vector.store(NO_VECTOR, Ordering::Release);
-        }
-        self.needs_reset.store(false, Ordering::Release);
-        self.take_isr();
-    }
-}
-
-impl Interrupts for Lines {
-    fn queue(&self, queue: u16) {
-        if let Some(vector) = self.queue_vectors.get(usize::from(queue)) {
-            self.interrupt(vector.load(Ordering::Acquire), ISR_QUEUE);
-        }
-    }
-
-    fn configuration_changed(&self) {
-        self.generation.fetch_add(1, Ordering::AcqRel);
-        self.interrupt(self.config_vector.load(Ordering::Acquire), ISR_CONFIGURATION);
-    }
-
-    fn needs_reset(&self) {
-        self.needs_reset.store(true, Ordering::Release);
-        self.configuration_changed();
-    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,11 @@
-//! One virtual processor: run until an exit, and exits as data.
+//! One virtual processor: run until an exit.
 
-use std::fmt::{self, Write as _};
+mod exit;
+mod power_on;
+
+pub use exit::{Exit, Unemulated};
+pub use power_on::PowerOnState;
+
 use std::io;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
@@ -8,97 +13,18 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
-    CpuId, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, KVM_STATE_NESTED_GUEST_MODE, Msrs,
-    kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs,
+    CpuId, KVM_STATE_NESTED_GUEST_MODE, Msrs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::cmpxchg16b::{Cmpxchg16b, OPERAND, Place, in_64_bit_mode, numbered};
 use super::gate::{Passage, Stop};
 use super::os;
-use super::sys::{self, CoalescedRing, InternalError, RunArea};
+use super::sys::{self, CoalescedRing, RunArea};
 use super::vm::Machine;
 use crate::platform::addr::Gpa;
 use crate::platform::host::HostError;
-
-/// The time stamp counter. It keeps running over a reset: processors reset one after the other and would
-/// otherwise no longer agree.
-const IA32_TSC: u32 = 0x10;
-
-/// Why the guest stopped running. What the guest reads is written through the borrow before the next run.
-#[derive(Debug)]
-pub enum Exit<'a> {
-    /// `IN`, or `INS` with several elements.
-    PortRead {
-        /// First port.
-        port: u16,
-        /// Bytes per element: 1, 2 or 4.
-        width: usize,
-        /// To be filled, a whole number of elements.
-        data: &'a mut [u8],
-    },
-    /// `OUT`, or `OUTS` with several elements.
-    PortWrite {
-        /// First port.
-        port: u16,
-        /// Bytes per element: 1, 2 or 4.
-        width: usize,
-        /// A whole number of elements.
-        data: &'a [u8],
-    },
-    /// A read where there is no RAM.
-    MmioRead {
-        /// Guest physical address.
-        at: u64,
-        /// To be filled, 1 to 8 bytes.
-        data: &'a mut [u8],
-    },
-    /// A write where there is no RAM.
-    MmioWrite {
-        /// Guest physical address.
-        at: u64,
-        /// 1 to 8 bytes.
-        data: &'a [u8],
-    },
-    /// A write where there is RAM, which the guest could only read when it wrote: for
-    /// [`WatchedPages::store`](super::WatchedPages::store).
-    RamWrite {
-        /// Guest physical address.
-        at: Gpa,
-        /// 1 to 8 bytes.
-        data: &'a [u8],
-    },
-    /// An instruction that KVM does not emulate: for [`Vcpu::carry_out`].
-    Unemulated(Unemulated),
-    /// A level-triggered interrupt of this vector ended.
-    Eoi(u8),
-    /// The processor halted outside the kernel's local APIC.
-    Halt,
-    /// A kick, a signal, or nothing to do yet: look for requests and run again.
-    Interrupted,
-    /// A triple fault: on a PC, a reset.
-    TripleFault,
-    /// The guest asked its hypervisor for something: KVM_SYSTEM_EVENT_*.
-    SystemEvent(u32),
-    /// The processor's state cannot be entered, or KVM met what it cannot handle. Says what the kernel says;
-    /// [`Vcpu::registers`] tells the rest.
-    Broken(String),
-}
-
-/// An instruction that KVM handed over because it does not emulate it. Displayed, it is what KVM says.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unemulated {
-    /// As many bytes as KVM had fetched: none, or up to 15, the next instruction's among them.
-    code: Vec<u8>,
-    what: String,
-}
-
-impl fmt::Display for Unemulated {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.what)
-    }
-}
+use exit::{EMULATION, describe};
 
 /// A virtual processor. Its requests must come from the thread that runs it.
 pub struct Vcpu {
@@ -131,9 +57,6 @@ impl Stop for Interruption {
 /// KVM_INTERNAL_ERROR_DELIVERY_EV: an access that KVM must emulate, while the processor says that it delivers
 /// an event.
 const DELIVERY_EVENT: u32 = 3;
-
-/// KVM_INTERNAL_ERROR_EMULATION: an instruction that KVM does not emulate.
-const EMULATION: u32 = 1;
 
 /// Entries per second that [`DELIVERY_EVENT`] may cost.
 const MOST_REENTRIES: u32 = 100;
@@ -304,10 +227,7 @@ impl Vcpu {
                     return Ok(Exit::Interrupted);
                 }
                 if error.suberror == EMULATION {
-                    return Ok(Exit::Unemulated(Unemulated {
-                        code: code(&error),
-                        what: describe(&error),
-                    }));
+                    return Ok(Exit::Unemulated(Unemulated::new(&error)));
                 }
                 describe(&error)
             }
@@ -348,7 +268,7 @@ impl Vcpu {
 
     /// Carry `instruction` out if it is a CMPXCHG16B on RAM.
     fn compare_exchange(&self, instruction: &Unemulated, sregs: &kvm_sregs) -> Result<bool, HostError> {
-        let Some(decoded) = Cmpxchg16b::decode(&instruction.code) else {
+        let Some(decoded) = Cmpxchg16b::decode(instruction.code()) else {
             return Ok(false);
         };
         let read = |error| self.refused("read the registers", error);
@@ -527,118 +447,6 @@ impl Drop for Vcpu {
     }
 }
 
-/// The bytes that KVM_INTERNAL_ERROR_EMULATION carries when its flag bit 0 is set (Documentation/virt/kvm/api.rst, 5
-/// "The `kvm_run` structure"): a length, and as many of 15. None otherwise.
-fn code(error: &InternalError) -> Vec<u8> {
-    match error.data.get(..error.valid).unwrap_or_default() {
-        [flags, rest @ ..] if error.suberror == EMULATION && flags & 1 != 0 => {
-            let mut bytes = rest.iter().flat_map(|word| word.to_le_bytes());
-            let len = bytes.next().map_or(0, usize::from);
-            bytes.take(len.min(15)).collect()
-        }
-        _ => Vec::new(),
-    }
-}
-
-/// What KVM_EXIT_INTERNAL_ERROR says, for the log.
-fn describe(error: &InternalError) -> String {
-    let words = error.data.get(..error.valid).unwrap_or_default();
-    let kind = match error.suberror {
-        EMULATION => "KVM cannot emulate an instruction".to_owned(),
-        2 => "KVM met a fault while it delivered an event".to_owned(),
-        3 => "an event could not be delivered because of an unexpected exit".to_owned(),
-        4 => "the processor gave an exit KVM does not know".to_owned(),
-        other => format!("KVM gave internal error {other}"),
-    };
-    let code = code(error);
-    if code.is_empty() {
-        return format!("{kind}, details {words:x?}");
-    }
-    let mut text = format!("{kind}:");
-    for byte in code {
-        write!(text, " {byte:02x}").expect("a string takes all text");
-    }
-    text
-}
-
-/// Everything of a processor that a reset puts back, as it was when the processor was made.
-///
-/// Recording what the kernel itself made of a new processor, instead of a table of reset values, covers
-/// every register the kernel knows, those of later kernels included.
-pub struct PowerOnState {
-    boot_processor: bool,
-    regs: kvm_regs,
-    sregs: kvm_sregs,
-    fpu: kvm_fpu,
-    xcrs: kvm_xcrs,
-    debug: kvm_debugregs,
-    events: kvm_vcpu_events,
-    lapic: Box<kvm_lapic_state>,
-    msrs: Vec<kvm_msr_entry>,
-}
-
-impl PowerOnState {
-    /// The state of `vcpu`, which has its CPUID leaves and has not run, with the model-specific registers
-    /// among `msrs` that it has.
-    pub fn record(vcpu: &Vcpu, msrs: &[u32]) -> Result<Self, HostError> {
-        let fd = &vcpu.fd;
-        let read = |error| vcpu.refused("record the power-on state", error);
-        let mut recorded = Vec::with_capacity(msrs.len());
-        let mut rest: Vec<u32> = msrs.iter().copied().filter(|msr| *msr != IA32_TSC).collect();
-        while !rest.is_empty() {
-            let entries: Vec<_> = rest.iter().map(|&index| msr_entry(index, 0)).collect();
-            let mut list = Msrs::from_entries(&entries).expect("an MSR list holds more than there are MSRs");
-            let done = fd.get_msrs(&mut list).map_err(read)?;
-            recorded.extend(list.as_slice().iter().take(done));
-            // The kernel stops at the first it does not have for this processor; go on behind that one.
-            rest.drain(..rest.len().min(done + 1));
-        }
-        Ok(Self {
-            boot_processor: vcpu.apic_id == 0,
-            regs: fd.get_regs().map_err(read)?,
-            sregs: fd.get_sregs().map_err(read)?,
-            fpu: fd.get_fpu().map_err(read)?,
-            xcrs: fd.get_xcrs().map_err(read)?,
-            debug: fd.get_debug_regs().map_err(read)?,
-            events: fd.get_vcpu_events().map_err(read)?,
-            lapic: Box::new(fd.get_lapic().map_err(read)?),
-            msrs: recorded,
-        })
-    }
-
-    /// Put `vcpu`, which must be the one recorded and not be running, back into that state.
-    pub fn restore(&self, vcpu: &Vcpu) -> Result<(), HostError> {
-        let fd = &vcpu.fd;
-        let write = |error| vcpu.refused("reset", error);
-        let state = match self.boot_processor {
-            true => KVM_MP_STATE_RUNNABLE,
-            false => KVM_MP_STATE_UNINITIALIZED,
-        };
-        // System registers first: clearing EFER.SVME takes the processor out of a guest of its own, and the
-        // APIC base must be back before the APIC's registers. Events last: they depend on all else.
-        fd.set_sregs(&self.sregs).map_err(write)?;
-        fd.set_regs(&self.regs).map_err(write)?;
-        fd.set_fpu(&self.fpu).map_err(write)?;
-        fd.set_xcrs(&self.xcrs).map_err(write)?;
-        fd.set_debug_regs(&self.debug).map_err(write)?;
-        let mut rest = self.msrs.as_slice();
-        while !rest.is_empty() {
-            let done = vcpu.write_msrs(rest)?;
-            // Some that can be read cannot be written, by the host either.
-            if let Some(refused) = rest.get(done) {
-                tracing::debug!(
-                    msr = format_args!("{:#x}", refused.index),
-                    "a model-specific register keeps its value over a reset"
-                );
-            }
-            rest = rest.get(done + 1..).unwrap_or_default();
-        }
-        fd.set_lapic(&self.lapic).map_err(write)?;
-        fd.set_mp_state(kvm_mp_state { mp_state: state }).map_err(write)?;
-        fd.set_vcpu_events(&self.events).map_err(write)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -650,42 +458,5 @@ mod tests {
         assert!((0..100).all(|_| reentries.admit(at(5))));
         assert!(!reentries.admit(at(6)));
         assert!((1..1000).all(|second| reentries.admit(at(second * 1000 + 5))));
-    }
-
-    #[test]
-    fn an_instruction_that_cannot_be_emulated_is_shown_in_bytes() {
-        let mut data = [0; 16];
-        data[0] = 1;
-        data[1] = u64::from_le_bytes([5, 0xf0, 0x48, 0x0f, 0xc7, 0x0f, 0x90, 0x90]);
-        let text = describe(&InternalError {
-            suberror: 1,
-            data,
-            valid: 4,
-        });
-        assert_eq!(text, "KVM cannot emulate an instruction: f0 48 0f c7 0f");
-    }
-
-    #[test]
-    fn an_internal_error_without_bytes_shows_its_words() {
-        let mut data = [0; 16];
-        data[..2].copy_from_slice(&[0x80, 0xff]);
-        let text = describe(&InternalError {
-            suberror: 9,
-            data,
-            valid: 2,
-        });
-        assert_eq!(text, "KVM gave internal error 9, details [80, ff]");
-    }
-
-    #[test]
-    fn a_length_byte_larger_than_the_bytes_is_harmless() {
-        let mut data = [0; 16];
-        data[..2].copy_from_slice(&[1, 0xff]);
-        let text = describe(&InternalError {
-            suberror: 1,
-            data,
-            valid: 2,
-        });
-        assert_eq!(text, "KVM cannot emulate an instruction: 00 00 00 00 00 00 00");
     }
 }

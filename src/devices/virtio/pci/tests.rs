@@ -1,12 +1,16 @@
 //! The whole way of a driver: configuration space, BAR, queue, doorbell, thread, interrupt, reset.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
+use super::lines::{ISR_CONFIGURATION, ISR_QUEUE};
+use super::window::CFG_PCI;
 use super::*;
 use crate::devices::virtio::driver::{Driver, Part};
+use crate::devices::virtio::registers::NO_VECTOR;
 use crate::devices::virtio::rng::Rng;
 use crate::pci::testing::Messages;
 use crate::platform::irq::InterruptController;
