@@ -91,24 +91,12 @@ pub(super) fn resolve<'a>(
     for (test, name) in config.test_devices.iter().zip(&names_of.test_devices) {
         add!(test, name, DeviceKind::Test(self::test(test)?));
     }
-    let mut passed: BTreeMap<Sbdf, &String> = BTreeMap::new();
-    let mut taken: BTreeMap<i32, String> = BTreeMap::new();
-    let iommufd = config.iommufd.as_ref().map(|said| said.fd.0.0);
-    taken.extend(iommufd.map(|fd| (fd, "that of /dev/iommu".to_owned())));
+    refuse_shared_functions(config, names_of)?;
     for (said, name) in config.vfio_devices.iter().zip(&names_of.vfio_devices) {
-        let at = said.host.0.0;
-        let wrong = |problem| said.source().wrong("host", problem);
-        if let Some(other) = passed.insert(at, name) {
-            return Err(wrong(format!(
-                "{other} is this function too, and it can be passed once"
-            )));
-        }
-        let fd = said.fd.map(|fd| fd.0);
-        if let Some(other) = fd.and_then(|fd| taken.insert(fd, format!("{name}'s"))) {
-            let problem = format!("this descriptor is {other}; each function has one of its own");
-            return Err(said.source().wrong("fd", problem));
-        }
-        let face = host.face(at).map_err(wrong)?;
+        let (at, fd) = (said.host.0.0, said.fd.map(|fd| fd.0));
+        let face = host
+            .face(at)
+            .map_err(|problem| said.source().wrong("host", problem))?;
         let place = (&said.port, &said.on, said.slot);
         let mut endpoint = endpoint(devices.len(), name, face, place, said.source());
         // The host may want it back.
@@ -120,6 +108,25 @@ pub(super) fn resolve<'a>(
         });
     }
     Ok((devices, endpoints))
+}
+
+/// Refuse a function of the host that is passed twice, and a descriptor that is said for two things.
+fn refuse_shared_functions(config: &Config, names_of: &NamesOf) -> Result<(), ConfigError> {
+    let mut passed: BTreeMap<Sbdf, &String> = BTreeMap::new();
+    let mut taken: BTreeMap<i32, String> = BTreeMap::new();
+    let iommufd = config.iommufd.as_ref().map(|said| said.fd.0.0);
+    taken.extend(iommufd.map(|fd| (fd, "that of /dev/iommu".to_owned())));
+    for (said, name) in config.vfio_devices.iter().zip(&names_of.vfio_devices) {
+        if let Some(other) = passed.insert(said.host.0.0, name) {
+            let problem = format!("{other} is this function too, and it can be passed once");
+            return Err(said.source().wrong("host", problem));
+        }
+        if let Some(other) = said.fd.and_then(|fd| taken.insert(fd.0, format!("{name}'s"))) {
+            let problem = format!("this descriptor is {other}; each function has one of its own");
+            return Err(said.source().wrong("fd", problem));
+        }
+    }
+    Ok(())
 }
 
 /// The descriptor of /dev/iommu that was handed over.

@@ -66,6 +66,17 @@ pub(super) fn mirrored<'a>(config: &'a Config, host: &HostFunctions) -> Result<C
             None => Ok(Cow::Borrowed(config)),
         };
     }
+    laid_out(config, template, &served, host).map(Cow::Owned)
+}
+
+/// `config` with an IOMMU like number `template` of it for each that is `served`, over a root complex with the functions of
+/// that one.
+fn laid_out(
+    config: &Config,
+    template: usize,
+    served: &[Served],
+    host: &HostFunctions,
+) -> Result<Config, ConfigError> {
     let units: Vec<&str> = served.iter().map(|served| served.iommu.as_str()).collect();
     let mut said = config.clone();
     let mut template = said.viommus.remove(template);
@@ -98,7 +109,7 @@ pub(super) fn mirrored<'a>(config: &'a Config, host: &HostFunctions) -> Result<C
         unit.on = first_root.take().map(Name);
         said.viommus.push(unit);
     }
-    for Served { iommu, groups } in &served {
+    for Served { iommu, groups } in served {
         let lowest = groups[0][0];
         let root = match first_root.take() {
             Some(root) => root,
@@ -120,7 +131,7 @@ pub(super) fn mirrored<'a>(config: &'a Config, host: &HostFunctions) -> Result<C
             }
         }
     }
-    Ok(Cow::Owned(said))
+    Ok(said)
 }
 
 /// Whether it is left to us what this IOMMU covers.
