@@ -17,7 +17,7 @@ use super::plan::{Doorbell, Plan, ViommuPlan};
 use crate::iommu::amd::spec::registers::Reg;
 use crate::iommu::amd::window::RegisterWindow;
 use crate::iommu::emulated::{GuestControls, GuestPages, RemappingIoApic};
-use crate::iommu::iommufd::{Attach, Copies};
+use crate::iommu::iommufd::{Copies, Silence};
 use crate::iommu::polling::{DoorbellThread, LateWrites};
 use crate::iommu::shadow::{Shadow, ShadowParts, Views};
 use crate::pci::topology::{Observer, Topology};
@@ -95,13 +95,13 @@ impl<'a> Viommus<'a> {
             let Some(Unit::Emulated(unit)) = self.covering(root) else {
                 continue;
             };
-            let mut functions: Vec<(Arc<Requester>, Arc<dyn Attach>)> = Vec::new();
+            let mut functions: Vec<(Arc<Requester>, Arc<dyn Silence>)> = Vec::new();
             let mut space = None;
             for node in root.nodes() {
                 if let NodeKind::Endpoint(index) = node.kind
                     && let Some((function, attached)) = passed.function(index)
                 {
-                    let function: Arc<dyn Attach> = function;
+                    let function: Arc<dyn Silence> = function;
                     let placed = topology.function(root.segment, node.bdf);
                     let requester = placed.expect("it is where it was planned").requester();
                     functions.push((requester.clone(), function));

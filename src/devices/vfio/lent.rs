@@ -5,18 +5,37 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::host::{Companion, HostFunction, Interrupt, InterruptInfo, Notice, Region, RegionInfo};
-use crate::iommu::iommufd::Attach;
+use super::survey::COMMAND;
+use crate::guest_warn;
+use crate::iommu::iommufd::{Attach, Silence};
+use crate::pci::Command;
 use crate::platform::assigned::{Assigned, AssignedDevices};
 use crate::platform::device_memory::DeviceMemory;
 use crate::platform::host::HostError;
 
 /// A function of the host until it is returned.
-pub struct Lent(RwLock<Option<Held>>);
+pub struct Lent {
+    held: RwLock<Option<Held>>,
+    /// Held while the device hears of it.
+    mastering: Mutex<Mastering>,
+}
+
+/// Bus Master Enable of the device.
+#[derive(Default)]
+struct Mastering {
+    /// What was last written.
+    wanted: bool,
+    /// It is off all the same.
+    withheld: bool,
+}
+
+/// Where the Command register is in configuration space.
+const COMMAND_AT: u64 = COMMAND as u64 * 4;
 
 struct Held {
     /// What the hypervisor holds open until it is dropped.
@@ -28,10 +47,14 @@ impl Lent {
     /// `function` from now on.
     #[must_use]
     pub fn new(function: Arc<dyn HostFunction>) -> Arc<Self> {
-        Arc::new(Self(RwLock::new(Some(Held {
+        let held = Held {
             assigned: None,
             function,
-        }))))
+        };
+        Arc::new(Self {
+            held: RwLock::new(Some(held)),
+            mastering: Mutex::default(),
+        })
     }
 
     /// Tell `hypervisor` of it until it is returned.
@@ -39,7 +62,7 @@ impl Lent {
     /// # Errors
     /// What the hypervisor refused; the function works all the same.
     pub fn tell(&self, hypervisor: &dyn AssignedDevices) -> Result<(), HostError> {
-        let mut held = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.held.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(Held { assigned, function }) = &mut *held
             && let Some(file) = function.file()
         {
@@ -50,7 +73,7 @@ impl Lent {
 
     /// Let go of it. It is closed once requests under way have ended and memory of it that was mapped is gone.
     pub fn give_back(&self) {
-        let held = self.0.write().unwrap_or_else(PoisonError::into_inner).take();
+        let held = self.held.write().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(Held { assigned, function }) = held {
             drop(assigned);
             drop(function);
@@ -60,14 +83,33 @@ impl Lent {
     /// Whether it was returned.
     #[must_use]
     pub fn is_returned(&self) -> bool {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).is_none()
+        self.held.read().unwrap_or_else(PoisonError::into_inner).is_none()
     }
 
     fn host(&self) -> io::Result<Arc<dyn HostFunction>> {
-        let held = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let held = self.held.read().unwrap_or_else(PoisonError::into_inner);
         let function = held.as_ref().map(|held| held.function.clone());
         function.ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
     }
+
+    fn mastering(&self) -> MutexGuard<'_, Mastering> {
+        self.mastering.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The device issues requests from here on, or none.
+fn set_bus_master(function: &dyn HostFunction, on: bool) -> io::Result<()> {
+    let mut bytes = [0; 2];
+    function.read(Region::Config, COMMAND_AT, &mut bytes)?;
+    let mut command = Command::from_bits_retain(u16::from_le_bytes(bytes));
+    command.set(Command::BUS_MASTER, on);
+    function.write(Region::Config, COMMAND_AT, &command.bits().to_le_bytes())
+}
+
+/// Which of `len` bytes from `offset` of `region` on has Bus Master Enable, if one does.
+fn bus_master_byte(region: Region, offset: u64, len: usize) -> Option<usize> {
+    let byte = usize::try_from(COMMAND_AT.checked_sub(offset)?).ok()?;
+    (region == Region::Config && byte < len).then_some(byte)
 }
 
 impl HostFunction for Lent {
@@ -92,7 +134,20 @@ impl HostFunction for Lent {
     }
 
     fn write(&self, region: Region, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.host()?.write(region, offset, data)
+        const BUS_MASTER: u8 = Command::BUS_MASTER.bits().to_le_bytes()[0];
+        let host = self.host()?;
+        let Some(byte) = bus_master_byte(region, offset, data.len()) else {
+            return host.write(region, offset, data);
+        };
+        let mut mastering = self.mastering();
+        let mut data = data.to_vec();
+        if let Some(byte) = data.get_mut(byte) {
+            mastering.wanted = *byte & BUS_MASTER != 0;
+            if mastering.withheld {
+                *byte &= !BUS_MASTER;
+            }
+        }
+        host.write(region, offset, &data)
     }
 
     fn map(&self, region: Region, offset: u64, len: u64) -> io::Result<Arc<DeviceMemory>> {
@@ -135,11 +190,33 @@ impl HostFunction for Lent {
 /// A function that was returned reaches nothing, whatever it is attached to.
 impl Attach for Lent {
     fn attach(&self, ioas: u32) -> io::Result<()> {
-        self.host().map_or(Ok(()), |host| host.attach(ioas))
+        let Ok(host) = self.host() else {
+            return Ok(());
+        };
+        host.attach(ioas)?;
+        let mut mastering = self.mastering();
+        if std::mem::take(&mut mastering.withheld)
+            && mastering.wanted
+            && let Err(error) = set_bus_master(&*host, true)
+        {
+            guest_warn!(%error, "a function that may issue requests again does not take Bus Master Enable");
+        }
+        Ok(())
     }
 
     fn detach(&self) -> io::Result<()> {
         self.host().map_or(Ok(()), |host| host.detach())
+    }
+}
+
+impl Silence for Lent {
+    fn silence(&self) -> io::Result<()> {
+        let Ok(host) = self.host() else {
+            return Ok(());
+        };
+        let mut mastering = self.mastering();
+        mastering.withheld = true;
+        set_bus_master(&*host, false)
     }
 }
 
@@ -172,6 +249,59 @@ mod tests {
         lent.attach(8).expect("as good as attached");
         lent.detach().expect("as good as detached");
         assert_eq!((device.attached(), device.told()), (vec![7], Vec::<Told>::new()));
+    }
+
+    #[test]
+    fn a_silenced_function_masters_no_bus_whatever_is_written_until_it_is_attached_again() {
+        let device = Device::nic();
+        let masters = || {
+            let mut command = [0; 2];
+            device.read(Region::Config, 4, &mut command).expect("it answers");
+            command[0] & 4 != 0
+        };
+        let lent = Lent::new(device.clone());
+        let write = |at: u64, data: &[u8]| lent.write(Region::Config, at, data).expect("taken");
+        write(4, &[6, 1]);
+        assert!(masters());
+        lent.silence().expect("taken");
+        assert!(!masters());
+        // Alone, with the register, and with the one before.
+        write(4, &[6]);
+        write(4, &[6, 0, 0, 0]);
+        write(2, &[0, 0, 6, 0]);
+        assert!(!masters());
+        // What is no part of the register is written as it is.
+        device.told();
+        write(5, &[4]);
+        lent.write(Region::Bar(0), 4, &[6]).expect("taken");
+        let told = [Told::Config(5, vec![4]), Told::Bar(0, 4, vec![6])];
+        assert_eq!(device.told(), told);
+        lent.attach(7).expect("attached");
+        assert!(masters(), "as was written last");
+        lent.silence().expect("taken");
+        write(4, &[2]);
+        lent.attach(8).expect("attached");
+        assert!(!masters(), "nobody lets it");
+        write(4, &[6]);
+        assert!(masters());
+    }
+
+    #[test]
+    fn a_function_that_is_not_attached_again_or_does_not_answer_stays_silent() {
+        let device = Device::nic();
+        let lent = Lent::new(device.clone());
+        lent.write(Region::Config, 4, &[6]).expect("taken");
+        device.refuse(Asked::Write, libc::EIO);
+        assert!(lent.silence().is_err());
+        device.relent();
+        device.refuse(Asked::Attach, libc::EBUSY);
+        assert!(lent.attach(7).is_err());
+        device.told();
+        // What it did not take then it is told with the next write.
+        lent.write(Region::Config, 4, &[6]).expect("taken");
+        assert_eq!(device.told(), [Told::Config(4, vec![2])]);
+        lent.give_back();
+        lent.silence().expect("nothing of it reaches anything");
     }
 
     /// A hypervisor that counts what it knows, or refuses.

@@ -281,7 +281,10 @@ impl<M: SystemMemory> Unit<M> {
         // With the log off there is nothing to report. What followers still have to do is little: behind a unit that is off
         // no tables are looked at. Nobody would call for it, as nothing of before a reset is owed.
         let _ = self.forget();
-        while !self.settle(&mut Effort::of_a_call()) {}
+        let mut effort = Effort::of_a_call();
+        while !self.settle(&mut effort) && effort.goes_on() {
+            effort = Effort::of_a_call();
+        }
     }
 
     /// The registers, to be looked at.
@@ -355,7 +358,8 @@ impl<M: SystemMemory> Unit<M> {
     fn forget(&self) -> Effects {
         self.invalidate_all();
         let mut effects = self.tell_all();
-        effects.more_commands |= !self.settle(&mut Effort::of_a_call());
+        let mut effort = Effort::of_a_call();
+        effects.more_commands |= !self.settle(&mut effort) && effort.goes_on();
         effects
     }
 

@@ -45,7 +45,8 @@ pub trait Follower: Send + Sync {
     }
 
     /// Do what obeying left to be done, as far as `effort` goes; whether nothing is left. COMPLETION_WAIT is not answered
-    /// before. Followers that obey at once have nothing to do here.
+    /// before. Followers that obey at once have nothing to do here; one that cannot go on says so by [`Effort::stick`], and is
+    /// asked again with the next command.
     fn settle(&self, _effort: &mut Effort) -> bool {
         true
     }
@@ -111,6 +112,8 @@ struct Budget {
     commands: usize,
     /// What followers do.
     effort: Effort,
+    /// The next command waits for them.
+    waits: bool,
 }
 
 impl Budget {
@@ -397,6 +400,7 @@ fn run<I: Issuer>(issuer: &I, processor: &mut Processor, effects: &mut Effects) 
     let mut budget = Budget {
         commands: COMMANDS_PER_CALL,
         effort: Effort::of_a_call(),
+        waits: false,
     };
     while let Some(ring) = waiting_commands(issuer) {
         if budget.commands == 0 {
@@ -411,7 +415,13 @@ fn run<I: Issuer>(issuer: &I, processor: &mut Processor, effects: &mut Effects) 
         }
     }
     effects.join(pass_on(issuer, processor));
-    more |= !issuer.unit().settle(&mut budget.effort);
+    let settled = issuer.unit().settle(&mut budget.effort);
+    if settled || budget.effort.goes_on() {
+        more |= !settled;
+    } else {
+        // Nobody is to try that over and over: the guest's next doorbell is when it is tried again.
+        more &= !budget.waits;
+    }
     issuer
         .counters()
         .commands(&std::mem::take(&mut processor.carried_out));
@@ -459,6 +469,7 @@ fn run_batch<I: Issuer>(
             Ok(Carried::Not) => {
                 // The call ends here, and the next begins with this command.
                 budget.end();
+                budget.waits = true;
                 issuer.change().command.set_head(entry);
                 return Ok(());
             }

@@ -121,6 +121,12 @@ impl Rig {
         self.command(2, device().requester_id().into());
     }
 
+    /// The device's entry lets it reach nothing (V=1, TV=0): the table is written, and the command put into the ring.
+    pub(crate) fn block(&self) {
+        self.store(DEVICE_TABLE + 32 * u64::from(device().requester_id()), 1);
+        self.put(2 << 60 | u64::from(device().requester_id()), 0);
+    }
+
     /// Map page `page` of the device's addresses to `target`.
     pub(crate) fn map(&self, page: u64, target: u64) {
         self.store(HOST_TABLE + 8 * page, 1 << 62 | 1 << 61 | target | 1);

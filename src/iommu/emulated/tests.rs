@@ -11,8 +11,8 @@ use super::testing::{Rig, device, indexed, requester};
 use super::*;
 use crate::iommu::amd::effort::Effort;
 use crate::iommu::amd::request::Access;
-use crate::iommu::iommufd::testing::{DEVICE, Function as HostFunction, Host};
-use crate::iommu::iommufd::{Attach, Copies, Ioas, Memlock};
+use crate::iommu::iommufd::testing::{Call, DEVICE, Function as HostFunction, Host};
+use crate::iommu::iommufd::{Attach as _, Copies, Ioas, Memlock, Silence};
 use crate::iommu::shadow::{Shadow, ShadowParts};
 use crate::pci::Function;
 use crate::pci::access::DwordWrite;
@@ -557,7 +557,7 @@ fn of_the_host(rig: &Rig) -> (Arc<Host>, Arc<HostFunction>, Weak<Ioas>) {
     space.map_ram(Memlock { limit: None }).expect("mapped");
     let weak = Arc::downgrade(&space);
     let unit: Weak<dyn Views> = Arc::downgrade(&rig.unit) as Weak<dyn Views>;
-    let behind: Arc<dyn Attach> = function.clone();
+    let behind: Arc<dyn Silence> = function.clone();
     let shadow = Shadow::new(ShadowParts {
         name: "iommu0".to_owned(),
         unit,
@@ -612,6 +612,45 @@ fn a_wait_behind_much_work_is_answered_when_the_work_is_done_and_holds_up_no_pro
     assert_eq!(rig.flag(), 9);
     let place = function.place().expect("attached");
     assert_eq!(kernel.mapped(place).len(), 512);
+}
+
+#[test]
+fn a_wait_is_not_answered_while_a_function_reaches_what_it_reached_and_the_next_doorbell_tries_again() {
+    let rig = Rig::running();
+    let (kernel, function, _) = of_the_host(&rig);
+    for call in [Call::Attach, Call::Detach, Call::Silence] {
+        kernel.refuse(call, libc::EIO);
+    }
+    rig.block();
+    rig.put_wait(9);
+    rig.ring();
+    rig.unit.run_commands();
+    assert_eq!((rig.flag(), function.reaches(0x3008).is_some()), (0, true));
+    assert!(rig.unit.more.read().is_err(), "the event loop has better to do");
+    kernel.relent();
+    for call in [Call::Attach, Call::Detach] {
+        kernel.refuse(call, libc::EIO);
+    }
+    rig.ring();
+    assert_eq!((rig.flag(), function.is_silent()), (9, true));
+    kernel.relent();
+    rig.unit.run_commands();
+    assert_eq!((function.is_silent(), function.reaches(0x3008)), (false, None));
+}
+
+#[test]
+fn a_reset_comes_to_an_end_though_a_function_is_not_to_be_kept_from_what_it_reaches() {
+    let rig = Rig::running();
+    let (kernel, function, _) = of_the_host(&rig);
+    rig.cover();
+    for call in [Call::Attach, Call::Detach, Call::Silence] {
+        kernel.refuse(call, libc::EIO);
+    }
+    rig.unit.reset();
+    assert_eq!(function.reaches(0x3008), None, "its old tables, which are empty");
+    kernel.relent();
+    rig.unit.reset();
+    assert_eq!(function.reaches(0x3008), Some((0x3008, Access::BOTH)));
 }
 
 #[test]

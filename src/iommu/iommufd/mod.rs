@@ -86,6 +86,15 @@ pub trait Attach: Send + Sync {
     fn detach(&self) -> io::Result<()>;
 }
 
+/// A function of the host's that can be kept from issuing requests at all.
+pub trait Silence: Attach {
+    /// The function issues no requests from here on, whatever its guest lets it, until it is attached again.
+    ///
+    /// # Errors
+    /// When it does not take that.
+    fn silence(&self) -> io::Result<()>;
+}
+
 /// An open /dev/iommu.
 pub struct Iommufd {
     file: File,

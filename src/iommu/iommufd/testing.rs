@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Attach, Copied, Requests};
+use super::{Attach, Copied, Requests, Silence};
 use crate::iommu::amd::request::Access;
 use crate::platform::addr::GpaRange;
 use crate::platform::memory::GuestRam;
@@ -38,6 +38,8 @@ pub enum Call {
     Attach,
     /// [`Attach::detach`].
     Detach,
+    /// [`Silence::silence`].
+    Silence,
 }
 
 /// A mapping: bytes, where they are in memory, what devices may do there.
@@ -58,12 +60,21 @@ struct State {
     /// By number: mappings by their first byte.
     spaces: BTreeMap<u32, BTreeMap<u64, Area>>,
     windows: Option<Vec<RangeInclusive<u64>>>,
-    refused: BTreeMap<Call, i32>,
+    /// Calls to go until all are refused.
+    refused: BTreeMap<Call, (u64, i32)>,
     /// Calls to go until one is refused, once.
     refused_once: Option<(Call, u64, i32)>,
     counts: BTreeMap<Call, u64>,
-    /// By function: what it is attached to.
-    functions: Vec<Option<u32>>,
+    functions: Vec<Place>,
+}
+
+/// What becomes of a function's requests.
+#[derive(Debug, Clone, Copy, Default)]
+struct Place {
+    /// The address space it is attached to.
+    space: Option<u32>,
+    /// It issues none.
+    silent: bool,
 }
 
 impl Host {
@@ -74,7 +85,12 @@ impl Host {
 
     /// Answer every further `call` with the error number `errno`.
     pub fn refuse(&self, call: Call, errno: i32) {
-        self.state().refused.insert(call, errno);
+        self.refuse_after(call, 0, errno);
+    }
+
+    /// The same, after `before` others.
+    pub fn refuse_after(&self, call: Call, before: u64, errno: i32) {
+        self.state().refused.insert(call, (before, errno));
     }
 
     /// Answer one further `call` with `errno`, after `before` others.
@@ -122,7 +138,7 @@ impl Host {
     /// A function that is attached to nothing.
     pub fn function(self: &Arc<Self>) -> Arc<Function> {
         let mut state = self.state();
-        state.functions.push(None);
+        state.functions.push(Place::default());
         Arc::new(Function {
             host: self.clone(),
             number: state.functions.len() - 1,
@@ -144,8 +160,12 @@ impl Host {
                 return Err(io::Error::from_raw_os_error(errno));
             }
         }
-        match state.refused.get(&call) {
-            Some(errno) => Err(io::Error::from_raw_os_error(*errno)),
+        match state.refused.get_mut(&call) {
+            Some((0, errno)) => Err(io::Error::from_raw_os_error(*errno)),
+            Some((before, _)) => {
+                *before -= 1;
+                Ok(state)
+            }
             None => Ok(state),
         }
     }
@@ -179,7 +199,7 @@ impl Requests for Host {
 
     fn destroy(&self, id: u32) -> io::Result<()> {
         let mut state = self.asked(Call::Destroy)?;
-        if state.functions.contains(&Some(id)) {
+        if state.functions.iter().any(|function| function.space == Some(id)) {
             return kernel(libc::EBUSY);
         }
         let found = state.spaces.remove(&id);
@@ -299,12 +319,18 @@ pub struct Function {
 impl Function {
     /// The address space it is attached to.
     pub fn place(&self) -> Option<u32> {
-        self.host.state().functions[self.number]
+        self.host.state().functions[self.number].space
     }
 
-    /// Where byte `iova` is for it, and what it may do there.
+    /// Whether it is kept from issuing requests.
+    pub fn is_silent(&self) -> bool {
+        self.host.state().functions[self.number].silent
+    }
+
+    /// Where byte `iova` is for its requests, and what they may do there.
     pub fn reaches(&self, iova: u64) -> Option<(u64, Access)> {
-        self.host.reaches(self.place()?, iova)
+        let place = self.place().filter(|_| !self.is_silent())?;
+        self.host.reaches(place, iova)
     }
 }
 
@@ -314,12 +340,22 @@ impl Attach for Function {
         if !state.spaces.contains_key(&ioas) {
             return kernel(libc::ENOENT);
         }
-        state.functions[self.number] = Some(ioas);
+        state.functions[self.number] = Place {
+            space: Some(ioas),
+            silent: false,
+        };
         Ok(())
     }
 
     fn detach(&self) -> io::Result<()> {
-        self.host.asked(Call::Detach)?.functions[self.number] = None;
+        self.host.asked(Call::Detach)?.functions[self.number].space = None;
+        Ok(())
+    }
+}
+
+impl Silence for Function {
+    fn silence(&self) -> io::Result<()> {
+        self.host.asked(Call::Silence)?.functions[self.number].silent = true;
         Ok(())
     }
 }

@@ -19,7 +19,8 @@
 //!
 //! A settled shadow is what the tables said when they were last invalidated. The host's requests that fail leave less
 //! mapped than the guest asked for, never more: where one to unmap fails, the address space is given up, its functions
-//! blocked, and another made.
+//! blocked, and another made. A function that the host does not even block is detached, or else kept from issuing requests; where
+//! nothing helps no wait is answered.
 
 mod record;
 mod space;
@@ -35,7 +36,7 @@ use super::amd::pages::PageRange;
 use super::amd::processor::{Follower, NoAnswer};
 use super::amd::request::{Access, Pasid};
 use super::amd::view::{Tables, View};
-use super::iommufd::{Attach, Copies, Ioas, Requests};
+use super::iommufd::{Copies, Ioas, Requests, Silence};
 use crate::guest_warn;
 use crate::pci::topology::Observer;
 use crate::platform::addr::{Bdf, GpaRange};
@@ -70,7 +71,7 @@ pub struct ShadowParts {
     /// Guest RAM: what tables lie in, and lead to.
     pub ram: GuestRam,
     /// The functions behind the unit: as whom the guest knows each at present, and its way to the host's IOMMU.
-    pub functions: Vec<(Arc<Requester>, Arc<dyn Attach>)>,
+    pub functions: Vec<(Arc<Requester>, Arc<dyn Silence>)>,
 }
 
 /// What all address spaces of a shadow are made with.
@@ -87,13 +88,26 @@ struct Host {
 /// A function behind the unit.
 struct Confined {
     requester: Arc<Requester>,
-    function: Arc<dyn Attach>,
+    function: Arc<dyn Silence>,
     /// By which number its entry was read.
     read_as: Bdf,
     /// What it is to reach.
     view: View,
     /// What it is attached to.
     place: Option<u32>,
+    /// How it is kept from there.
+    hold: Hold,
+}
+
+/// How a function is kept from what it is not to reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hold {
+    /// By what it is attached to.
+    Place,
+    /// The host does not take it away from where it is. It issues no requests.
+    Silence,
+    /// It does not even take that.
+    Nothing,
 }
 
 struct State {
@@ -131,6 +145,7 @@ impl Shadow {
             function,
             view: View::Identity(Access::BOTH),
             place: Some(ram),
+            hold: Hold::Place,
         };
         let state = State {
             functions: parts.functions.into_iter().map(confined).collect(),
@@ -330,6 +345,12 @@ impl State {
         let mut wanted = wanted.into_iter();
         self.spaces
             .retain(|space| wanted.next() == Some(true) || attached.contains(&Some(space.id())));
+        let loose = |function: &Confined| function.hold == Hold::Nothing;
+        if self.functions.iter().any(loose) {
+            // The guest must not think that anything was taken away.
+            effort.stick();
+            return false;
+        }
         true
     }
 
@@ -385,11 +406,11 @@ impl State {
             (_, Some(space)) => space.id(),
             (_, None) => self.blocked.id(),
         };
-        if function.place == Some(place) {
+        if function.is_at(place) {
             return;
         }
         match function.function.attach(place) {
-            Ok(()) => function.place = Some(place),
+            Ok(()) => function.came_to(Some(place)),
             Err(error) => {
                 guest_warn!(iommu = host.name, function = %function.at(), %error, "the host does not attach a function to what the guest has it reach; it is blocked");
                 // Until its entry is read again.
@@ -406,19 +427,38 @@ impl Confined {
         self.requester.sbdf().bdf
     }
 
-    /// It reaches nothing from here on.
+    /// Whether its requests reach the address space `place`.
+    fn is_at(&self, place: u32) -> bool {
+        self.place == Some(place) && self.hold == Hold::Place
+    }
+
+    fn came_to(&mut self, place: Option<u32>) {
+        (self.place, self.hold) = (place, Hold::Place);
+    }
+
+    /// It reaches nothing from here on, as far as there is a way to that.
     fn block(&mut self, blocked: u32, host: &Host) {
-        if self.place == Some(blocked) {
+        if self.is_at(blocked) {
             return;
         }
         if self.function.attach(blocked).is_ok() {
-            self.place = Some(blocked);
+            return self.came_to(Some(blocked));
+        }
+        let Err(refused) = self.function.detach() else {
+            return self.came_to(None);
+        };
+        if self.hold == Hold::Silence {
             return;
         }
-        match self.function.detach() {
-            Ok(()) => self.place = None,
+        match self.function.silence() {
+            Ok(()) => {
+                self.hold = Hold::Silence;
+                tracing::error!(iommu = host.name, function = %self.at(), error = %refused, "the host neither blocks nor detaches a function: it issues no requests until the host does");
+            }
             Err(error) => {
-                tracing::error!(iommu = host.name, function = %self.at(), %error, "the host neither blocks nor detaches a function: it reaches what it reached");
+                if std::mem::replace(&mut self.hold, Hold::Nothing) != Hold::Nothing {
+                    tracing::error!(iommu = host.name, function = %self.at(), %refused, %error, "the host neither blocks nor detaches a function, which does not take Bus Master Enable either: it reaches what it reached, and the guest's COMPLETION_WAIT is not answered");
+                }
             }
         }
     }

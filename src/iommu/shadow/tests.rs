@@ -1,5 +1,6 @@
 //! Guests that map and unmap, and what their functions reach at the host then.
 
+mod refused;
 mod shared;
 
 use std::collections::BTreeSet;
@@ -12,8 +13,8 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::iommu::amd::walk::{GuestTable, HostTable, Track};
-use crate::iommu::iommufd::Memlock;
 use crate::iommu::iommufd::testing::{Call, Function, Host as Kernel};
+use crate::iommu::iommufd::{Attach as _, Memlock};
 use crate::platform::addr::{Gpa, Sbdf};
 use crate::platform::dma::Requester;
 
@@ -107,7 +108,7 @@ impl Rig {
         });
         let views: Weak<dyn Views> = Arc::downgrade(&unit) as Weak<dyn Views>;
         let requesters = [0, 1].map(|number| Arc::new(Requester::new(at(number))));
-        let behind = |number: usize| -> (Arc<Requester>, Arc<dyn Attach>) {
+        let behind = |number: usize| -> (Arc<Requester>, Arc<dyn Silence>) {
             (requesters[number].clone(), functions[number].clone())
         };
         let weak = Arc::downgrade(&space);
@@ -522,108 +523,6 @@ fn a_unit_that_is_gone_blocks() {
     rig.unit = Arc::default();
     rig.commands(&[Command::InvalidateAll]);
     assert!(rig.mapped().is_empty());
-}
-
-#[test]
-fn what_the_host_does_not_map_is_not_there_and_comes_with_the_next_invalidation() {
-    let rig = Rig::attached();
-    rig.map(0, 0x5000);
-    rig.map(2, 0x5000);
-    rig.kernel.refuse_once(Call::Copy, 0, libc::ENOMEM);
-    rig.commands(&[pages(PageRange::Everything)]);
-    assert_eq!(rig.mapped(), [(BASE + 0x2000, 0x1000)]);
-    rig.commands(&[pages(PageRange::Everything)]);
-    assert_eq!(rig.mapped(), [(BASE, 0x1000), (BASE + 0x2000, 0x1000)]);
-}
-
-#[test]
-fn what_lies_where_no_device_may_be_is_not_there() {
-    let rig = Rig::reaching(&[0..=BASE + 0xfff, BASE + 0x2000..=u64::MAX]);
-    rig.view(0, tables());
-    (0..4).for_each(|page| rig.map(page, 0x5000 + (page << 12)));
-    rig.commands(&[pages(PageRange::Everything)]);
-    assert_eq!(rig.mapped(), [(BASE, 0x1000), (BASE + 0x2000, 0x2000)]);
-    assert_eq!(rig.reaches(BASE + 0x2000), Some(0x7000));
-}
-
-#[test]
-fn a_host_that_does_not_unmap_loses_the_space_and_confines_all_the_same() {
-    let rig = Rig::attached();
-    rig.map(0, 0x5000);
-    rig.map(1, 0x9000);
-    rig.commands(&[pages(PageRange::Everything)]);
-    rig.view(1, tables());
-    let before = rig.functions[0].place();
-    rig.unmap(0);
-    rig.kernel.refuse_once(Call::Unmap, 0, libc::EBUSY);
-    rig.invalidate_page(0);
-    assert_eq!(
-        (rig.reaches(BASE), rig.reaches(BASE + 0x1000)),
-        (None, Some(0x9000))
-    );
-    assert_ne!(rig.functions[0].place(), before);
-    assert_eq!(rig.functions[1].place(), rig.functions[0].place());
-    // Guest RAM, blocked, and the new one.
-    assert_eq!(rig.kernel.spaces().len(), 3);
-}
-
-#[test]
-fn a_function_that_cannot_be_attached_or_given_a_space_is_blocked() {
-    let rig = Rig::new();
-    rig.kernel.refuse_once(Call::Attach, 0, libc::EINVAL);
-    rig.view(0, tables());
-    assert!(rig.functions[0].place().is_some() && rig.mapped().is_empty());
-    assert_ne!(rig.functions[0].place(), Some(rig.ram_space));
-    rig.kernel.refuse(Call::Alloc, libc::ENOMEM);
-    rig.view(1, tables());
-    assert_eq!(rig.functions[1].place(), rig.functions[0].place());
-    rig.kernel.relent();
-    rig.map(0, 0x5000);
-    rig.commands(&[Command::InvalidateAll]);
-    assert_eq!(rig.reaches(BASE), Some(0x5000));
-}
-
-#[test]
-fn a_function_that_is_not_even_blocked_is_detached() {
-    let rig = Rig::new();
-    rig.kernel.refuse(Call::Attach, libc::EIO);
-    rig.view(0, tables());
-    assert_eq!(rig.functions[0].place(), None);
-    rig.kernel.relent();
-    rig.view(0, View::Identity(Access::BOTH));
-    assert_eq!(rig.functions[0].place(), Some(rig.ram_space));
-}
-
-#[test]
-fn whatever_the_host_refuses_once_nothing_is_reached_that_should_not_be_and_all_comes_back() {
-    let calls = [Call::Alloc, Call::Copy, Call::Unmap, Call::Attach, Call::Destroy];
-    for (call, before) in calls
-        .into_iter()
-        .flat_map(|call| (0..6).map(move |before| (call, before)))
-    {
-        let rig = Rig::new();
-        rig.kernel.refuse_once(call, before, libc::EIO);
-        rig.map(0, 0x5000);
-        rig.map(2, 0x9000);
-        rig.view(0, tables());
-        rig.unmap(0);
-        rig.map(2, 0x7000);
-        rig.map(3, 0x5000);
-        rig.commands(&[pages(PageRange::Everything)]);
-        let allowed = [None, Some(0x7000), Some(0x5000)];
-        let reached = [0, 2, 3].map(|page| rig.reaches(BASE + (page << 12)));
-        let right = reached
-            .iter()
-            .zip(allowed)
-            .all(|(is, may)| is.is_none() || *is == may);
-        assert!(right, "{call:?} {before}: {reached:x?}");
-        rig.view(0, View::Nothing);
-        assert!(rig.mapped().is_empty(), "{call:?} {before}");
-        rig.kernel.relent();
-        rig.view(0, tables());
-        let reached = [0, 2, 3].map(|page| rig.reaches(BASE + (page << 12)));
-        assert_eq!(reached, allowed, "{call:?} {before}");
-    }
 }
 
 #[test]
