@@ -19,7 +19,7 @@ use crate::iommu::amd::window::RegisterWindow;
 use crate::iommu::emulated::{GuestControls, GuestPages, RemappingIoApic};
 use crate::iommu::iommufd::{Copies, Silence};
 use crate::iommu::polling::{DoorbellThread, LateWrites};
-use crate::iommu::shadow::{Shadow, ShadowParts, Views};
+use crate::iommu::shadow::{Limits, Shadow, ShadowParts, Views};
 use crate::pci::topology::{Observer, Topology};
 use crate::pci::tree::{NodeKind, RootComplex};
 use crate::platform::addr::Gpa;
@@ -118,6 +118,7 @@ impl<'a> Viommus<'a> {
                 requests: space.requests().clone(),
                 space: space.clone(),
                 ram: ram.clone(),
+                limits: Limits::DEFAULT,
                 functions,
             })?;
             let shadow = Arc::new(shadow);

@@ -436,6 +436,21 @@ impl<M: SystemMemory> Unit<M> {
         }
     }
 
+    /// Report that `address` is not present for requests of `device` without PASID, whatever its tables say: they go by a copy
+    /// of these, which has nothing there. The record is that of an access of which `access` was asked.
+    pub fn absent_in_copy(&self, device: Bdf, address: Iova, access: Access) -> Effects {
+        let Ok(dte) = self.entry(device) else {
+            // Whoever has no entry has no copy of tables.
+            return Effects::default();
+        };
+        let stopped = Stopped {
+            why: Why::NotPresent,
+            host: None,
+        };
+        let request = Request::plain(device, address, access);
+        self.page_fault(&request, &dte, &stopped).effects
+    }
+
     /// Abort for a page fault of a memory request, which the device's entry may keep from the log.
     fn suppressible(
         &self,

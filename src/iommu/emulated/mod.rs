@@ -34,6 +34,7 @@ use super::amd::passing::Passing;
 use super::amd::processor::Follower;
 use super::amd::registers::Interrupt;
 pub use super::amd::spec::registers::MMIO_LEN;
+use super::amd::request::Access;
 use super::amd::spec::registers::Reg;
 use super::amd::view::View;
 use super::amd::window::RegisterWindow;
@@ -45,7 +46,7 @@ use crate::pci::access::DwordWrite;
 use crate::pci::bar::BarSpec;
 use crate::pci::topology::Observer;
 use crate::pci::{Command, ConfigEffect, Function};
-use crate::platform::addr::{Bdf, GpaRange, Sbdf};
+use crate::platform::addr::{Bdf, GpaRange, Iova, Sbdf};
 use crate::platform::bus::BusDevice;
 use crate::platform::dma::{Requester, Translations, Translator};
 use crate::platform::host::HostError;
@@ -322,6 +323,11 @@ impl Polled for EmulatedUnit {
 impl Views for EmulatedUnit {
     fn view(&self, device: Bdf) -> View {
         self.unit.view(device)
+    }
+
+    fn absent(&self, device: Bdf, address: Iova, access: Access) {
+        let effects = self.unit.absent_in_copy(device, address, access);
+        self.perform(effects);
     }
 
     fn settle_soon(&self) {

@@ -127,6 +127,13 @@ impl Rig {
         self.put(2 << 60 | u64::from(device().requester_id()), 0);
     }
 
+    /// Set bit `bit` of the second quadword of the device's entry, and no other beside the domain.
+    pub(crate) fn suppress(&self, bit: u32) {
+        let at = DEVICE_TABLE + 32 * u64::from(device().requester_id()) + 8;
+        self.store(at, 1 << bit | 1);
+        self.command(2, device().requester_id().into());
+    }
+
     /// Map page `page` of the device's addresses to `target`.
     pub(crate) fn map(&self, page: u64, target: u64) {
         self.store(HOST_TABLE + 8 * page, 1 << 62 | 1 << 61 | target | 1);

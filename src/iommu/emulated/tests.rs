@@ -13,7 +13,7 @@ use crate::iommu::amd::effort::Effort;
 use crate::iommu::amd::request::Access;
 use crate::iommu::iommufd::testing::{Call, DEVICE, Function as HostFunction, Host};
 use crate::iommu::iommufd::{Attach as _, Copies, Ioas, Memlock, Silence};
-use crate::iommu::shadow::{Shadow, ShadowParts};
+use crate::iommu::shadow::{Limits, Shadow, ShadowParts};
 use crate::pci::Function;
 use crate::pci::access::DwordWrite;
 use crate::platform::addr::Gpa;
@@ -564,6 +564,7 @@ fn of_the_host(rig: &Rig) -> (Arc<Host>, Arc<HostFunction>, Weak<Ioas>) {
         requests: kernel.clone(),
         space: space.clone(),
         ram: rig.ram.clone(),
+        limits: Limits::DEFAULT,
         functions: vec![(requester(), behind)],
     });
     let shadow = Arc::new(shadow.expect("made"));
@@ -592,6 +593,43 @@ fn a_function_of_the_host_reaches_what_was_mapped_once_the_wait_is_answered() {
     assert_eq!(function.reaches(0x3008), Some((0x3008, Access::BOTH)));
     // Guest RAM, and nothing.
     assert_eq!(kernel.spaces().len(), 2);
+}
+
+#[test]
+fn a_page_that_the_host_does_not_map_for_a_function_is_an_event_before_the_wait_is_answered() {
+    let rig = Rig::running();
+    let (kernel, function, _) = of_the_host(&rig);
+    rig.cover();
+    rig.map(3, 0x50_0000);
+    kernel.refuse(Call::Copy, libc::ENOSPC);
+    let invalidate = || {
+        rig.put(INVALIDATE, 0x3000);
+        rig.put_wait(9);
+        rig.ring();
+    };
+    invalidate();
+    assert_eq!((rig.flag(), function.reaches(0x3008)), (9, None));
+    // IO_PAGE_FAULT of the device, in its domain: nothing is present there.
+    let record = |at: u64| [rig.load(0x2_0000 + 16 * at), rig.load(0x2_0008 + 16 * at)];
+    let fault = u64::from(device().requester_id()) | 2 << 60 | 1 << 32;
+    assert_eq!((rig.events(), record(0)), (vec![2], [fault, 0x3000]));
+    assert_eq!(rig.read(0x2020) & 2, 2, "EventLogInt");
+    // Each time it is refused, as a device would try each time.
+    invalidate();
+    assert_eq!(rig.events().len(), 2);
+    // Until its entry says that one is enough (SE), or that none is to come (SA).
+    for (bit, events) in [(33, 3), (34, 3)] {
+        rig.suppress(bit);
+        invalidate();
+        invalidate();
+        assert_eq!(rig.events().len(), events, "bit {bit}");
+    }
+    kernel.relent();
+    invalidate();
+    assert_eq!(
+        (rig.events().len(), function.reaches(0x3008).is_some()),
+        (3, true)
+    );
 }
 
 #[test]

@@ -21,6 +21,9 @@
 //! mapped than the guest asked for, never more: where one to unmap fails, the address space is given up, its functions
 //! blocked, and another made. A function that the host does not even block is detached, or else kept from issuing requests; where
 //! nothing helps no wait is answered.
+//!
+//! What the host does not take, or is too much for it, is not there for the function; its requests fault at the host, which
+//! tells nobody. So the guest is told when that becomes known: by an event of the unit, as if the function had tried.
 
 mod record;
 mod space;
@@ -39,12 +42,13 @@ use super::amd::view::{Tables, View};
 use super::iommufd::{Copies, Ioas, Requests, Silence};
 use crate::guest_warn;
 use crate::pci::topology::Observer;
-use crate::platform::addr::{Bdf, GpaRange};
+use crate::platform::addr::{Bdf, GpaRange, Iova};
 use crate::platform::dma::Requester;
 use crate::platform::host::HostError;
 use crate::platform::memory::GuestRam;
 
-use space::{Broken, Space};
+pub use space::Limits;
+use space::{Absent, Broken, Space};
 
 /// What a step costs: there are four to a call.
 const STEP: usize = Effort::PER_CALL / 4;
@@ -53,6 +57,9 @@ const STEP: usize = Effort::PER_CALL / 4;
 pub trait Views: Send + Sync {
     /// What requests of `device` without PASID reach by now.
     fn view(&self, device: Bdf) -> View;
+
+    /// Tell the guest that there is nothing at `address` for requests of `device`, though its tables map that.
+    fn absent(&self, device: Bdf, address: Iova, access: Access);
 
     /// Have followers settle soon, though nobody waits for them.
     fn settle_soon(&self);
@@ -70,6 +77,8 @@ pub struct ShadowParts {
     pub space: Arc<Ioas>,
     /// Guest RAM: what tables lie in, and lead to.
     pub ram: GuestRam,
+    /// How far it goes.
+    pub limits: Limits,
     /// The functions behind the unit: as whom the guest knows each at present, and its way to the host's IOMMU.
     pub functions: Vec<(Arc<Requester>, Arc<dyn Silence>)>,
 }
@@ -81,8 +90,9 @@ struct Host {
     /// The one with guest RAM in it.
     space: Arc<Ioas>,
     ram: GuestRam,
-    /// Where devices may be.
+    /// Where devices may be, ascending.
     windows: Vec<RangeInclusive<u64>>,
+    limits: Limits,
 }
 
 /// A function behind the unit.
@@ -138,6 +148,7 @@ impl Shadow {
             space: parts.space,
             ram: parts.ram,
             windows,
+            limits: parts.limits,
         });
         let confined = |(requester, function): (Arc<Requester>, _)| Confined {
             read_as: requester.sbdf().bdf,
@@ -166,9 +177,20 @@ impl Shadow {
     /// Do a bounded part of what is left, and leave the rest to the unit.
     fn settle_at_once(&self, mut state: MutexGuard<'_, State>) {
         let settled = state.settle(&self.host, &mut Effort::of_a_call());
-        drop(state);
+        self.tell(state);
         if !settled {
             self.unit.upgrade().inspect(|unit| unit.settle_soon());
+        }
+    }
+
+    /// Tell the guest what turned out to be absent.
+    fn tell(&self, mut state: MutexGuard<'_, State>) {
+        let absent = state.take_absent();
+        drop(state);
+        if let Some(unit) = self.unit.upgrade() {
+            for (device, Absent { iova, access }) in absent {
+                unit.absent(device, Iova(iova), access);
+            }
         }
     }
 
@@ -247,7 +269,10 @@ impl Follower for Shadow {
     }
 
     fn settle(&self, effort: &mut Effort) -> bool {
-        self.state().settle(&self.host, effort)
+        let mut state = self.state();
+        let settled = state.settle(&self.host, effort);
+        self.tell(state);
+        settled
     }
 }
 
@@ -295,7 +320,7 @@ impl Copies for Shadow {
                 broken = true;
             }
         }
-        drop(state);
+        self.tell(state);
         if broken {
             self.unit.upgrade().inspect(|unit| unit.settle_soon());
         }
@@ -352,6 +377,19 @@ impl State {
             return false;
         }
         true
+    }
+
+    /// What the guest is to be told, for every function that was to have it.
+    fn take_absent(&mut self) -> Vec<(Bdf, Absent)> {
+        let mut all = Vec::new();
+        for space in &mut self.spaces {
+            let (view, absent) = (space.view(), space.take_absent());
+            let concerned = self.functions.iter().filter(|function| function.view == view);
+            for function in concerned {
+                all.extend(absent.iter().map(|absent| (function.at(), *absent)));
+            }
+        }
+        all
     }
 
     /// Take functions away from what they are no longer to reach. Those whose new space is not settled are blocked until it is;

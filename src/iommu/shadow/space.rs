@@ -15,18 +15,36 @@ use crate::iommu::iommufd::Copied;
 use crate::platform::addr::GpaRange;
 use crate::platform::host::HostError;
 
-/// What one step looks at and asks of the host: 64 MiB in small pages, or 64 runs. A step is some milliseconds at most.
-const STEP: Bound = Bound {
-    entries: 1 << 14,
-    runs: 64,
-};
-/// Entries looked at for one range before it is given up: tables for 256 GiB in small pages. Tables that name
-/// themselves have more, and no end.
-const MOST_ENTRIES: usize = 1 << 26;
-/// Runs of one address space: each is an object of the host kernel's.
-const MOST_RUNS: usize = 1 << 20;
-/// Ranges that wait to be looked at; past that everything is.
-const MOST_PENDING: usize = 256;
+/// How far a shadow goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// What one step looks at and asks of the host.
+    pub step: Bound,
+    /// Entries looked at for one range before it is given up. Tables that name themselves have no end.
+    pub entries: usize,
+    /// Runs of one address space: each is an object of the host kernel's.
+    pub runs: usize,
+    /// Ranges that wait to be looked at; past that everything is.
+    pub pending: usize,
+    /// What the guest is told at once of what is absent in one address space; of more only the host's log tells.
+    pub told: usize,
+}
+
+impl Limits {
+    /// What no sensible guest meets.
+    pub const DEFAULT: Self = Self {
+        // 64 MiB in small pages, or 64 runs. A step is some milliseconds at most.
+        step: Bound {
+            entries: 1 << 14,
+            runs: 64,
+        },
+        // Tables for 256 GiB in small pages.
+        entries: 1 << 26,
+        runs: 1 << 20,
+        pending: 256,
+        told: 16,
+    };
+}
 
 /// A range to be looked at, and how many entries that has cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +52,13 @@ struct Pending {
     first: u64,
     last: u64,
     entries: usize,
+}
+
+/// Where the tables have a page and the host has nothing, and what is not done there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Absent {
+    pub(super) iova: u64,
+    pub(super) access: Access,
 }
 
 /// The host did not unmap: the space may hold what it should not.
@@ -50,6 +75,8 @@ pub(super) struct Space {
     pending: Vec<Pending>,
     /// Something leads where nothing is, or was when it was looked at.
     leads_nowhere: bool,
+    /// What the guest has yet to be told.
+    absent: Vec<Absent>,
 }
 
 impl Space {
@@ -68,6 +95,7 @@ impl Space {
             record: Record::default(),
             pending: Vec::new(),
             leads_nowhere: false,
+            absent: Vec::new(),
         };
         space.invalidate(PageRange::Everything);
         Ok(space)
@@ -81,6 +109,19 @@ impl Space {
     /// What it is a copy of.
     pub(super) const fn view(&self) -> View {
         self.view
+    }
+
+    /// What turned out to be absent since the last call.
+    pub(super) fn take_absent(&mut self) -> Vec<Absent> {
+        std::mem::take(&mut self.absent)
+    }
+
+    /// The host has nothing at `iova`, where the tables let devices do `access`. Which of it one would try nobody knows.
+    fn is_absent(&mut self, iova: u64, access: Access) {
+        let access = if access.read { Access::READ } else { Access::WRITE };
+        if self.absent.len() < self.host.limits.told {
+            self.absent.push(Absent { iova, access });
+        }
     }
 
     /// Whether nothing is left to be looked at.
@@ -112,7 +153,7 @@ impl Space {
             }
             apart
         });
-        if self.pending.len() >= MOST_PENDING {
+        if self.pending.len() >= self.host.limits.pending {
             self.pending.clear();
             (new.first, new.last) = (0, u64::MAX);
         }
@@ -155,11 +196,13 @@ impl Space {
             None => {
                 self.pending.remove(0);
             }
-            Some(next) if entries >= MOST_ENTRIES => {
+            Some(next) if entries >= self.host.limits.entries => {
                 guest_warn!(
                     iommu = self.host.name,
                     "tables have more entries than can be: nothing is mapped for devices of the host from {next:#x} on"
                 );
+                // Whether there is anything in the rest nobody knows: that it begins there is all that can be told.
+                self.is_absent(next, Access::READ);
                 self.apply(next, last, &[])?;
                 self.pending.remove(0);
             }
@@ -188,7 +231,7 @@ impl Space {
                 runs.extend(all.filter_map(|run| run.within(first, last)));
             }
             View::Translated { allowed, tables, .. } => {
-                let found = tables.scan(&self.host.ram, first, last, STEP);
+                let found = tables.scan(&self.host.ram, first, last, self.host.limits.step);
                 for run in found.runs {
                     let access = run.access.and(allowed);
                     if access != Access::NONE {
@@ -213,27 +256,41 @@ impl Space {
     /// What of `runs` the host can map: from where it lets devices be, to memory, each in one region of it.
     fn fitting(&mut self, runs: &[Run]) -> Vec<Run> {
         let mut fitting = Vec::new();
+        let host = self.host.clone();
         let regions = self.memory();
         for run in runs {
-            let mut left = run.len;
-            for window in &self.host.windows {
-                let Some(part) = run.within(*window.start(), *window.end()) else {
+            let mut nowhere = run.len;
+            for range in &regions {
+                let Some(there) = in_memory(run, range.start().0, range.last().0) else {
                     continue;
                 };
-                let inside = regions
-                    .iter()
-                    .filter_map(|range| in_memory(&part, range.start().0, range.last().0));
-                for piece in inside {
-                    left -= piece.len;
-                    fitting.push(piece);
+                nowhere -= there.len;
+                let mut outside = there.len;
+                for window in &host.windows {
+                    if let Some(piece) = there.within(*window.start(), *window.end()) {
+                        outside -= piece.len;
+                        fitting.push(piece);
+                    }
+                }
+                if outside > 0 {
+                    let first = first_outside(there.iova, &host.windows);
+                    guest_warn!(
+                        iommu = host.name,
+                        "the guest maps {:#x}-{:#x}, of which {outside:#x} bytes from {first:#x} on are where the host \
+                         lets no device be (reserved_regions of its IOMMU group); they are not there",
+                        there.iova,
+                        there.last()
+                    );
+                    self.is_absent(first, there.access);
                 }
             }
-            if left > 0 {
+            if nowhere > 0 {
+                // As behind a unit of hardware: the tables lead the request on, and nobody takes it.
                 self.leads_nowhere = true;
                 guest_warn!(
-                    iommu = self.host.name,
-                    "the guest maps {:#x}-{:#x} to {:#x}, of which {left:#x} bytes are not there for devices of the \
-                     host: neither guest RAM nor memory of theirs, or where the host lets no device be",
+                    iommu = host.name,
+                    "the guest maps {:#x}-{:#x} to {:#x}, of which {nowhere:#x} bytes are not there for devices of the \
+                     host: neither guest RAM nor memory of theirs",
                     run.iova,
                     run.last(),
                     run.target
@@ -251,12 +308,14 @@ impl Space {
             self.unmap(range)?;
         }
         for run in change.map {
-            if self.record.len() >= MOST_RUNS {
+            let most = self.host.limits.runs;
+            if self.record.len() >= most {
                 guest_warn!(
                     iommu = self.host.name,
-                    "the guest maps more than {MOST_RUNS} separate ranges for devices of the host; {:#x} is not there",
+                    "the guest maps more than {most} separate ranges for devices of the host; {:#x} is not there",
                     run.iova
                 );
+                self.is_absent(run.iova, run.access);
                 continue;
             }
             let copied = self.host.requests.copy(&Copied {
@@ -277,6 +336,7 @@ impl Space {
                         run.iova,
                         run.last()
                     );
+                    self.is_absent(run.iova, run.access);
                 }
             }
         }
@@ -296,6 +356,18 @@ impl Drop for Space {
             tracing::error!(ioas = self.id, %error, "cannot destroy an I/O address space; it stays until this process ends");
         }
     }
+}
+
+/// The first address from `at` on that is in none of `windows`, which ascend.
+fn first_outside(at: u64, windows: &[RangeInclusive<u64>]) -> u64 {
+    let past = |at: u64, window: &RangeInclusive<u64>| {
+        if window.contains(&at) {
+            window.end().saturating_add(1)
+        } else {
+            at
+        }
+    };
+    windows.iter().fold(at, past)
 }
 
 /// What of `run` leads to `first..=last` in memory.

@@ -1,5 +1,6 @@
 //! Guests that map and unmap, and what their functions reach at the host then.
 
+mod limits;
 mod refused;
 mod shared;
 
@@ -31,6 +32,8 @@ const DOMAIN: u16 = 7;
 #[derive(Default)]
 struct Unit {
     views: Mutex<Vec<View>>,
+    /// What it was to tell the guest: the device's number, the address, and whether it was to be written.
+    told: Mutex<Vec<(u16, u64, bool)>>,
     /// To have its followers settle.
     asked: AtomicBool,
 }
@@ -40,6 +43,11 @@ impl Views for Unit {
         let views = self.views.lock().expect("a test's own");
         let at = usize::from(device.requester_id());
         views.get(at).copied().unwrap_or(View::Nothing)
+    }
+
+    fn absent(&self, device: Bdf, address: Iova, access: Access) {
+        let mut told = self.told.lock().expect("a test's own");
+        told.push((device.requester_id(), address.0, access.write));
     }
 
     fn settle_soon(&self) {
@@ -89,6 +97,11 @@ impl Rig {
 
     /// On a host that lets devices be in `windows`.
     fn reaching(windows: &[RangeInclusive<u64>]) -> Self {
+        Self::limited(windows, Limits::DEFAULT)
+    }
+
+    /// The same whose shadow goes as far as `limits` say.
+    fn limited(windows: &[RangeInclusive<u64>], limits: Limits) -> Self {
         let kernel = Kernel::new();
         // Two regions side by side, and a hole.
         let ranges = [(GuestAddress(0), 6 << 20), (GuestAddress(6 << 20), 2 << 20)];
@@ -118,6 +131,7 @@ impl Rig {
             requests: kernel.clone(),
             space,
             ram: ram.clone(),
+            limits,
             functions: vec![behind(0), behind(1)],
         });
         let shadow = Arc::new(shadow.expect("made"));
@@ -188,6 +202,11 @@ impl Rig {
         self.commands(&[Command::InvalidateDevice {
             device: device(number),
         }]);
+    }
+
+    /// What the guest was told since the last call.
+    fn told(&self) -> Vec<(u16, u64, bool)> {
+        std::mem::take(&mut self.unit.told.lock().expect("a test's own"))
     }
 
     fn reaches(&self, iova: u64) -> Option<u64> {
