@@ -118,6 +118,7 @@ impl<'a> Viommus<'a> {
                 requests: space.requests().clone(),
                 space: space.clone(),
                 ram: ram.clone(),
+                last: unit.last_address(),
                 limits: Limits::DEFAULT,
                 functions,
             })?;

@@ -153,6 +153,24 @@ impl Features {
         self.header.iotlb()
     }
 
+    /// The last address that tables of either format map, with as many levels as are offered. There are no fewer than four.
+    #[must_use]
+    pub const fn last_address(&self) -> u64 {
+        const PAGE: u32 = 12;
+        const LEVEL: u32 = 9;
+        let efr = self.efr;
+        let levels = if efr.gt() && efr.gats() > efr.hats() {
+            efr.gats()
+        } else {
+            efr.hats()
+        };
+        // Six levels are more than 64 bits.
+        match 1_u64.checked_shl(PAGE + LEVEL * (4 + levels as u32)) {
+            Some(end) => end - 1,
+            None => u64::MAX,
+        }
+    }
+
     /// Misc Information 0: 48-bit physical and guest addresses, 64-bit virtual ones, first MSI message.
     #[must_use]
     pub const fn misc0(&self) -> Misc0 {
@@ -259,5 +277,23 @@ mod tests {
             Features::offer(wanted).efr.hats()
         };
         assert_eq!([0, 4, 5, 6, 7].map(hats), [0, 0, 1, 2, 2]);
+    }
+
+    #[test]
+    fn the_last_address_is_that_of_the_format_with_more_levels() {
+        let last = |host_levels, guest_tables, five_levels| {
+            let wanted = Wanted {
+                host_levels,
+                guest_tables,
+                five_levels,
+                ..Wanted::DEFAULT
+            };
+            Features::offer(wanted).last_address()
+        };
+        assert_eq!(last(4, true, false), 0xffff_ffff_ffff);
+        assert_eq!(last(4, false, true), 0xffff_ffff_ffff);
+        assert_eq!(last(4, true, true), 0x1ff_ffff_ffff_ffff);
+        assert_eq!(last(5, false, false), 0x1ff_ffff_ffff_ffff);
+        assert_eq!(last(6, true, true), u64::MAX);
     }
 }

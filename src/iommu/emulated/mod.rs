@@ -157,6 +157,12 @@ impl EmulatedUnit {
         self.ats
     }
 
+    /// The last address that the guest's tables can map.
+    #[must_use]
+    pub const fn last_address(&self) -> u64 {
+        self.unit.features().last_address()
+    }
+
     /// Have `follower` hear of every invalidation. For as long as the unit lives.
     pub fn add_follower(&self, follower: Arc<dyn Follower>) {
         self.unit.add_follower(follower);

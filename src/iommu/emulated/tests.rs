@@ -564,6 +564,7 @@ fn of_the_host(rig: &Rig) -> (Arc<Host>, Arc<HostFunction>, Weak<Ioas>) {
         requests: kernel.clone(),
         space: space.clone(),
         ram: rig.ram.clone(),
+        last: rig.unit.last_address(),
         limits: Limits::DEFAULT,
         functions: vec![(requester(), behind)],
     });

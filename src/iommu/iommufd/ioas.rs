@@ -70,8 +70,10 @@ impl Ioas {
     /// for what else the host refuses. Nothing is mapped then that devices could use: the address space goes.
     pub fn map_ram(&self, limit: Memlock) -> Result<(), HostError> {
         let windows = self.windows()?;
+        let mut below = 0;
         for range in self.ram.ranges() {
-            inside(range, &windows)?;
+            inside(range, below, &windows)?;
+            below += range.len();
         }
         limit.allows(self.ram.size())?;
         for (index, range) in self.ram.ranges().enumerate() {
@@ -101,11 +103,11 @@ impl Drop for Ioas {
     }
 }
 
-/// Whether the host lets devices use all of `range`.
-fn inside(range: GpaRange, windows: &[RangeInclusive<u64>]) -> Result<(), HostError> {
+/// Whether the host lets devices use all of `range`, below which guest RAM has `below` bytes.
+fn inside(range: GpaRange, below: u64, windows: &[RangeInclusive<u64>]) -> Result<(), HostError> {
     let (first, last) = (range.start().0, range.last().0);
-    let holds = |window: &RangeInclusive<u64>| window.contains(&first) && window.contains(&last);
-    if windows.iter().any(holds) {
+    let begins = windows.iter().find(|window| window.contains(&first));
+    if begins.is_some_and(|window| window.contains(&last)) {
         return Ok(());
     }
     let listed: Vec<_> = windows
@@ -113,10 +115,16 @@ fn inside(range: GpaRange, windows: &[RangeInclusive<u64>]) -> Result<(), HostEr
         .map(|window| format!("{:#x}-{:#x}", window.start(), window.end()))
         .collect();
     let reason = format!("devices can use {}", listed.join(", "));
+    // RAM grows upwards, so that less of it ends before what is reserved.
+    let most = below + begins.map_or(0, |window| window.end() - first + 1);
+    let less = match most >> 20 {
+        0 => String::new(),
+        mebibytes => format!("; memory.size={mebibytes}M is the most that ends before it"),
+    };
     Err(HostError::new(
         format!(
             "give devices guest RAM at {range}: the host reserves a part of that (see reserved_regions of their IOMMU \
-             groups in /sys/kernel/iommu_groups)"
+             groups in /sys/kernel/iommu_groups){less}"
         ),
         std::io::Error::other(reason),
     ))
@@ -222,6 +230,26 @@ mod tests {
     }
 
     #[test]
+    fn ram_in_a_reserved_window_is_refused_with_the_most_that_is_not() {
+        let refused = |first: u64, len: u64, below: u64, windows: &[RangeInclusive<u64>]| {
+            let range = GpaRange::new(Gpa(first), len).expect("valid");
+            inside(range, below, windows).expect_err("reserved").to_string()
+        };
+        let split = [0..=12 * MIB - 1, 16 * MIB..=(1 << 39) - 1];
+        let text = refused(0, 64 * MIB, 0, &split);
+        assert!(
+            text.ends_with("; memory.size=12M is the most that ends before it"),
+            "{text}"
+        );
+        // RAM above 4 GiB that a host with 39 bits does not reach.
+        let text = refused(1 << 32, 1 << 39, 3 << 30, &split);
+        let most = (3_u64 << 10) + (508 << 10);
+        assert!(text.contains(&format!("memory.size={most}M is")), "{text}");
+        // None of it, and nothing below.
+        assert!(!refused(12 * MIB, MIB, 0, &split).contains("memory.size"));
+    }
+
+    #[test]
     fn windows_the_host_does_not_tell_are_no_permission() {
         let host = Host::new();
         host.refuse(Call::Windows, libc::EINVAL);
@@ -280,8 +308,8 @@ mod tests {
     #[test]
     fn a_range_is_inside_one_window_or_outside() {
         let range = GpaRange::new(Gpa(0x1000), 0x2000).expect("valid");
-        assert!(inside(range, &[0x1000..=0x2fff]).is_ok());
-        assert!(inside(range, &[0x1000..=0x1fff, 0x2000..=0x2fff]).is_err());
-        assert!(inside(range, &[]).is_err());
+        assert!(inside(range, 0, &[0x1000..=0x2fff]).is_ok());
+        assert!(inside(range, 0, &[0x1000..=0x1fff, 0x2000..=0x2fff]).is_err());
+        assert!(inside(range, 0, &[]).is_err());
     }
 }

@@ -77,6 +77,8 @@ pub struct ShadowParts {
     pub space: Arc<Ioas>,
     /// Guest RAM: what tables lie in, and lead to.
     pub ram: GuestRam,
+    /// The last address that the guest's tables can map.
+    pub last: u64,
     /// How far it goes.
     pub limits: Limits,
     /// The functions behind the unit: as whom the guest knows each at present, and its way to the host's IOMMU.
@@ -141,6 +143,9 @@ impl Shadow {
     /// When the host does not tell what its devices can reach, or makes no address space.
     pub fn new(parts: ShadowParts) -> Result<Self, HostError> {
         let windows = parts.space.windows()?;
+        if let Some(short) = shortfall(&windows, parts.last) {
+            tracing::warn!(iommu = parts.name, "{short}");
+        }
         let ram = parts.space.id();
         let host = Arc::new(Host {
             name: parts.name,
@@ -200,6 +205,22 @@ impl Shadow {
         let view = |at| unit.as_ref().map_or(View::Nothing, |unit| unit.view(at));
         state.look(&self.host, view, which);
     }
+}
+
+/// What the operator is to know where `windows` end before `last`. A unit cannot offer tables of fewer levels, and what IVMD
+/// tables say of memory Linux maps page by page, and gives devices that need it to no program: neither tells the guest.
+fn shortfall(windows: &[RangeInclusive<u64>], last: u64) -> Option<String> {
+    let end = windows.last().map_or(0, |window| *window.end());
+    let bits = |last: u64| u64::BITS - last.leading_zeros();
+    (end < last).then(|| {
+        format!(
+            "the guest's tables map addresses of {} bits for its devices, up to {last:#x}, and the host's IOMMU takes {} \
+             bits, up to {end:#x}: what the guest maps above that is not there for devices of the host, and an event in its \
+             log; Linux begins below 4 GiB, programs that choose addresses themselves may not",
+            bits(last),
+            bits(end)
+        )
+    })
 }
 
 /// Whether an invalidation of `domain` in `space`, `None` for every table of it, is about `view`; and where it then is.

@@ -27,6 +27,8 @@ const LOWER: u64 = 0x2000;
 const BASE: u64 = 2 * MIB;
 const LEAF: u64 = 1 << 62 | 1 << 61 | 1;
 const DOMAIN: u16 = 7;
+/// What four levels map.
+const LAST: u64 = (1 << 48) - 1;
 
 /// What the unit would say of each function.
 #[derive(Default)]
@@ -131,6 +133,7 @@ impl Rig {
             requests: kernel.clone(),
             space,
             ram: ram.clone(),
+            last: LAST,
             limits,
             functions: vec![behind(0), behind(1)],
         });

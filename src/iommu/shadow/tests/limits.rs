@@ -178,3 +178,30 @@ fn a_guest_is_told_so_much_at_once_and_the_rest_is_for_the_hosts_log() {
     rig.invalidate_page(40);
     assert_eq!(rig.told(), [(0, BASE + 0x2_8000, false)]);
 }
+
+#[test]
+fn an_operator_hears_of_a_host_whose_devices_reach_less_than_the_guest_can_map() {
+    let hole = 0xfedf_ffff;
+    assert_eq!(shortfall(&[0..=hole, 0xfef0_0000..=LAST], LAST), None);
+    assert_eq!(shortfall(&ANYWHERE, LAST), None);
+    let text = shortfall(&[0..=hole, 0xfef0_0000..=(1 << 39) - 1], LAST).expect("39 bits");
+    assert!(
+        text.starts_with(
+            "the guest's tables map addresses of 48 bits for its devices, up to 0xffffffffffff, and the host's IOMMU \
+             takes 39 bits, up to 0x7fffffffff: "
+        ),
+        "{text}"
+    );
+    let none = shortfall(&[], LAST).expect("nothing at all");
+    assert!(none.contains("takes 0 bits"), "{none}");
+}
+
+#[test]
+fn what_is_mapped_past_the_last_address_that_the_host_takes_is_told() {
+    let rig = Rig::reaching(&[0..=BASE + 0xfff]);
+    rig.view(0, tables());
+    (0..2).for_each(|page| rig.map(page, 0x5000 + (page << 12)));
+    rig.commands(&[pages(PageRange::Everything)]);
+    assert_eq!(rig.mapped(), [(BASE, 0x1000)]);
+    assert_eq!(rig.told(), [(0, BASE + 0x1000, false)]);
+}
