@@ -80,6 +80,9 @@ impl Ioas {
             self.requests.map(self.id, &self.ram, index).map_err(|source| {
                 let hint = match source.raw_os_error() {
                     Some(libc::ENOMEM) => limit.hint(self.ram.size()),
+                    Some(libc::ENOSPC) => "; a container takes as many mappings as dma_entry_limit of the module \
+                                           vfio_iommu_type1 says, and each range of guest RAM is one; /dev/iommu has no such limit"
+                        .to_owned(),
                     _ => String::new(),
                 };
                 HostError::new(format!("map guest RAM at {range} for devices{hint}"), source)
@@ -290,6 +293,26 @@ mod tests {
         let text = error.to_string();
         assert!(
             text.starts_with("cannot map guest RAM at 00000000-000fffff for devices: this process"),
+            "{text}"
+        );
+        drop(ioas);
+        assert!(host.spaces().is_empty());
+    }
+
+    #[test]
+    fn a_container_that_takes_no_more_mappings_is_told_with_the_parameter_that_says_how_many() {
+        let host = Host::new();
+        host.refuse_once(Call::Map, 1, libc::ENOSPC);
+        let ioas = Ioas::new(host.clone(), ram()).expect("made");
+        let text = ioas.map_ram(ANY).expect_err("refused").to_string();
+        assert!(
+            text.starts_with(
+                "cannot map guest RAM at 100000000-1001fffff for devices; a container takes as many"
+            ),
+            "{text}"
+        );
+        assert!(
+            text.contains("dma_entry_limit of the module vfio_iommu_type1"),
             "{text}"
         );
         drop(ioas);

@@ -92,11 +92,19 @@ pub(super) fn destroy(iommufd: &File, id: u32) -> io::Result<()> {
 ///
 /// The caller keeps `ram` alive until it is unmapped or the address space destroyed; [`super::Ioas`] owns both.
 pub(super) fn map_ram(iommufd: &File, ioas: u32, ram: &GuestRam, region: usize) -> io::Result<()> {
+    let mut argument = map_argument(ioas, ram, region)?;
+    // SAFETY: the size is the structure's; `user_va` is the start of a live mapping of `length` bytes, which is guest
+    // RAM: nothing in this process refers to it but by volatile copies, so that devices may write there at any time.
+    unsafe { issue(iommufd, &mut argument) }
+}
+
+/// All of region number `region` of `ram`, in one piece, where the guest has it.
+fn map_argument(ioas: u32, ram: &GuestRam, region: usize) -> io::Result<abi::iommu_ioas_map> {
     let region = ram.backend().iter().nth(region).ok_or(io::ErrorKind::NotFound)?;
     let memory = region
         .get_host_address(MemoryRegionAddress(0))
         .map_err(io::Error::other)?;
-    let mut argument = abi::iommu_ioas_map {
+    Ok(abi::iommu_ioas_map {
         size: size_of_request::<abi::iommu_ioas_map>(),
         flags: abi::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE
             | abi::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE
@@ -106,10 +114,7 @@ pub(super) fn map_ram(iommufd: &File, ioas: u32, ram: &GuestRam, region: usize) 
         user_va: memory as u64,
         length: region.len(),
         iova: region.start_addr().0,
-    };
-    // SAFETY: the size is the structure's; `user_va` is the start of a live mapping of `length` bytes, which is guest
-    // RAM: nothing in this process refers to it but by volatile copies, so that devices may write there at any time.
-    unsafe { issue(iommufd, &mut argument) }
+    })
 }
 
 /// Map the first bytes of `memory` at `range`, for reading and writing.
@@ -402,6 +407,54 @@ mod tests {
             ),
             (0x8f, 40)
         );
+    }
+
+    const HUGE: u64 = 2 << 20;
+
+    /// That each region of `ram` goes by one request, whose addresses on both sides are the same distance from a page of `size`
+    /// bytes: then the host's IOMMU has entries of that size wherever memory has such pages.
+    fn goes_in_pages_of(size: u64, ram: &GuestRam) {
+        for (region, range) in ram.ranges().enumerate() {
+            let argument = map_argument(7, ram, region).expect("there is one");
+            assert_eq!((argument.iova, argument.length), (range.start().0, range.len()));
+            assert_eq!(argument.user_va % size, argument.iova % size, "{range}");
+        }
+        assert!(map_argument(7, ram, ram.ranges().count()).is_err());
+    }
+
+    #[test]
+    fn ram_of_the_hosts_huge_pages_goes_to_devices_in_large_pages() {
+        use rustix::fs::{MemfdFlags, memfd_create};
+        use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+        let ranges = [(0, 2 * HUGE), (1 << 32, HUGE)].map(|(start, len)| {
+            // Nothing is taken from the pool, which may be empty, before somebody touches it.
+            let flags = MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB | MemfdFlags::CLOEXEC;
+            let file = File::from(memfd_create("huge", flags).expect("a kernel with hugetlbfs"));
+            file.set_len(len).expect("whole pages");
+            let len = usize::try_from(len).expect("64 bits");
+            (GuestAddress(start), len, Some(FileOffset::new(file, 0)))
+        });
+        let ram = GuestMemoryMmap::from_ranges_with_files(ranges).expect("mapped");
+        goes_in_pages_of(HUGE, &GuestRam::new(ram));
+    }
+
+    #[test]
+    fn ram_of_transparent_huge_pages_goes_to_devices_in_large_pages() {
+        use crate::platform::ram::{RamOptions, allocate};
+        let release = rustix::system::uname().release().to_string_lossy().into_owned();
+        let mut numbers = release
+            .split(['.', '-'])
+            .map_while(|part| part.parse::<u32>().ok());
+        let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+        // Kernels before put anonymous memory at any page.
+        let size = if version < (6, 7) { 0x1000 } else { HUGE };
+        let ranges = [(0, 2 * HUGE), (1 << 32, HUGE)];
+        let ranges = ranges.map(|(start, len)| GpaRange::new(Gpa(start), len).expect("valid"));
+        let options = RamOptions {
+            transparent_huge_pages: true,
+            ..RamOptions::default()
+        };
+        goes_in_pages_of(size, &allocate(&ranges, &options).expect("a few MiB"));
     }
 
     #[test]
