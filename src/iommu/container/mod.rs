@@ -7,6 +7,7 @@
 
 mod uapi;
 
+use std::fmt::Display;
 use std::fs::File;
 use std::io;
 use std::ops::RangeInclusive;
@@ -49,36 +50,16 @@ impl Container {
     }
 
     fn open_at(path: &Path) -> Result<Arc<Self>, HostError> {
+        let file = File::options().read(true).write(true).open(path);
+        let file = file.map_err(|source| not_opened(path, source))?;
         let path = path.display();
-        let file = File::options().read(true).write(true).open(path.to_string());
-        let file = file.map_err(|source| {
-            let what = match source.kind() {
-                io::ErrorKind::NotFound => {
-                    "; is the module vfio loaded, and was the host's kernel built with CONFIG_VFIO_CONTAINER?"
-                }
-                io::ErrorKind::PermissionDenied => "; it belongs to root unless a udev rule says otherwise",
-                _ => "",
-            };
-            HostError::new(format!("open {path}{what}"), source)
-        })?;
         let version = uapi::api_version(&file)
             .map_err(|source| HostError::new(format!("ask {path} for its version"), source))?;
-        if i64::from(version) != i64::from(abi::VFIO_API_VERSION) {
-            let reason = io::Error::other(format!(
-                "its version is {version}, and {} is known here",
-                abi::VFIO_API_VERSION
-            ));
-            return Err(HostError::new(format!("use {path}"), reason));
-        }
-        let type1 = uapi::has(&file, abi::VFIO_TYPE1v2_IOMMU)
-            .map_err(|source| HostError::new(format!("ask {path} for its IOMMU drivers"), source))?;
-        if !type1 {
-            let reason = io::Error::other("there is no IOMMU driver of type 1, version 2");
-            return Err(HostError::new(
-                format!("use {path}; is the module vfio_iommu_type1 loaded?"),
-                reason,
-            ));
-        }
+        let known = |kind| {
+            uapi::has(&file, kind)
+                .map_err(|source| HostError::new(format!("ask {path} for its IOMMU drivers"), source))
+        };
+        usable(&path, version, known)?;
         Ok(Arc::new(Self::of(file)))
     }
 
@@ -103,6 +84,41 @@ impl Container {
         }
         Ok(())
     }
+}
+
+/// Why `path` could not be opened, and what to do about it.
+fn not_opened(path: &Path, source: io::Error) -> HostError {
+    let what = match source.kind() {
+        io::ErrorKind::NotFound => {
+            "; is the module vfio loaded, and was the host's kernel built with CONFIG_VFIO_CONTAINER?"
+        }
+        io::ErrorKind::PermissionDenied => "; it belongs to root unless a udev rule says otherwise",
+        _ => "",
+    };
+    HostError::new(format!("open {}{what}", path.display()), source)
+}
+
+/// Whether a container of `version` is one of those known here, with an IOMMU driver of `has`.
+fn usable(
+    path: &dyn Display,
+    version: i32,
+    has: impl FnOnce(u32) -> Result<bool, HostError>,
+) -> Result<(), HostError> {
+    if i64::from(version) != i64::from(abi::VFIO_API_VERSION) {
+        let reason = io::Error::other(format!(
+            "its version is {version}, and {} is known here",
+            abi::VFIO_API_VERSION
+        ));
+        return Err(HostError::new(format!("use {path}"), reason));
+    }
+    if !has(abi::VFIO_TYPE1v2_IOMMU)? {
+        let reason = io::Error::other("there is no IOMMU driver of type 1, version 2");
+        return Err(HostError::new(
+            format!("use {path}; is the module vfio_iommu_type1 loaded?"),
+            reason,
+        ));
+    }
+    Ok(())
 }
 
 impl AsFd for Container {
@@ -205,6 +221,7 @@ mod tests {
     use super::*;
     use crate::iommu::amd::request::Access;
     use crate::platform::addr::Gpa;
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
 
     const CAPS: u32 = abi::VFIO_IOMMU_INFO_CAPS;
 
@@ -224,6 +241,35 @@ mod tests {
         let error = Container::open_at(file.path()).err().expect("none");
         assert!(error.to_string().ends_with(" for its version"), "{error}");
         assert_eq!(error.source.raw_os_error(), Some(libc::ENOTTY));
+    }
+
+    #[test]
+    fn who_may_not_open_it_is_told_whose_it_is_and_other_reasons_stand_alone() {
+        let text = |errno| not_opened(Path::new(NODE), io::Error::from_raw_os_error(errno)).to_string();
+        assert_eq!(
+            text(libc::EACCES),
+            "cannot open /dev/vfio/vfio; it belongs to root unless a udev rule says otherwise"
+        );
+        assert_eq!(text(libc::EMFILE), "cannot open /dev/vfio/vfio");
+    }
+
+    #[test]
+    fn a_container_of_another_version_or_without_a_driver_is_refused_with_what_it_lacks() {
+        let refused = |version, has: fn(u32) -> Result<bool, HostError>| {
+            usable(&NODE, version, has).expect_err("not usable")
+        };
+        let error = refused(1, |_| panic!("nobody asks further"));
+        assert_eq!(error.to_string(), "cannot use /dev/vfio/vfio");
+        assert_eq!(error.source.to_string(), "its version is 1, and 0 is known here");
+        let error = refused(0, |_| Ok(false));
+        assert_eq!(
+            error.to_string(),
+            "cannot use /dev/vfio/vfio; is the module vfio_iommu_type1 loaded?"
+        );
+        let error = refused(0, |_| Err(HostError::new("ask", io::ErrorKind::Other)));
+        assert_eq!(error.to_string(), "cannot ask");
+        let asked_for = |kind| Ok(kind == abi::VFIO_TYPE1v2_IOMMU);
+        usable(&NODE, 0, asked_for).expect("usable");
     }
 
     #[test]
@@ -260,6 +306,8 @@ mod tests {
         assert!(container.destroy(SPACE).is_err());
         assert!(container.alloc().is_err(), "what is mapped still is");
         assert!(container.windows(SPACE).is_err() && container.unmap(SPACE, 0..=0xfff).is_err());
+        let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("a page");
+        assert!(container.map(SPACE, &GuestRam::new(ram), 0).is_err());
     }
 
     #[test]

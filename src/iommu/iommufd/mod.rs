@@ -111,16 +111,7 @@ impl Iommufd {
 
     fn open_at(path: &Path) -> Result<Arc<Self>, HostError> {
         let file = File::options().read(true).write(true).open(path);
-        let file = file.map_err(|source| {
-            let what = match source.kind() {
-                io::ErrorKind::NotFound => {
-                    "; is the module iommufd loaded, and was the host's kernel built with CONFIG_IOMMUFD?"
-                }
-                io::ErrorKind::PermissionDenied => "; it belongs to root unless a udev rule says otherwise",
-                _ => "",
-            };
-            HostError::new(format!("open {}{what}", path.display()), source)
-        })?;
+        let file = file.map_err(|source| not_opened(path, source))?;
         Ok(Self::of_descriptor(file))
     }
 
@@ -129,6 +120,18 @@ impl Iommufd {
     pub fn of_descriptor(file: File) -> Arc<Self> {
         Arc::new(Self { file })
     }
+}
+
+/// Why `path` could not be opened, and what to do about it.
+fn not_opened(path: &Path, source: io::Error) -> HostError {
+    let what = match source.kind() {
+        io::ErrorKind::NotFound => {
+            "; is the module iommufd loaded, and was the host's kernel built with CONFIG_IOMMUFD?"
+        }
+        io::ErrorKind::PermissionDenied => "; it belongs to root unless a udev rule says otherwise",
+        _ => "",
+    };
+    HostError::new(format!("open {}{what}", path.display()), source)
 }
 
 impl AsFd for Iommufd {
@@ -181,6 +184,16 @@ mod tests {
             "cannot open /nonexistent/iommu; is the module iommufd loaded, and was the host's kernel built with \
              CONFIG_IOMMUFD?"
         );
+    }
+
+    #[test]
+    fn who_may_not_open_it_is_told_whose_it_is_and_other_reasons_stand_alone() {
+        let text = |errno| not_opened(Path::new(NODE), io::Error::from_raw_os_error(errno)).to_string();
+        assert_eq!(
+            text(libc::EACCES),
+            "cannot open /dev/iommu; it belongs to root unless a udev rule says otherwise"
+        );
+        assert_eq!(text(libc::EMFILE), "cannot open /dev/iommu");
     }
 
     #[test]

@@ -189,3 +189,35 @@ fn a_function_that_left_and_is_not_blocked_is_silent() {
     rig.shadow().left(&rig.requesters[0]);
     assert!(rig.functions[0].is_silent() && rig.reaches(BASE).is_none());
 }
+
+#[test]
+fn a_shadow_of_a_host_that_tells_no_windows_or_makes_no_space_is_none_and_leaves_nothing() {
+    let kernel = Kernel::new();
+    let ram = GuestRam::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("a MiB"));
+    let space = Arc::new(Ioas::new(kernel.clone(), ram.clone()).expect("made"));
+    let unit: Arc<Unit> = Arc::default();
+    let error = |call| {
+        kernel.refuse(call, libc::ENOMEM);
+        let shadow = Shadow::new(ShadowParts {
+            name: "iommu0".to_owned(),
+            unit: Arc::downgrade(&unit) as Weak<dyn Views>,
+            requests: kernel.clone(),
+            space: space.clone(),
+            ram: ram.clone(),
+            last: LAST,
+            limits: Limits::DEFAULT,
+            functions: Vec::new(),
+        });
+        kernel.relent();
+        shadow.err().expect("refused").to_string()
+    };
+    assert_eq!(
+        error(Call::Windows),
+        "cannot ask the host which addresses its devices can reach"
+    );
+    assert_eq!(
+        error(Call::Alloc),
+        "cannot make an I/O address space for what iommu0 translates"
+    );
+    assert_eq!(kernel.spaces(), [space.id()]);
+}
