@@ -4,12 +4,14 @@
 //! (INVALIDATE_INTERRUPT_TABLE and those that invalidate more), and every route of the device concerned is
 //! set anew before the COMPLETION_WAIT that follows is answered, some in each call: the host's kernel takes its time for
 //! each. A message that would go nowhere has no route: it is sent one by one, so that the unit can report it. Functions of
-//! the host have nothing but routes: what they send then goes nowhere, and nobody reports it.
+//! the host signal the route's eventfd all the same, which the event loop then hears instead of the kernel.
 
 use std::collections::VecDeque;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{EmulatedUnit, data};
@@ -86,6 +88,69 @@ impl EmulatedUnit {
     }
 }
 
+/// What the event loop hears of a unit: that it has commands to carry out, and what signals blocked messages.
+pub(super) struct Wakes(Epoll);
+
+/// Blocked messages that are sent in one go. The event loop has other things to do.
+const MOST_HEARD: usize = 16;
+
+impl Wakes {
+    /// To be heard while `commands` is readable, for one.
+    pub(super) fn new(commands: &EventFd) -> std::io::Result<Self> {
+        let wakes = Self(Epoll::new()?);
+        wakes.hear(commands)?;
+        Ok(wakes)
+    }
+
+    pub(super) fn descriptor(&self) -> std::os::fd::RawFd {
+        self.0.as_raw_fd()
+    }
+
+    fn hear(&self, eventfd: &EventFd) -> std::io::Result<()> {
+        let fd = eventfd.as_raw_fd();
+        let number = u64::try_from(fd).expect("an open descriptor");
+        self.0
+            .ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, number))
+    }
+
+    fn ignore(&self, eventfd: &EventFd) {
+        let fd = eventfd.as_raw_fd();
+        self.0
+            .ctl(ControlOperation::Delete, fd, EpollEvent::default())
+            .expect("it is heard until now");
+    }
+
+    /// The descriptors that are readable now, some of them.
+    fn heard(&self) -> Vec<u64> {
+        let mut events = [EpollEvent::default(); MOST_HEARD];
+        // Where it is interrupted the event loop comes again.
+        let count = self.0.wait(0, &mut events).unwrap_or(0);
+        events.iter().take(count).map(EpollEvent::data).collect()
+    }
+}
+
+impl EmulatedUnit {
+    /// Send messages that were signalled while the unit blocks them, so that it reports them.
+    pub(super) fn send_blocked(&self) {
+        let heard = self.wakes.heard();
+        let is_heard = |route: &Arc<Route>| {
+            let fd = u64::try_from(route.kernel.eventfd().as_raw_fd());
+            fd.is_ok_and(|fd| heard.contains(&fd))
+        };
+        let mut routes: Vec<_> = lock(&self.routes.all).iter().filter_map(Weak::upgrade).collect();
+        routes.retain(is_heard);
+        for route in routes {
+            if let Some(message) = route.take_blocked() {
+                let device = route.requester.sbdf().bdf;
+                // It may pass by now.
+                self.send(device, message, |message| {
+                    self.messages.signal(&route.requester, message);
+                });
+            }
+        }
+    }
+}
+
 /// Where the functions behind a unit send their messages.
 pub struct RemappingSink(Arc<EmulatedUnit>);
 
@@ -147,6 +212,8 @@ struct Asked {
     device: Bdf,
     /// The unit blocks the message: what is signalled meanwhile goes nowhere.
     blocked: bool,
+    /// The event loop hears what is signalled.
+    heard: bool,
 }
 
 impl Route {
@@ -163,13 +230,38 @@ impl Route {
             self.carries_for.store(NOBODY, Ordering::Release);
         }
         (asked.device, asked.blocked) = (device, blocked);
+        if !blocked {
+            self.ignore(asked);
+        }
         self.kernel.set(routed)?;
         if routed.is_some() {
             self.carries_for
                 .store(device.requester_id().into(), Ordering::Release);
         }
         asked.message = message;
+        if blocked && !asked.heard {
+            match self.unit.wakes.hear(self.kernel.eventfd()) {
+                Ok(()) => asked.heard = true,
+                Err(error) => {
+                    guest_warn!(device = %self.requester.sbdf(), %error, "the host has no room to hear of an interrupt that the unit blocks: it leaves no event");
+                }
+            }
+        }
         Ok(())
+    }
+
+    /// The event loop hears nothing of it any more.
+    fn ignore(&self, asked: &mut Asked) {
+        if std::mem::take(&mut asked.heard) {
+            self.unit.wakes.ignore(self.kernel.eventfd());
+        }
+    }
+
+    /// The message that was signalled while the unit blocks it, if one was.
+    fn take_blocked(&self) -> Option<MsiMessage> {
+        let asked = lock(&self.asked);
+        let signalled = asked.blocked && self.kernel.eventfd().read().is_ok();
+        asked.message.filter(|_| signalled)
     }
 
     /// Whether it is set to a message of a device of those, or of one that has another number by now.
@@ -201,6 +293,13 @@ impl Route {
                 );
             }
         }
+    }
+}
+
+impl Drop for Route {
+    fn drop(&mut self) {
+        let mut asked = *lock(&self.asked);
+        self.ignore(&mut asked);
     }
 }
 

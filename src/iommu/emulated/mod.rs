@@ -53,7 +53,7 @@ use crate::platform::host::HostError;
 use crate::platform::memory::GuestRam;
 use crate::platform::msi::{MsiMessage, MsiPort, MsiSink};
 
-use messages::Routes;
+use messages::{Routes, Wakes};
 use serving::Waiting;
 
 /// Data of a message, by what it delivers.
@@ -104,16 +104,21 @@ pub struct EmulatedUnit {
     waiting: Mutex<Waiting>,
     /// Readable while commands wait that no processor is to be held up with.
     more: EventFd,
+    /// What the event loop hears.
+    wakes: Wakes,
 }
 
 impl EmulatedUnit {
     /// A unit made of `parts`, as after power-on.
     ///
     /// # Errors
-    /// When the host has no eventfd for it.
+    /// When the host has no eventfd or epoll instance for it.
     pub fn new(parts: UnitParts) -> Result<Arc<Self>, HostError> {
         let more = EventFd::new(EFD_NONBLOCK)
             .map_err(|source| HostError::new(format!("create the eventfd of {}", parts.name), source))?;
+        let wakes = Wakes::new(&more).map_err(|source| {
+            HostError::new(format!("create the epoll instance of {}", parts.name), source)
+        })?;
         let own = Arc::new(Requester::new(parts.at));
         own.set_bus_master(true);
         let function = UnitFunction::serving(
@@ -140,6 +145,7 @@ impl EmulatedUnit {
             routes,
             waiting: Mutex::default(),
             more,
+            wakes,
         };
         connected.unit.mirror_msi(connected.function.msi());
         Ok(Arc::new(connected))
@@ -233,8 +239,10 @@ impl EmulatedUnit {
         let _ = self.more.read();
     }
 
-    /// Carry out commands that a processor was not held up with. Called when [`AsRawFd`] is readable.
+    /// Carry out commands that a processor was not held up with, and send messages that were signalled while the unit blocks
+    /// them. Called when [`AsRawFd`] is readable.
     pub fn run_commands(&self) {
+        self.send_blocked();
         // Somebody else may have been faster.
         let _ = self.more.read();
         let mut effects = self.unit.run_commands();
@@ -347,7 +355,7 @@ impl Views for EmulatedUnit {
 
 impl AsRawFd for EmulatedUnit {
     fn as_raw_fd(&self) -> RawFd {
-        self.more.as_raw_fd()
+        self.wakes.descriptor()
     }
 }
 

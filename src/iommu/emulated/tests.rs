@@ -1,5 +1,7 @@
 //! The unit as devices and processors of a machine meet it.
 
+mod blocked;
+
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
