@@ -4,8 +4,8 @@
 //! What the kernel is asked passes one seam, [`Requests`], so that tests refuse any of it.
 
 pub mod abi;
-#[cfg(test)]
-pub(crate) mod fake;
+#[cfg(any(test, fuzzing))]
+pub mod fake;
 mod ioas;
 mod kernel;
 mod shared;

@@ -18,33 +18,52 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socke
 use super::{Attach, Kernel};
 use crate::platform::device_memory::DeviceMemory;
 
-pub(crate) use objects::Object;
+pub use objects::Object;
 use objects::Objects;
 use structure::{Structure, Tail};
 
 /// Which kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Version {
+pub enum Version {
     /// Linux 7.3 as published.
     Stock,
-    /// AMD's, by the name of the version.
+    /// AMD's, `v-a`.
     A,
+    /// AMD's, `v-c`.
     C,
+    /// AMD's, `v-d`.
     D,
+    /// AMD's, `v-e`.
     E,
 }
 
 /// EFR with GTSup, GIOSup, vIOMMUSup and PPRSup.
-pub(crate) const EFR: u64 = 1 << 55 | 1 << 48 | 1 << 4 | 1 << 1;
+pub const EFR: u64 = 1 << 55 | 1 << 48 | 1 << 4 | 1 << 1;
 /// EFR2 with GCR3TRPMode.
-pub(crate) const EFR2: u64 = 1 << 3;
+pub const EFR2: u64 = 1 << 3;
 /// The number of the request that routes interrupts; no published text has it.
-pub(crate) const EXT_INT: u32 = 0x98;
+pub const EXT_INT: u32 = 0x98;
+/// What a request may fail with, whatever it is. Some mean something of their own to whoever asked.
+pub const ERRNOS: [i32; 13] = [
+    libc::ENOMEM,
+    libc::EIO,
+    libc::EINVAL,
+    libc::ENOENT,
+    libc::EBUSY,
+    libc::EOPNOTSUPP,
+    libc::ENODEV,
+    libc::EPERM,
+    libc::EFAULT,
+    libc::EEXIST,
+    libc::ENOSPC,
+    libc::ENOTTY,
+    libc::E2BIG,
+];
 /// What the unit has for the first guest.
 const FIRST_GUEST: u32 = 1;
 
 /// The kernel.
-pub(crate) struct Fake {
+pub struct Fake {
     version: Version,
     /// What is mapped instead of a unit's memory.
     memory: File,
@@ -72,13 +91,16 @@ struct State {
 }
 
 /// The error of a kernel that answers `errno`.
-pub(crate) fn refuse<T>(errno: i32) -> io::Result<T> {
+fn refuse<T>(errno: i32) -> io::Result<T> {
     Err(io::Error::from_raw_os_error(errno))
 }
 
 impl Fake {
-    pub(crate) fn new(version: Version) -> Arc<Self> {
-        let memory = tempfile::tempfile().expect("a file");
+    /// A kernel of this version that made nothing yet.
+    #[must_use]
+    pub fn new(version: Version) -> Arc<Self> {
+        let memory = rustix::fs::memfd_create("unit", rustix::fs::MemfdFlags::CLOEXEC).expect("a file");
+        let memory = File::from(memory);
         memory.set_len(0x10_0000).expect("room");
         Arc::new(Self {
             version,
@@ -104,13 +126,13 @@ impl Fake {
     }
 
     /// A device behind unit `unit` that is bound; its number.
-    pub(crate) fn bind(&self, unit: u32) -> u32 {
+    pub fn bind(&self, unit: u32) -> u32 {
         self.state().objects.add(Object::Device { unit, attached: None })
     }
 
     /// `device` is bound no longer, as when its last descriptor is closed: what the guest calls it goes with it, by no
     /// request, and nothing has the number of that ever after.
-    pub(crate) fn unbind(&self, device: u32) {
+    pub fn unbind(&self, device: u32) {
         let objects = &mut self.state().objects;
         let of = |object: &Object| matches!(*object, Object::Vdevice { device: of, .. } if of == device);
         if let Some(name) = objects.find(of) {
@@ -120,7 +142,7 @@ impl Fake {
     }
 
     /// What attaches `device`.
-    pub(crate) fn function(self: &Arc<Self>, device: u32) -> Arc<Function> {
+    pub fn function(self: &Arc<Self>, device: u32) -> Arc<Function> {
         Arc::new(Function {
             kernel: self.clone(),
             device,
@@ -128,14 +150,20 @@ impl Fake {
     }
 
     /// All but devices.
-    pub(crate) fn objects(&self) -> Vec<Object> {
+    pub fn objects(&self) -> Vec<Object> {
         let state = self.state();
         let all = state.objects.all().copied();
         all.filter(|object| !matches!(object, Object::Device { .. }))
             .collect()
     }
 
-    pub(crate) fn attached(&self, device: u32) -> Option<u32> {
+    /// What has this number.
+    pub fn object(&self, id: u32) -> Option<Object> {
+        self.state().objects.get(id).ok()
+    }
+
+    /// The tables or address space that `device` is attached to.
+    pub fn attached(&self, device: u32) -> Option<u32> {
         match self.state().objects.get(device) {
             Ok(Object::Device { attached, .. }) => attached,
             _ => None,
@@ -143,49 +171,59 @@ impl Fake {
     }
 
     /// What was destroyed so far, in order.
-    pub(crate) fn destroyed(&self) -> Vec<Object> {
+    pub fn destroyed(&self) -> Vec<Object> {
         self.state().destroyed.clone()
     }
 
-    pub(crate) fn set_efr(&self, efr: u64) {
+    /// Tell this EFR from here on, and go by it.
+    pub fn set_efr(&self, efr: u64) {
         self.state().efr = efr;
     }
 
-    pub(crate) fn set_info_type(&self, info_type: u32) {
+    /// Say from here on that units are of this type.
+    pub fn set_info_type(&self, info_type: u32) {
         self.state().info_type = info_type;
     }
 
     /// Answer one request with `errno`, after `before` others.
-    pub(crate) fn fail(&self, before: u64, errno: i32) {
+    pub fn fail(&self, before: u64, errno: i32) {
         self.state().fails = Some((before, errno));
     }
 
-    pub(crate) fn relent(&self) {
+    /// Whether a request is still to be failed.
+    pub fn fails(&self) -> bool {
+        self.state().fails.is_some()
+    }
+
+    /// Fail nothing any more.
+    pub fn relent(&self) {
         self.state().fails = None;
     }
 
     /// How often it was asked for anything.
-    pub(crate) fn asked(&self) -> u64 {
+    pub fn asked(&self) -> u64 {
         self.state().asked
     }
 
-    pub(crate) fn registers(&self) -> Vec<(u32, u16, u64)> {
+    /// Registers that were forwarded: the vIOMMU, offset and value.
+    pub fn registers(&self) -> Vec<(u32, u16, u64)> {
         self.state().registers.clone()
     }
 
-    pub(crate) fn routes(&self) -> Vec<[u32; 4]> {
+    /// Interrupts that were routed: kind, VM, vCPU, vector.
+    pub fn routes(&self) -> Vec<[u32; 4]> {
         self.state().routes.clone()
     }
 
     /// Put `bytes`, headers and records, into the first event queue there is, to be read at once; waits for room. `false`
     /// where nobody can read them any more.
-    pub(crate) fn tell(&self, bytes: &[u8]) -> bool {
+    pub fn tell(&self, bytes: &[u8]) -> bool {
         let queue = self.state().events.first().expect("an event queue").1.clone();
         send(&queue, bytes, SendFlags::NOSIGNAL).is_ok()
     }
 
     /// Tell nothing more by the first event queue there is, which no kernel does.
-    pub(crate) fn end_events(&self) {
+    pub fn end_events(&self) {
         self.state().events.remove(0);
     }
 
@@ -328,8 +366,8 @@ impl State {
                 if version == Version::Stock || data_type != 3 || flags != 0 {
                     return refuse(libc::EOPNOTSUPP);
                 }
-                check_dte(data)?;
-                Object::Nested { viommu: over }
+                let dte = check_dte(data)?;
+                Object::Nested { viommu: over, dte }
             }
             _ => return refuse(libc::EINVAL),
         };
@@ -530,8 +568,8 @@ fn has_reader(end: &OwnedFd) -> bool {
     !poll[0].revents().contains(PollFlags::HUP)
 }
 
-/// What the driver checks of a guest's entry, and that nothing else is in it.
-fn check_dte(data: &[u8]) -> io::Result<()> {
+/// A guest's entry, after what the driver checks of it; and nothing else is in it.
+fn check_dte(data: &[u8]) -> io::Result<[u64; 4]> {
     if data.len() != 32 {
         return refuse(libc::EINVAL);
     }
@@ -557,11 +595,11 @@ fn check_dte(data: &[u8]) -> io::Result<()> {
             "bits that say nothing: {d0:x} {d1:x} {d2:x} {d3:x}"
         );
     }
-    Ok(())
+    Ok([d0, d1, d2, d3])
 }
 
 /// A device's way to tables.
-pub(crate) struct Function {
+pub struct Function {
     kernel: Arc<Fake>,
     device: u32,
 }
@@ -571,7 +609,7 @@ impl Attach for Function {
         let mut state = self.kernel.ask()?;
         match state.objects.get(table)? {
             Object::Ioas | Object::Hwpt { .. } => {}
-            Object::Nested { viommu } => {
+            Object::Nested { viommu, .. } => {
                 let named = |object: &Object| matches!(*object, Object::Vdevice { viommu: v, device: d, .. } if v == viommu && d == self.device);
                 if !state.objects.all().any(named) {
                     return refuse(libc::EINVAL);

@@ -7,34 +7,68 @@ use super::refuse;
 
 /// An object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Object {
+pub enum Object {
     /// A function that is bound.
-    Device { unit: u32, attached: Option<u32> },
+    Device {
+        /// The unit that it is behind.
+        unit: u32,
+        /// What its requests pass.
+        attached: Option<u32>,
+    },
     /// An address space.
     Ioas,
     /// Tables of the host's.
-    Hwpt { ioas: u32, nest_parent: bool },
-    /// A guest's unit; `offset` is 0 where it has no page.
+    Hwpt {
+        /// What they map.
+        ioas: u32,
+        /// Tables of guests may be over them.
+        nest_parent: bool,
+    },
+    /// A guest's unit.
     Viommu {
+        /// The tables that map the guest's memory.
         parent: u32,
+        /// The unit that serves it.
         unit: u32,
+        /// Where its page is mapped; 0 where it has none.
         offset: u64,
+        /// The number that the unit has for the guest.
         gid: u32,
     },
     /// Tables of a guest's.
-    Nested { viommu: u32 },
+    Nested {
+        /// Of which.
+        viommu: u32,
+        /// The entry that they were made of.
+        dte: [u64; 4],
+    },
     /// A guest's name of a device.
-    Vdevice { viommu: u32, device: u32, name: u64 },
+    Vdevice {
+        /// Of which guest's unit.
+        viommu: u32,
+        /// Of which function.
+        device: u32,
+        /// The guest's number of it.
+        name: u64,
+    },
     /// A ring.
     Queue {
+        /// Of which guest's unit.
         viommu: u32,
+        /// As the request had it.
         queue_type: u32,
+        /// As the request had them.
         flags: u32,
+        /// Guest physical.
         base: u64,
+        /// The length code.
         length: u64,
     },
     /// An event queue.
-    Events { viommu: u32 },
+    Events {
+        /// Of which guest's unit.
+        viommu: u32,
+    },
 }
 
 impl Object {
@@ -45,7 +79,7 @@ impl Object {
             Self::Device { attached, .. } => [attached, None],
             Self::Hwpt { ioas, .. } => [Some(ioas), None],
             Self::Viommu { parent, .. } => [Some(parent), None],
-            Self::Nested { viommu } | Self::Queue { viommu, .. } | Self::Events { viommu } => {
+            Self::Nested { viommu, .. } | Self::Queue { viommu, .. } | Self::Events { viommu } => {
                 [Some(viommu), None]
             }
             Self::Vdevice { viommu, device, .. } => [Some(viommu), Some(device)],

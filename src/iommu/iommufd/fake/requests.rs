@@ -11,7 +11,7 @@ use crate::platform::memory::GuestRam;
 
 impl Fake {
     /// Whether anything is mapped in address space `ioas`.
-    pub(crate) fn is_filled(&self, ioas: u32) -> bool {
+    pub fn is_filled(&self, ioas: u32) -> bool {
         self.state().filled.contains(&ioas)
     }
 }

@@ -17,6 +17,8 @@
 mod events;
 mod requests;
 mod rings;
+#[cfg(any(test, fuzzing))]
+pub mod testing;
 mod trial;
 
 use std::collections::BTreeMap;

@@ -2,106 +2,15 @@
 
 mod life;
 
-use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd};
-
+use super::testing::{Bench, FUNCTIONS, named, routing};
 use super::*;
 use crate::iommu::amd::spec::event::Record;
-use crate::iommu::iommufd::fake::{EFR, EFR2, EXT_INT, Fake, Object as Kept, Version};
+use crate::iommu::iommufd::fake::{EFR, EFR2, Object as Kept, Version};
 use crate::iommu::viommu::host::HostEvent;
 use crate::platform::addr::Gpa;
 
-pub(super) const FUNCTIONS: Functions = Functions {
-    host_iommu: Bdf::from_requester_id(0x4002),
-    guest_iommu: Bdf::from_requester_id(0x2008),
-    translate_device: Bdf::from_requester_id(0x4800),
-};
 const NIC: HostDevice = HostDevice(0);
 const DISK: HostDevice = HostDevice(1);
-
-/// A VM with vCPUs by APIC ID 0, 2 and 4.
-pub(super) struct Vm(File);
-
-impl Processors for Vm {
-    fn vm(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-
-    fn vcpu(&self, target: InterruptTarget) -> Option<u32> {
-        let even = !target.logical && target.destination <= 4 && target.destination.is_multiple_of(2);
-        even.then_some(target.destination / 2)
-    }
-}
-
-fn vm() -> Arc<Vm> {
-    Arc::new(Vm(tempfile::tempfile().expect("a file")))
-}
-
-/// A kernel with two devices behind one unit, and an address space.
-pub(super) struct Bench {
-    pub(super) fake: Arc<Fake>,
-    pub(super) kernel: Arc<dyn Kernel>,
-    pub(super) devices: [u32; 2],
-    ioas: u32,
-    pub(super) vm: Arc<Vm>,
-}
-
-impl Bench {
-    pub(super) fn new(version: Version) -> Self {
-        let fake = Fake::new(version);
-        let kernel: Arc<dyn Kernel> = fake.clone();
-        let devices = [fake.bind(0), fake.bind(0)];
-        let ioas = requests::ioas_alloc(&*kernel).expect("made");
-        Self {
-            fake,
-            kernel,
-            devices,
-            ioas,
-            vm: vm(),
-        }
-    }
-
-    fn host(&self, abis: Vec<Abi>) -> Result<Arc<HwHost>, HostError> {
-        let device = |id| HwDevice {
-            id,
-            function: self.fake.function(id),
-        };
-        HwHost::new(HwParts {
-            name: "viommu0".to_owned(),
-            kernel: self.kernel.clone(),
-            parent: NestParent::new(&self.kernel, self.devices[0], self.ioas)?,
-            devices: self.devices.map(device).into(),
-            abis,
-            functions: FUNCTIONS,
-            processors: Some(self.vm.clone()),
-        })
-    }
-
-    /// A host by the version that this kernel has.
-    fn made(&self, name: &str) -> Arc<HwHost> {
-        self.host(vec![named(name)]).expect("made")
-    }
-
-    /// Only what the bench made is left.
-    pub(super) fn assert_empty(&self, when: &str) {
-        assert_eq!(self.fake.objects(), [Kept::Ioas], "{when}");
-        let attached = self.devices.map(|device| self.fake.attached(device));
-        assert_eq!(attached, [None, None], "{when}");
-    }
-}
-
-pub(super) fn named(name: &str) -> Abi {
-    Abi::named(name).expect("built in")
-}
-
-/// V-E with a request for interrupts, and an event queue.
-pub(super) fn routing() -> Abi {
-    let text = format!(
-        "base = 'v-e'\n[ext-int]\nrequest = {EXT_INT}\nlen = 32\nviommu = 4\nkind = 8\nkvm = 12\nvcpu = 16\n\
-         vector = 20\nevent = 0\nppr = 1\n[events]\ntype = 9"
-    );
-    Abi::from_toml(&text).expect("a table")
-}
 
 fn name(number: u16) -> Bdf {
     Bdf::from_requester_id(number)
@@ -494,7 +403,7 @@ fn interrupts_are_routed_where_the_request_is_known() {
     host.route(viommu, UnitInterrupt::Ppr, Some(target(4, 0x41)))
         .expect("a vCPU");
     host.route(viommu, UnitInterrupt::Event, None).expect("nowhere");
-    let vm = u32::try_from(bench.vm.0.as_raw_fd()).expect("open");
+    let vm = u32::try_from(bench.vm.vm().as_raw_fd()).expect("open");
     assert_eq!(bench.fake.routes(), [[1, vm, 2, 0x41], [0, vm, 0, 0]]);
     for wrong in [target(3, 0x41), target(4, 0)] {
         assert_eq!(
@@ -610,9 +519,9 @@ fn user_data_of_another_length_than_the_versions_is_invalid() {
         (Version::A, "v-a", 28),
     ] {
         let bench = Bench::new(version);
-        let [nic, _] = bench.devices;
+        let nic = bench.devices[0];
         let parent = NestParent::new(&bench.kernel, nic, bench.ioas).expect("made");
-        let right = user_data(&named(name), &FUNCTIONS, Some(bench.vm.0.as_raw_fd()));
+        let right = user_data(&named(name), &FUNCTIONS, Some(bench.vm.vm().as_raw_fd()));
         let right = right.expect("a VM").bytes().to_vec();
         let alloc = |data: &[u8]| {
             let mut fields = Fields::data(data.len());
@@ -666,7 +575,7 @@ fn a_stock_kernel_is_told_from_amds_by_what_it_does_not_do() {
 fn a_stock_kernel_says_at_each_step_what_linux_7_3_says() {
     let bench = Bench::new(Version::Stock);
     let kernel = &*bench.kernel;
-    let [nic, _] = bench.devices;
+    let nic = bench.devices[0];
     let parent = NestParent::new(&bench.kernel, nic, bench.ioas).expect("works");
     let mut data = Fields::data(8);
     let viommu = requests::viommu_alloc(kernel, 3, nic, parent.id(), &mut data).expect("any type");

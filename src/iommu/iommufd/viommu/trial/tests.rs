@@ -5,10 +5,10 @@ use std::os::fd::AsRawFd;
 use super::*;
 use crate::iommu::iommufd::fake::Version as Is;
 use crate::iommu::iommufd::viommu::Processors;
-use crate::iommu::iommufd::viommu::tests::{Bench, FUNCTIONS, named, routing};
+use crate::iommu::iommufd::viommu::testing::{Bench, FUNCTIONS, named, routing};
 
 fn trial(bench: &Bench, abis: &[Abi]) -> Tried {
-    let [nic, _] = bench.devices;
+    let nic = bench.devices[0];
     let device = HwDevice {
         id: nic,
         function: bench.fake.function(nic),
@@ -115,7 +115,7 @@ fn each_of_amds_kernels_answers_to_its_own_version_first() {
 #[test]
 fn a_version_that_needs_a_guest_is_not_asked_without_one() {
     let bench = Bench::new(Is::D);
-    let [nic, _] = bench.devices;
+    let nic = bench.devices[0];
     let device = HwDevice {
         id: nic,
         function: bench.fake.function(nic),
@@ -183,7 +183,7 @@ fn whatever_fails_is_told_and_nothing_is_left_behind() {
         for request in 0..requests {
             let bench = Bench::new(Is::E);
             bench.fake.fail(request, errno);
-            let [nic, _] = bench.devices;
+            let nic = bench.devices[0];
             let device = HwDevice {
                 id: nic,
                 function: bench.fake.function(nic),
