@@ -218,13 +218,11 @@ impl HwHost {
         let mut reasons = Vec::new();
         for abi in abis {
             self.abi = abi;
-            let tried = self.viommu_alloc().and_then(|viommu| {
-                let Viommu { id, page } = viommu;
-                drop(page);
-                self.destroy(id)
-            });
-            match tried {
-                Ok(()) => return Ok(()),
+            match self.viommu_alloc() {
+                Ok(Viommu { id, page }) => {
+                    drop(page);
+                    return self.destroy(id);
+                }
                 // Structures of another length or with bits where another version has none.
                 Err(error)
                     if matches!(
@@ -257,6 +255,14 @@ impl HwHost {
     /// The device by which the kernel finds the unit, before the host can have taken any back.
     fn first(&self) -> u32 {
         self.devices.first().expect("a host has a device").id
+    }
+
+    /// Whether the kernel knows nothing of `device` any more.
+    fn is_unbound(&self, device: HostDevice) -> bool {
+        let told = self
+            .device(device)
+            .and_then(|device| requests::hw_info(&*self.kernel, device.id));
+        told.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
     }
 
     fn user_data(&self) -> io::Result<Fields> {
@@ -326,6 +332,14 @@ fn user_data(abi: &Abi, functions: &Functions, vm: Option<RawFd>) -> io::Result<
         data = data.u32(at as usize, u32::try_from(vm).map_err(io::Error::other)?);
     }
     Ok(data)
+}
+
+/// The error of a request that the kernel has, as a table says: it did not do it this time, and may another time.
+fn known(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::Unsupported => io::Error::other(error),
+        _ => error,
+    }
 }
 
 impl State {
@@ -506,7 +520,7 @@ impl ViommuHost for HwHost {
             vcpu,
             vector,
         };
-        requests::route(&*self.kernel, layout, &route)
+        requests::route(&*self.kernel, layout, &route).map_err(known)
     }
 
     /// No version of the interface has a request for it.
@@ -531,11 +545,7 @@ impl ViommuHost for HwHost {
             return errno(libc::EEXIST);
         }
         let made = requests::events_alloc(&*self.kernel, viommu.0, queue_type, events::DEPTH);
-        // The table said that the kernel has them.
-        let (id, fd) = made.map_err(|error| match error.kind() {
-            io::ErrorKind::Unsupported => io::Error::other(error),
-            _ => error,
-        })?;
+        let (id, fd) = made.map_err(known)?;
         Ok((
             state.keep(id, Object::Events),
             Box::new(EventQueue::new(fd, record)),
@@ -572,9 +582,9 @@ impl ViommuHost for HwHost {
                 requests::forward(&*self.kernel, *by, &whose, rings::CONTROL, control.into_bits())?;
                 state.control = control;
             }
-            (Object::Vdevice(_), _) => match requests::destroy(&*self.kernel, id.0) {
+            (Object::Vdevice(device), _) => match requests::destroy(&*self.kernel, id.0) {
                 // It went with the binding of its device, and the kernel gives its number to nothing else.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound && self.is_unbound(device) => {}
                 answer => answer?,
             },
             _ => requests::destroy(&*self.kernel, id.0)?,

@@ -12,7 +12,7 @@ use super::*;
 use crate::devices::vfio::host::HostFunction;
 use crate::devices::vfio::lent::Lent;
 use crate::devices::vfio::testing::{Device, GuestSpace, nic_config};
-use crate::iommu::iommufd::fake::{EFR, EFR2, EXT_INT, Fake, Object, Version};
+use crate::iommu::iommufd::fake::{EFR, EFR2, ERRNOS, EXT_INT, Fake, Object, Version};
 use crate::iommu::iommufd::{Ioas, Kernel, Memlock};
 use crate::iommu::viommu::testing::{DEVICE_TABLE, FakeProtection, LOG, RING, dte};
 use crate::pci::Function;
@@ -358,16 +358,10 @@ fn beside_them_functions_behind_an_emulated_unit_are_attached_to_guest_memory_it
 #[test]
 fn the_units_interrupt_goes_to_the_processor_that_the_guest_names() {
     let folder = tempfile::tempdir().expect("a folder");
-    let table = folder.path().join("kernel.toml");
-    let text = format!(
-        "base = 'v-e'\n[ext-int]\nrequest = {EXT_INT}\nlen = 32\nviommu = 4\nkind = 8\nkvm = 12\nvcpu = 16\n\
-         vector = 20\nevent = 0\nppr = 1\n"
-    );
-    std::fs::write(&table, text).expect("written");
     // This host's units have no XT, so that messages say where.
     let bench = Bench::new(
         Version::E,
-        &format!("mode = \"hw\"\nabi = \"{}\"\n", table.display()),
+        &format!("mode = \"hw\"\nabi = \"{}\"\n", with_interrupts(folder.path())),
     );
     let made = bench.build().expect("a kernel of AMD's");
     made.start(0);
@@ -394,6 +388,17 @@ fn the_units_interrupt_goes_to_the_processor_that_the_guest_names() {
     assert_eq!(bench.fake.routes().len(), routed.len());
 }
 
+/// A table in `folder` of a kernel that has the request for interrupts; where it is.
+fn with_interrupts(folder: &Path) -> String {
+    let table = folder.join("kernel.toml");
+    let text = format!(
+        "base = 'v-e'\n[ext-int]\nrequest = {EXT_INT}\nlen = 32\nviommu = 4\nkind = 8\nkvm = 12\nvcpu = 16\n\
+         vector = 20\nevent = 0\nppr = 1\n"
+    );
+    std::fs::write(&table, text).expect("written");
+    table.display().to_string()
+}
+
 /// The dword at which the MSI capability of `function` begins.
 fn msi_at(function: &dyn Function) -> u16 {
     let mut at = function.config_read(0xd) & 0xfc;
@@ -414,22 +419,34 @@ fn a_machine_that_the_host_refuses_anything_is_not_built_and_leaves_nothing() {
     let requests = bench.fake.asked();
     drop(made);
     assert!(requests > 20, "{requests}");
-    for request in 0..requests {
-        bench.fake.fail(request, libc::ENOMEM);
-        let error = bench.build().err();
-        let error = error.unwrap_or_else(|| panic!("built without request {request}"));
-        assert!(
-            error.source.to_string().contains("os error 12"),
-            "{error}: {}",
-            error.source
-        );
-        bench.fake.relent();
-        bench.assert_empty(&format!("request {request}"));
+    for errno in ERRNOS {
+        let mut built = Vec::new();
+        for request in 0..requests {
+            bench.fake.fail(request, errno);
+            match bench.build() {
+                Ok(made) => {
+                    built.push(request);
+                    drop(made);
+                }
+                Err(error) => assert!(
+                    error.source.to_string().contains(&format!("os error {errno})")),
+                    "{error}: {}",
+                    error.source
+                ),
+            }
+            bench.fake.relent();
+            bench.assert_empty(&format!("request {request}, errno {errno}"));
+        }
+        // Each of two units asks twice for a queue that cannot be, and is told that it is invalid.
+        let invalid = if errno == libc::EINVAL { 4 } else { 0 };
+        assert_eq!(built.len(), invalid, "errno {errno}: {built:?}");
     }
 }
 
 #[test]
 fn a_guest_whose_host_refuses_any_one_request_loses_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let viommu = format!("mode = \"hw\"\nabi = \"{}\"\n", with_interrupts(folder.path()));
     let life = |bench: &Bench, made: &Made| {
         made.start(0);
         bench.entry(made.id(0, 0), dte(0x30_0000, 1));
@@ -439,25 +456,57 @@ fn a_guest_whose_host_refuses_any_one_request_loses_nothing() {
         made.start(0);
         bench.entry(made.id(0, 0), dte(0x32_0000, 1));
     };
-    let bench = Bench::new(Version::E, "mode = \"hw\"\nabi = \"v-e\"\n");
+    let bench = Bench::new(Version::E, &viommu);
     let made = bench.build().expect("a kernel of AMD's");
     let before = bench.fake.asked();
     life(&bench, &made);
     let requests = bench.fake.asked() - before;
     drop(made);
     assert!(requests > 10, "{requests}");
-    for request in 0..requests {
+    for errno in ERRNOS {
+        for request in 0..requests {
+            let made = bench.build().expect("a kernel of AMD's");
+            bench.fake.fail(request, errno);
+            life(&bench, &made);
+            assert!(!bench.fake.fails());
+            // The guest tries again, and what was refused is there.
+            made.units[0].unit().reset();
+            life(&bench, &made);
+            assert_eq!(count(&bench.fake, is_nested), 2, "request {request}, errno {errno}");
+            assert_eq!(count(&bench.fake, is_queue), 2, "request {request}, errno {errno}");
+            drop(made);
+            bench.assert_empty(&format!("request {request}, errno {errno}"));
+        }
+    }
+}
+
+#[test]
+fn an_interrupt_that_the_kernel_does_not_send_once_is_sent_after_the_next_register() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let viommu = format!("mode = \"hw\"\nabi = \"{}\"\n", with_interrupts(folder.path()));
+    let bench = Bench::new(Version::E, &viommu);
+    for errno in ERRNOS {
         let made = bench.build().expect("a kernel of AMD's");
-        bench.fake.fail(request, libc::EIO);
-        life(&bench, &made);
-        // The guest tries again, and what was refused is there.
-        bench.fake.relent();
-        made.units[0].unit().reset();
-        life(&bench, &made);
-        assert_eq!(count(&bench.fake, is_nested), 2, "request {request}");
-        assert_eq!(count(&bench.fake, is_queue), 2, "request {request}");
-        drop(made);
-        bench.assert_empty(&format!("request {request}"));
+        made.start(0);
+        let unit = made.units[0].unit();
+        let write = |dword: u16, value: u32| {
+            // Interrupts are all that it can be about, and those were served.
+            let _effect = unit.config_write(dword, DwordWrite::whole(value));
+        };
+        let msi = msi_at(&**unit);
+        write(msi + 1, 0xfee0_2000);
+        write(msi + 3, 0x41);
+        let before = bench.fake.routes().len();
+        bench.fake.fail(0, errno);
+        write(msi, 1 << 16);
+        assert_eq!(bench.fake.routes().len(), before + 1, "the other, errno {errno}");
+        assert_eq!(unit.counts().refusals, 1, "errno {errno}");
+        made.write(0, 0x10, LOG | 9 << 56);
+        let routed: Vec<_> = bench.fake.routes()[before..]
+            .iter()
+            .map(|[kind, _, vcpu, vector]| (*kind, *vcpu, *vector))
+            .collect();
+        assert_eq!(routed, [(1, 2, 0x41), (0, 2, 0x41)], "errno {errno}");
     }
 }
 
