@@ -64,15 +64,15 @@ pub(super) fn bind_to_node(region: &MmapRegion, node: u32) -> io::Result<()> {
 
 /// A stretch of a device's memory, mapped into this process so that a guest can be given it.
 ///
-/// Nothing here ever accesses it: reading a register may change the device, and a device that is gone answers with a
-/// signal.
+/// Nothing here accesses it but [`Self::register`]: reading a register may change the device, and a device that is gone may
+/// answer with a signal.
 #[derive(Debug)]
 pub struct DeviceMemory {
     at: NonNull<c_void>,
     len: usize,
 }
 
-// SAFETY: the address is never dereferenced by this process; it only names the mapping to the kernel.
+// SAFETY: the address only names the mapping to the kernel, but for single aligned reads, which any thread may do.
 unsafe impl Send for DeviceMemory {}
 // SAFETY: as above.
 unsafe impl Sync for DeviceMemory {}
@@ -101,6 +101,20 @@ impl DeviceMemory {
         self.at.as_ptr() as u64
     }
 
+    /// The 32-bit register at `offset`, a multiple of 4 inside, read once. Only for memory that its driver maps whole at the
+    /// start, so that no access to it fails, and for a register that reading does not change.
+    #[must_use]
+    pub fn register(&self, offset: usize) -> u32 {
+        let end = offset.checked_add(4).filter(|end| *end <= self.len);
+        assert!(
+            end.is_some() && offset.is_multiple_of(4),
+            "a register lies inside, at a multiple of its size"
+        );
+        // SAFETY: four bytes from `offset` on are inside the live mapping, which is readable, and aligned, since a mapping
+        // begins at a page. The device or another process may change them meanwhile, so the access is volatile.
+        unsafe { self.at.cast::<u8>().add(offset).cast::<u32>().read_volatile() }
+    }
+
     /// Bytes.
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "an empty mapping cannot be made")]
@@ -127,6 +141,24 @@ mod tests {
         file.set_len(0x2000).expect("room");
         let memory = DeviceMemory::map(&file, 0x1000, 0x1000).expect("mapped");
         assert_eq!((memory.len(), memory.address() % 0x1000), (0x1000, 0));
+    }
+
+    #[test]
+    fn a_register_is_four_bytes_of_it() {
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(0x2000).expect("room");
+        std::os::unix::fs::FileExt::write_all_at(&file, &[1, 2, 3, 4], 0x1ffc).expect("room");
+        let memory = DeviceMemory::map(&file, 0x1000, 0x1000).expect("mapped");
+        assert_eq!((memory.register(0xffc), memory.register(0)), (0x0403_0201, 0));
+    }
+
+    #[test]
+    #[should_panic(expected = "a register lies inside")]
+    fn a_register_beyond_the_end_is_a_broken_promise() {
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(0x1000).expect("room");
+        let memory = DeviceMemory::map(&file, 0, 0x1000).expect("mapped");
+        let _ = memory.register(0x1000);
     }
 
     #[test]

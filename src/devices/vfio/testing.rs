@@ -477,9 +477,11 @@ impl GuestSpace {
     }
 }
 
+/// As a memory slot, it has the memory for as long as it lives.
 struct Mapped {
     list: Arc<Mutex<Vec<(Gpa, u64)>>>,
     entry: (Gpa, u64),
+    _memory: Arc<DeviceMemory>,
 }
 
 impl MappedDeviceMemory for Mapped {}
@@ -503,6 +505,7 @@ impl DeviceMemoryHost for GuestSpace {
         Ok(Box::new(Mapped {
             list: self.mapped.clone(),
             entry,
+            _memory: memory.clone(),
         }))
     }
 }

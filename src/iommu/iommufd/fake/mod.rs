@@ -10,6 +10,7 @@ mod structure;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -59,13 +60,15 @@ pub const ERRNOS: [i32; 13] = [
     libc::ENOTTY,
     libc::E2BIG,
 ];
+/// Guests for which the units have memory.
+const MOST_GUESTS: u64 = 64;
 /// What the unit has for the first guest.
 const FIRST_GUEST: u32 = 1;
 
 /// The kernel.
 pub struct Fake {
     version: Version,
-    /// What is mapped instead of a unit's memory.
+    /// What is mapped instead of a unit's memory: a page for each guest.
     memory: File,
     state: Mutex<State>,
 }
@@ -101,7 +104,7 @@ impl Fake {
     pub fn new(version: Version) -> Arc<Self> {
         let memory = rustix::fs::memfd_create("unit", rustix::fs::MemfdFlags::CLOEXEC).expect("a file");
         let memory = File::from(memory);
-        memory.set_len(0x10_0000).expect("room");
+        memory.set_len(MOST_GUESTS * 0x1000).expect("room");
         Arc::new(Self {
             version,
             memory,
@@ -220,6 +223,17 @@ impl Fake {
     pub fn tell(&self, bytes: &[u8]) -> bool {
         let queue = self.state().events.first().expect("an event queue").1.clone();
         send(&queue, bytes, SendFlags::NOSIGNAL).is_ok()
+    }
+
+    /// All of the units' memory reads all ones from here on, as of a BAR that is off; or as after power-on.
+    ///
+    /// # Panics
+    /// When its file cannot be written.
+    pub fn switch_pages_off(&self, off: bool) {
+        let page = [if off { 0xff } else { 0 }; 0x1000];
+        for gid in 0..MOST_GUESTS {
+            self.memory.write_all_at(&page, gid * 0x1000).expect("room");
+        }
     }
 
     /// Tell nothing more by the first event queue there is, which no kernel does.

@@ -37,6 +37,7 @@ use crate::iommu::viommu::host::{
     Viommu, ViommuHost,
 };
 use crate::platform::addr::{Bdf, PAGE_SIZE};
+use crate::platform::device_memory::DeviceMemory;
 use crate::platform::host::HostError;
 
 use events::EventQueue;
@@ -134,6 +135,13 @@ enum Object {
 /// What it means that no offset was written.
 const NO_PAGE: &str =
     "; the host's kernel made a vIOMMU and told no VF page, as a stock kernel does for any type";
+
+/// Status in the VF page: MMIO 2020h of the guest's unit.
+const STATUS: usize = 0x20;
+
+/// What it means that the page does not answer.
+const NO_ANSWER: &str = "; the unit's BAR of VF pages is off, or somewhere else than its capability says: the firmware assigns \
+                         and enables it";
 
 fn errno<T>(errno: i32) -> io::Result<T> {
     Err(io::Error::from_raw_os_error(errno))
@@ -274,7 +282,7 @@ impl HwHost {
     }
 
     /// Whether the vIOMMU that the kernel made is one: it told the `offset` of its page, and knows queues where it has
-    /// any. The page is mapped then.
+    /// any. The page is mapped then, and answers.
     fn prove(&self, id: u32, offset: u64) -> io::Result<VfPage> {
         if let Rings::Queues(queues) = &self.abi.rings {
             rings::probe(&*self.kernel, id, queues)?;
@@ -287,9 +295,7 @@ impl HwHost {
                 NO_PAGE,
             ));
         }
-        let page = self.kernel.map(offset, PAGE_SIZE);
-        page.map(VfPage::Mapped)
-            .map_err(|reason| refusal("mmap of the VF page", reason, ""))
+        map_page(&*self.kernel, offset).map(VfPage::Mapped)
     }
 
     fn whose(&self, viommu: ObjectId, guest_id: u32) -> requests::Whose {
@@ -299,6 +305,19 @@ impl HwHost {
             guest_id,
         }
     }
+}
+
+/// The VF page that the kernel told the `offset` of, from which the unit answers.
+fn map_page(kernel: &dyn Kernel, offset: u64) -> io::Result<Arc<DeviceMemory>> {
+    const STEP: &str = "mmap of the VF page";
+    let page = kernel.map(offset, PAGE_SIZE);
+    let page = page.map_err(|reason| refusal(STEP, reason, ""))?;
+    // Of Status most bits are reserved, and a read changes none: all of them are 1 only where nobody answers.
+    if page.register(STATUS) == u32::MAX {
+        let reason = io::Error::other("all ones where Status is");
+        return Err(refusal(STEP, reason, NO_ANSWER));
+    }
+    Ok(page)
 }
 
 /// What goes with VIOMMU_ALLOC, by the table.

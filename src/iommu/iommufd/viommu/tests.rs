@@ -495,6 +495,27 @@ fn a_unit_whose_page_is_mapped_stays() {
 }
 
 #[test]
+fn a_page_that_nobody_answers_from_is_refused_and_nothing_is_left() {
+    let bench = Bench::new(Version::E);
+    bench.fake.switch_pages_off(true);
+    let host = bench.made("v-e");
+    let (kind, text) = said(host.viommu_alloc());
+    assert_eq!(kind, io::ErrorKind::Other);
+    assert!(
+        text.starts_with("mmap of the VF page: all ones where Status is; the unit's BAR of VF pages is off"),
+        "{text}"
+    );
+    drop(host);
+    bench.assert_empty("it does not answer");
+    // No other version is tried: this one is the kernel's.
+    let error = bench.host(Abi::built_in().into()).err().expect("refused");
+    assert_eq!(error.source.to_string(), text);
+    bench.assert_empty("it does not answer");
+    bench.fake.switch_pages_off(false);
+    drop(bench.made("v-e").viommu_alloc().expect("it answers"));
+}
+
+#[test]
 fn interrupts_are_routed_where_the_request_is_known() {
     let bench = Bench::new(Version::E);
     let host = bench.host(vec![routing()]).expect("made");

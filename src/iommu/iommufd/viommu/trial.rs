@@ -8,12 +8,12 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::requests::{self, Made, Route, Whose};
-use super::{Functions, HwDevice, canonical, rings, user_data};
+use super::{Functions, HwDevice, canonical, map_page, rings, user_data};
 use crate::iommu::amd::spec::dte::{Dte, Host};
 use crate::iommu::iommufd::Kernel;
 use crate::iommu::iommufd::abi::{Abi, Forwarding, Rings};
 use crate::iommu::viommu::host::HostFeatures;
-use crate::platform::addr::{Bdf, PAGE_SIZE};
+use crate::platform::addr::Bdf;
 
 /// What is asked, and with what.
 pub struct Trial<'a> {
@@ -250,7 +250,7 @@ impl Trial<'_> {
         let offset = offset.filter(|offset| *offset != 0);
         let mapped = asked.step(
             PAGE_MAPPED,
-            offset.map(|offset| self.kernel.map(offset, PAGE_SIZE).map(drop)),
+            offset.map(|offset| map_page(kernel, offset).map(drop)),
         );
         // Any name and any table: no device ever goes by them.
         let name = Bdf::from_requester_id(8);

@@ -134,6 +134,21 @@ fn a_version_that_needs_a_guest_is_not_asked_without_one() {
 }
 
 #[test]
+fn a_page_that_nobody_answers_from_is_told_of_as_such() {
+    let bench = Bench::new(Is::E);
+    bench.fake.switch_pages_off(true);
+    let tried = trial(&bench, &[named("v-e")]);
+    let refused = tried.versions[0].first_refusal().expect("refused");
+    assert_eq!(refused.name, PAGE_MAPPED);
+    let told = refused.answer.to_string();
+    assert!(
+        told.starts_with("all ones where Status is: the unit's BAR of VF pages is off"),
+        "{told}"
+    );
+    assert!(tried.version().is_none());
+}
+
+#[test]
 fn a_request_for_interrupts_is_tried_where_its_layout_is_known() {
     let bench = Bench::new(Is::E);
     let tried = trial(&bench, &[routing()]);
