@@ -62,8 +62,6 @@ pub const ERRNOS: [i32; 13] = [
 ];
 /// Guests for which the units have memory.
 const MOST_GUESTS: u64 = 64;
-/// What the unit has for the first guest.
-const FIRST_GUEST: u32 = 1;
 
 /// The kernel.
 pub struct Fake {
@@ -76,6 +74,7 @@ pub struct Fake {
 struct State {
     objects: Objects,
     efr: u64,
+    efr2: u64,
     info_type: u32,
     /// What is answered to which request from now on, the next being 0.
     fails: Option<(u64, i32)>,
@@ -111,6 +110,7 @@ impl Fake {
             state: Mutex::new(State {
                 objects: Objects::default(),
                 efr: EFR,
+                efr2: EFR2,
                 info_type: 4,
                 fails: None,
                 asked: 0,
@@ -139,7 +139,7 @@ impl Fake {
         let objects = &mut self.state().objects;
         let of = |object: &Object| matches!(*object, Object::Vdevice { device: of, .. } if of == device);
         if let Some(name) = objects.find(of) {
-            objects.remove(name);
+            objects.bury(name);
         }
         objects.remove(device);
     }
@@ -181,6 +181,11 @@ impl Fake {
     /// Tell this EFR from here on, and go by it.
     pub fn set_efr(&self, efr: u64) {
         self.state().efr = efr;
+    }
+
+    /// The same for EFR2.
+    pub fn set_efr2(&self, efr2: u64) {
+        self.state().efr2 = efr2;
     }
 
     /// Say from here on that units are of this type.
@@ -327,8 +332,9 @@ impl Kernel for Fake {
 impl State {
     fn destroy(&mut self, id: u32) -> io::Result<()> {
         let object = self.objects.get(id)?;
+        // A function is unbound by closing it.
         if matches!(object, Object::Device { .. }) {
-            return refuse(libc::ENOENT);
+            return refuse(libc::EBUSY);
         }
         // Whoever reads a queue keeps it.
         let read = |(queue, end): &(u32, Arc<OwnedFd>)| *queue == id && has_reader(end);
@@ -355,17 +361,14 @@ impl State {
         structure.zero(20..24, libc::EOPNOTSUPP)?;
         // Pointers and lengths are the seam's; fault queues are not asked for.
         structure.zero(28..48, libc::EOPNOTSUPP)?;
-        if flags & !0xf != 0 {
-            return refuse(libc::EOPNOTSUPP);
-        }
         let data_type = structure.u32(24);
         if (data_type == 0) != data.is_empty() {
             return refuse(libc::EINVAL);
         }
         let unit = self.objects.unit(device)?;
-        let made = match self.objects.get(over)? {
-            Object::Ioas => {
-                if data_type != 0 || flags & !1 != 0 {
+        let made = match self.objects.get(over) {
+            Ok(Object::Ioas) => {
+                if data_type != 0 || !self.has_tables(flags) {
                     return refuse(libc::EOPNOTSUPP);
                 }
                 Object::Hwpt {
@@ -373,27 +376,51 @@ impl State {
                     nest_parent: flags & 1 != 0,
                 }
             }
-            Object::Viommu { unit: of, .. } => {
+            Ok(Object::Viommu { unit: of, .. }) => {
                 if unit != of {
                     return refuse(libc::EINVAL);
                 }
                 if version == Version::Stock || data_type != 3 || flags != 0 {
                     return refuse(libc::EOPNOTSUPP);
                 }
-                let dte = check_dte(data)?;
+                let dte = check_dte(data, self.has_five_levels())?;
                 Object::Nested { viommu: over, dte }
             }
+            // AMD's driver has no nested tables without a vIOMMU.
+            Ok(Object::Hwpt { .. }) => return refuse(libc::EOPNOTSUPP),
             _ => return refuse(libc::EINVAL),
         };
         structure.set_u32(16, self.objects.add(made));
         Ok(())
     }
 
+    /// Whether the driver makes tables of the host's with these flags of HWPT_ALLOC: a parent of nested ones (1), dirty
+    /// tracking (2), PASIDs (8), as far as the unit has what each takes.
+    fn has_tables(&self, flags: u32) -> bool {
+        let efr = |bit: u32| self.efr >> bit & 1 == 1;
+        let parent = efr(4) && efr(48) && self.efr2 >> 3 & 1 == 1;
+        let dirty = efr(52);
+        match flags {
+            0 => true,
+            1 => parent,
+            2 => dirty,
+            3 => parent && dirty,
+            // PASIDs take guest tables and page requests.
+            8 => efr(4) && efr(1),
+            _ => false,
+        }
+    }
+
+    /// GATS says exactly that; and so do the processors here.
+    const fn has_five_levels(&self) -> bool {
+        self.efr >> 12 & 3 == 1
+    }
+
     fn hw_info(&mut self, structure: &mut Structure<'_>, data: &mut [u8]) -> io::Result<()> {
         structure.zero(4..8, libc::EOPNOTSUPP)?;
         structure.zero(12..40, libc::EOPNOTSUPP)?;
         self.objects.unit(structure.u32(8))?;
-        let known = [self.efr.to_le_bytes(), EFR2.to_le_bytes()].concat();
+        let known = [self.efr.to_le_bytes(), self.efr2.to_le_bytes()].concat();
         data.fill(0);
         data.iter_mut().zip(known).for_each(|(to, from)| *to = from);
         structure.set_u32(12, 16);
@@ -412,10 +439,14 @@ impl State {
         structure.zero(28..32, libc::EOPNOTSUPP)?;
         structure.zero(24..28, libc::EOPNOTSUPP)?;
         structure.zero(32..40, libc::EOPNOTSUPP)?;
-        if viommu_type == 0 || version != Version::Stock && viommu_type != 3 {
+        if viommu_type == 0 {
             return refuse(libc::EOPNOTSUPP);
         }
         let unit = self.objects.unit(device)?;
+        let serves = viommu_type == 3 && self.efr >> 55 & 1 == 1;
+        if version != Version::Stock && !serves {
+            return refuse(libc::EOPNOTSUPP);
+        }
         match self.objects.get(parent)? {
             Object::Hwpt {
                 nest_parent: true, ..
@@ -432,7 +463,7 @@ impl State {
             Version::E => Some((8, 8, 0, 0..0)),
         };
         let mut offset = 0;
-        let gid = FIRST_GUEST + self.objects.viommus();
+        let gid = self.objects.free_guest();
         if let Some((len, least, at, reserved)) = layout {
             let mut tail = Tail::read(data, len, least)?;
             tail.zero(reserved)?;
@@ -583,7 +614,7 @@ fn has_reader(end: &OwnedFd) -> bool {
 }
 
 /// A guest's entry, after what the driver checks of it; and nothing else is in it.
-fn check_dte(data: &[u8]) -> io::Result<[u64; 4]> {
+fn check_dte(data: &[u8], five_levels: bool) -> io::Result<[u64; 4]> {
     if data.len() != 32 {
         return refuse(libc::EINVAL);
     }
@@ -598,7 +629,7 @@ fn check_dte(data: &[u8]) -> io::Result<[u64; 4]> {
     if host != 0 || rootless || d2 >> 54 & 3 > 1 || d0 >> 56 & 3 == 3 {
         return refuse(libc::EINVAL);
     }
-    if d2 >> 54 & 3 == 1 {
+    if d2 >> 54 & 3 == 1 && !five_levels {
         return refuse(libc::EOPNOTSUPP);
     }
     let kept = [0x7ff0_0000_0000_0003, 0xffff_f800_ffff_ffff, 3 << 54, 0];

@@ -1,6 +1,6 @@
 //! The fake kernel's objects, and who refers to whom.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use super::refuse;
@@ -87,18 +87,20 @@ impl Object {
     }
 }
 
-/// All of them, by number.
+/// All of them, by number. The next has the lowest that is free, so that one of something that is gone soon is another's.
 #[derive(Default)]
 pub(super) struct Objects {
-    next: u32,
     made: BTreeMap<u32, Object>,
+    /// Numbers that nothing has ever after.
+    buried: BTreeSet<u32>,
 }
 
 impl Objects {
     pub(super) fn add(&mut self, object: Object) -> u32 {
-        self.next += 1;
-        self.made.insert(self.next, object);
-        self.next
+        let free = |id: &u32| !self.made.contains_key(id) && !self.buried.contains(id);
+        let id = (1..=u32::MAX >> 1).find(free).expect("some are free");
+        self.made.insert(id, object);
+        id
     }
 
     pub(super) fn get(&self, id: u32) -> io::Result<Object> {
@@ -133,12 +135,13 @@ impl Objects {
         }
     }
 
-    /// How many guest's units there are.
-    pub(super) fn viommus(&self) -> u32 {
-        let viommus = self
-            .all()
-            .filter(|object| matches!(object, Object::Viommu { .. }));
-        u32::try_from(viommus.count()).expect("a few")
+    /// The lowest number that the units have for no guest; there is none with number 0.
+    pub(super) fn free_guest(&self) -> u32 {
+        let taken = |of: u32| {
+            self.all()
+                .any(|object| matches!(*object, Object::Viommu { gid, .. } if gid == of))
+        };
+        (1..).find(|gid| !taken(*gid)).expect("a few guests")
     }
 
     pub(super) fn is_used(&self, id: u32) -> bool {
@@ -147,6 +150,12 @@ impl Objects {
 
     pub(super) fn remove(&mut self, id: u32) {
         self.made.remove(&id);
+    }
+
+    /// Remove it by no request of its owner's, who must find that out.
+    pub(super) fn bury(&mut self, id: u32) {
+        self.made.remove(&id);
+        self.buried.insert(id);
     }
 
     pub(super) fn attach(&mut self, device: u32, table: Option<u32>) {
