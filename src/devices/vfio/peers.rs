@@ -96,45 +96,16 @@ mod tests {
     use crate::devices::vfio::testing::{Asked, Device};
     use crate::iommu::iommufd::testing::{Call, Host};
     use crate::platform::addr::Gpa;
+    use crate::platform::log::testing;
     use crate::platform::memory::GuestRam;
-    use std::io::Write;
-    use std::sync::{Mutex, MutexGuard, PoisonError};
     use vm_memory::{GuestAddress, GuestMemoryMmap};
-
-    /// Lines of the log, in memory.
-    #[derive(Clone, Default)]
-    struct Log(Arc<Mutex<Vec<u8>>>);
-
-    impl Log {
-        fn bytes(&self) -> MutexGuard<'_, Vec<u8>> {
-            self.0.lock().unwrap_or_else(PoisonError::into_inner)
-        }
-    }
-
-    impl Write for Log {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.bytes().write(bytes)
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
 
     /// What is logged while `work` is done with the peers of a function, on `host`.
     fn logged(host: &Arc<Host>, work: impl Fn(&Peers)) -> Vec<String> {
         let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("a page");
         let space = Ioas::new(host.clone(), GuestRam::new(ram)).expect("made");
         let peers = Peers::new("vfio0".to_owned(), Arc::new(space));
-        let log = Log::default();
-        let writer = log.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .with_ansi(false)
-            .with_writer(move || writer.clone())
-            .finish();
-        tracing::subscriber::with_default(subscriber, || work(&peers));
-        let text = String::from_utf8(log.bytes().clone()).expect("text");
-        text.lines().map(str::to_owned).collect()
+        testing::logged(|| work(&peers))
     }
 
     #[test]

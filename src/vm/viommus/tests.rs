@@ -23,6 +23,7 @@ struct Guest {
     requester: Arc<Requester>,
     dma: Dma,
     registers: Arc<dyn crate::platform::bus::BusDevice>,
+    unit: Unit,
 }
 
 fn guest(viommu: &str) -> Guest {
@@ -55,7 +56,7 @@ fn guest(viommu: &str) -> Guest {
     let units = Viommus {
         doorbells: Vec::new(),
         plan: &plan,
-        units: vec![unit],
+        units: vec![unit.clone()],
     };
     units.observe(&machine.topology);
     machine.enable();
@@ -65,6 +66,7 @@ fn guest(viommu: &str) -> Guest {
         requester,
         dma,
         registers,
+        unit,
     }
 }
 
@@ -79,6 +81,26 @@ impl Guest {
         let at = DEVICE_TABLE + 32 * u64::from(device.requester_id());
         self.ram.write(Gpa(at), &word.to_le_bytes()).expect("RAM");
     }
+}
+
+/// The same before the requests of mode `hw`: `hardware/tests/paused.rs`.
+#[test]
+fn a_pause_asks_the_model_that_serves_a_unit_for_nothing() {
+    let guest = guest("[[viommu]]\nmode = \"sim\"\n");
+    let bus_1 = guest.requester.sbdf().bdf;
+    guest.entry(bus_1, 3 << 61 | 3);
+    guest.registers.write(0x00, &(DEVICE_TABLE | 0x3f).to_le_bytes());
+    guest.registers.write(0x18, &1_u64.to_le_bytes());
+    assert!(guest.reaches());
+    let before = (guest.unit.counts(), guest.unit.state());
+    let (_, asked) = before.0;
+    assert!(asked.is_some_and(|asked| asked.watches > 0), "{asked:?}");
+    guest.machine.topology.pause();
+    guest.unit.catch_up();
+    assert_eq!((guest.unit.counts(), guest.unit.state()), before);
+    guest.machine.topology.resume();
+    assert_eq!((guest.unit.counts(), guest.unit.state()), before);
+    assert!(guest.reaches());
 }
 
 #[test]

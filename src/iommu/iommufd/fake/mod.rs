@@ -79,6 +79,8 @@ struct State {
     /// What is answered to which request from now on, the next being 0.
     fails: Option<(u64, i32)>,
     asked: u64,
+    /// How often something was to be destroyed in use.
+    in_use: u64,
     /// Registers that were forwarded: the vIOMMU, offset and value.
     registers: Vec<(u32, u16, u64)>,
     /// Interrupts that were routed: kind, VM, vCPU, vector.
@@ -114,6 +116,7 @@ impl Fake {
                 info_type: 4,
                 fails: None,
                 asked: 0,
+                in_use: 0,
                 registers: Vec::new(),
                 routes: Vec::new(),
                 mapped: Vec::new(),
@@ -171,6 +174,11 @@ impl Fake {
             Ok(Object::Device { attached, .. }) => attached,
             _ => None,
         }
+    }
+
+    /// How often something was to be destroyed that was in use, which is nobody's intention.
+    pub fn destroyed_in_use(&self) -> u64 {
+        self.state().in_use
     }
 
     /// What was destroyed so far, in order.
@@ -342,6 +350,7 @@ impl State {
             || self.mapped.iter().any(|(owner, _)| *owner == id)
             || self.events.iter().any(read)
         {
+            self.in_use += 1;
             return refuse(libc::EBUSY);
         }
         self.events.retain(|(queue, _)| *queue != id);

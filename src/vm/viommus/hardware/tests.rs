@@ -1,6 +1,7 @@
 //! Mode `hw` in a machine, over a kernel that is none: from the plan to the last object.
 
 mod leaving;
+mod paused;
 mod told;
 
 use std::collections::BTreeMap;
@@ -30,6 +31,7 @@ use crate::vm::host_functions::HostFunctions;
 use crate::vm::host_functions::recorded::Recorded;
 use crate::vm::passed::{Passed, wanted};
 use crate::vm::plan::Plan;
+use crate::vm::viommus::Viommus;
 use crate::vm::viommus::unit::Unit;
 
 const NICS: [(&str, &str, u32); 3] = [
@@ -158,6 +160,19 @@ impl Bench {
             let requester = behind.find(|requester| requester.sbdf().bdf == node.bdf);
             Probe::issuing_as(node, requester.cloned().unwrap_or_default())
         })
+    }
+
+    /// Number `index` of the units of `made`, as a machine has them, and the hierarchy that it observes.
+    fn machine<'a>(&'a self, made: &mut Made, index: usize) -> (Viommus<'a>, Machine) {
+        let hardware = made.units.remove(index);
+        let machine = self.hierarchy(&hardware);
+        let viommus = Viommus {
+            doorbells: Vec::new(),
+            plan: &self.plan,
+            units: vec![Unit::Hardware(Arc::new(hardware))],
+        };
+        viommus.observe(&machine.topology);
+        (viommus, machine)
     }
 
     fn attached(&self, nic: usize) -> Option<u32> {
@@ -318,6 +333,7 @@ fn a_guest_lives_over_the_hosts_unit_and_all_goes_in_order() {
     let before = bench.fake.destroyed().len();
     drop(made);
     bench.assert_empty("in the middle");
+    assert_eq!(bench.fake.destroyed_in_use(), 0);
     let gone = bench.fake.destroyed().split_off(before);
     let last = |kind: fn(&Object) -> bool| gone.iter().rposition(kind).expect("one of them");
     let first = |kind: fn(&Object) -> bool| gone.iter().position(kind).expect("one of them");
@@ -473,8 +489,16 @@ fn a_guest_whose_host_refuses_any_one_request_loses_nothing() {
             // The guest tries again, and what was refused is there.
             made.units[0].unit().reset();
             life(&bench, &made);
-            assert_eq!(count(&bench.fake, is_nested), 2, "request {request}, errno {errno}");
-            assert_eq!(count(&bench.fake, is_queue), 2, "request {request}, errno {errno}");
+            assert_eq!(
+                count(&bench.fake, is_nested),
+                2,
+                "request {request}, errno {errno}"
+            );
+            assert_eq!(
+                count(&bench.fake, is_queue),
+                2,
+                "request {request}, errno {errno}"
+            );
             drop(made);
             bench.assert_empty(&format!("request {request}, errno {errno}"));
         }

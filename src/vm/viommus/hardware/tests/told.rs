@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::iommu::amd::spec::event::{Code, Record};
+use crate::platform::log::testing::logged;
 
 /// The flag of a header that says so.
 const LOST: u32 = 1;
@@ -137,6 +138,62 @@ fn a_hardware_error_that_the_kernel_tells_stops_the_unit_and_switching_it_off_br
     assert!(!heard.is_stopped());
     assert_eq!([0, 1].map(|nic| heard.bench.attached(nic)), [parent, parent]);
     assert_eq!(heard.unit().counts().stops, 2);
+}
+
+#[test]
+fn what_goes_wrong_with_a_unit_is_in_the_operators_log_by_its_name_and_once() {
+    let mut heard = Heard::new();
+    let lines = |heard: &mut Heard, codes: &[Code]| {
+        heard.tell(codes);
+        logged(|| heard.turn())
+    };
+    let fault = lines(
+        &mut heard,
+        &[Code::GUEST_EVENT_FAULT, Code::PAGE_TAB_HARDWARE_ERROR],
+    );
+    let [other, lost] = &fault[..] else {
+        panic!("{fault:?}");
+    };
+    assert!(
+        other.contains("WARN") && other.contains("iommu0") && other.contains("page_tab_hardware_error"),
+        "{other}"
+    );
+    assert!(
+        lost.contains("WARN") && lost.contains("iommu0") && lost.contains("lost_records=1"),
+        "{lost}"
+    );
+    let broken = lines(&mut heard, &[Code::VIOMMU_HARDWARE_ERROR]);
+    let [line] = &broken[..] else {
+        panic!("{broken:?}");
+    };
+    assert!(
+        line.contains("ERROR") && line.contains("iommu0") && line.contains("at=0x1234"),
+        "{line}"
+    );
+    assert!(
+        line.contains("its rings are off and its functions blocked until the guest switches its IOMMU off"),
+        "{line}"
+    );
+    // It is stopped already.
+    let again = lines(&mut heard, &[Code::VIOMMU_HARDWARE_ERROR]);
+    assert_eq!(again, Vec::<String>::new());
+    heard.number += 3;
+    let gap = lines(&mut heard, &[Code::GUEST_EVENT_FAULT]);
+    assert!(
+        gap.iter()
+            .any(|line| line.contains("events=3") && line.contains("lost events")),
+        "{gap:?}"
+    );
+    // And that it hears nothing more.
+    heard.bench.fake.end_events();
+    let ended = logged(|| heard.turn());
+    let [line] = &ended[..] else {
+        panic!("{ended:?}");
+    };
+    assert!(
+        line.contains("ERROR") && line.contains("not read any more") && line.contains("the host closed it"),
+        "{line}"
+    );
 }
 
 #[test]
