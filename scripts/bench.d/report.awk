@@ -18,7 +18,8 @@ function median(vmm, measure,    n, i, j, t, sorted) {
 
 # row(MEASURE, TEXT, UNIT, SCALE, KIND, LIMIT, OTHERWISE): KIND is `ratio` (ours to
 # the best peer's), `value` (ours) or empty (no target). SCALE divides the sample.
-# OTHERWISE says what else meets the target, and is empty unless that holds.
+# OTHERWISE says what else meets the target, and is empty unless that holds. With `-v alone=1` there
+# may be no peer, and then a ratio has no target.
 function row(measure, text, unit, scale, kind, limit, otherwise,    ours, peer, name, vmm, m, ratio, met, target) {
     if (!count["ravelin", measure]) {
         printf "bench: no samples of %s\n", measure > "/dev/stderr"
@@ -32,6 +33,7 @@ function row(measure, text, unit, scale, kind, limit, otherwise,    ours, peer, 
             m = median(vmm, measure) / scale
             if (name == "" || m < peer) { peer = m; name = vmm }
         }
+    if (kind == "ratio" && name == "" && alone) kind = ""
     ratio = name == "" ? "null" : sprintf("%.3f", ours / peer)
     if (kind == "ratio" && name == "") {
         printf "bench: no peer has samples of %s\n", measure > "/dev/stderr"
