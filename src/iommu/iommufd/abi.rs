@@ -9,6 +9,9 @@
 //! | `v-d` | the tree that takes the VM's descriptor | registers by VIOMMU_COMMAND, 95h |
 //! | `v-e` | third posting, June 2026, and two series of July 2026 | a HW queue object each |
 //!
+//! Between the first two a commit of AMD's tree handed out no VF page (V-B of some lists). A guest has no heads, tails and
+//! doorbells then, and the kernel is told from a stock one by nothing: it is no version here.
+//!
 //! What no published text settles can be set in a TOML table over one of them ([`Abi::from_toml`]): the type number of the
 //! vIOMMU, the user data, the types and flags of HW queues, the request that routes interrupts, and the type of event queues.
 
