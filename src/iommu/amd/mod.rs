@@ -179,6 +179,12 @@ impl<M: SystemMemory> Unit<M> {
         unit
     }
 
+    /// The last address that tables of the features that it offers can map.
+    #[must_use]
+    pub const fn last_address(&self) -> u64 {
+        self.features.last_address()
+    }
+
     /// From now on `follower` hears of every invalidation.
     pub fn add_follower(&self, follower: Arc<dyn Follower>) {
         let mut followers = self.followers.write().unwrap_or_else(PoisonError::into_inner);

@@ -166,7 +166,7 @@ impl EmulatedUnit {
     /// The last address that the guest's tables can map.
     #[must_use]
     pub const fn last_address(&self) -> u64 {
-        self.unit.features().last_address()
+        self.unit.last_address()
     }
 
     /// Have `follower` hear of every invalidation. For as long as the unit lives.
