@@ -200,7 +200,7 @@ pub(crate) fn answer(memory: &mut dyn Words, registers: &Registers, q: &Question
     match failure {
         Failure::NotPresent | Failure::Below(..) => abort(2, rw, tag, address),
         Failure::Permission => abort(2, rw | PR | PE, tag, address),
-        Failure::User => abort(2, rw | PR | US, tag, address),
+        Failure::User => abort(2, rw | PR | PE | US, tag, address),
         Failure::Level => abort(2, rw | PR, tag, address),
         Failure::Reserved => abort(2, rw | PR | RZ, tag, address),
         Failure::Memory(at) => abort(4, rw | TARGET_ABORT, tag, at),

@@ -237,7 +237,7 @@ fn p15_a_supervisor_page_refuses_a_user() {
     driver.map_guest(root, 4, 0x1000, 1, 0x5003);
     let user = read(device(), 0x1000).in_space(pasid(5));
     assert_eq!(driver.target(&user), None);
-    assert_eq!(driver.events(), [[0x0219, 0x2015_0005, 0x1000, 0]]);
+    assert_eq!(driver.events(), [[0x0219, 0x2055_0005, 0x1000, 0]]);
     let supervisor = Request {
         privileged: true,
         ..user

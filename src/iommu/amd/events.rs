@@ -94,7 +94,7 @@ pub enum PageFault {
     NotPresent,
     /// The permissions do not suffice: PR=1, PE=1.
     Denied,
-    /// A supervisor page met a user request: PR=1, US=1.
+    /// A supervisor page met a user request: PR=1, PE=1, US=1.
     Supervisor,
     /// An impossible level or size: PR=1.
     Malformed,
@@ -274,7 +274,7 @@ impl Event {
             Self::PageFault { source, fault } => source
                 .record(code)
                 .with_pr(fault != PageFault::NotPresent)
-                .with_pe(fault == PageFault::Denied)
+                .with_pe(matches!(fault, PageFault::Denied | PageFault::Supervisor))
                 .with_us(fault == PageFault::Supervisor)
                 .with_rz(fault == PageFault::Reserved),
             Self::DeviceTableHardwareError { source, at } => source
@@ -361,7 +361,7 @@ mod tests {
         let flags = [
             (PageFault::NotPresent, 0x020),
             (PageFault::Denied, 0x070),
-            (PageFault::Supervisor, 0x034),
+            (PageFault::Supervisor, 0x074),
             (PageFault::Malformed, 0x030),
             (PageFault::Reserved, 0x0b0),
         ];
