@@ -270,6 +270,42 @@ fn malformed_entries_are_reserved_bit_faults() {
 }
 
 #[test]
+fn malformed_long_entries_are_reserved_bit_faults() {
+    let fields = [(0x81, 0), (0x09, 0), (0x1d, 0)];
+    let lower = (32..64).map(|bit| (1 | 1 << bit, 0));
+    let upper = (8..56).map(|bit| (1, 1 << bit));
+    for (low, high) in fields.into_iter().chain(lower).chain(upper) {
+        for x2apic in [false, true] {
+            let driver = long(remapping(9));
+            driver.enable(Control::new().with_xt_en(x2apic));
+            set_long(&driver, 3, low, 0x55 | high);
+            assert!(driver.msi(device(), MESSAGE, 3).is_err());
+            assert_eq!(codes(&driver), [0x2098], "{high:#x} {low:#x}");
+        }
+    }
+}
+
+#[test]
+fn what_linux_writes_into_long_entries_is_well_formed() {
+    // Destinations of the three widths that its three drivers of local APICs have, physical and logical.
+    for (low, high, destination, logical) in [
+        (0x0000_0201, 0x31, 2, false),
+        (0x0000_0341, 0x31, 3, true),
+        (0x00ff_ff01, 0x31, 0xffff, false),
+        (0xffff_ff41, 0xff00_0000_0000_00ef, u32::MAX, true),
+    ] {
+        let driver = long(remapping(9));
+        driver.enable(Control::new().with_xt_en(true));
+        set_long(&driver, 3, low, high);
+        let Ok(Remapped::To(found)) = driver.msi(device(), MESSAGE, 3) else {
+            panic!("{high:#x} {low:#x}");
+        };
+        assert_eq!((found.destination, found.logical), (destination, logical));
+        assert_eq!(u64::from(found.vector), high & 0xff);
+    }
+}
+
+#[test]
 fn reserved_bits_of_the_interrupt_half_are_illegal() {
     for bit in [52, 53] {
         let driver = short(Interrupt::from_bits(remapping(9).into_bits() | 1 << bit));

@@ -201,7 +201,8 @@ impl Remapping<'_> {
     fn long<M: SystemMemory>(&self, memory: &M, at: Gpa) -> Result<Delivery, Lost> {
         let [low, high] = read_pair(memory, at).map_err(|_| self.unreadable(at))?;
         let entry = IrteGa::from_bits(u128::from(low) | u128::from(high) << 64);
-        let malformed = entry.guest_mode() || entry.int_type() > 1;
+        let reserved = entry.into_bits() & IrteGa::RESERVED != 0;
+        let malformed = reserved || entry.guest_mode() || entry.int_type() > 1;
         self.check(entry.remap_en(), entry.sup_iopf(), malformed)?;
         let destination = if self.control.xt_en() {
             u32::from(entry.destination_31_24()) << 24 | entry.destination_23_0()

@@ -64,6 +64,9 @@ pub struct IrteGa {
 impl IrteGa {
     /// Bytes of an entry.
     pub const LEN: u64 = 16;
+    /// Bits that must be 0: those that only the virtual APIC form has. Destination bits that are of no use without x2APIC
+    /// are not among them.
+    pub const RESERVED: u128 = 0x00ff_ffff_ffff_ff00_ffff_ffff_0000_0000;
 }
 
 /// The 128-bit entry in its virtual APIC form: GuestMode is 1.
@@ -123,6 +126,17 @@ mod tests {
         assert!(entry.remap_en());
         assert_eq!(entry.destination_23_0(), 0x0102);
         assert_eq!((entry.vector(), entry.destination_31_24()), (0x55, 1));
+        let every_field = IrteGa::new()
+            .with_remap_en(true)
+            .with_sup_iopf(true)
+            .with_int_type(7)
+            .with_rq_eoi(true)
+            .with_dm(true)
+            .with_guest_mode(true)
+            .with_destination_23_0(0xff_ffff)
+            .with_vector(0xff)
+            .with_destination_31_24(0xff);
+        assert_eq!(every_field.into_bits(), !IrteGa::RESERVED);
     }
 
     #[test]
