@@ -314,6 +314,78 @@ fn reserved_bits_of_the_interrupt_half_are_illegal() {
     }
 }
 
+/// An entry that remaps and whose third and fourth quadword have these bits as well.
+fn remapping_with(third: u64, fourth: u64) -> Dte {
+    let mut words = entry(remapping(9)).into_quadwords();
+    words[2] |= third;
+    words[3] |= fourth;
+    Dte::from_quadwords(words)
+}
+
+#[test]
+fn reserved_bits_of_the_last_quadword_are_illegal_where_interrupts_are_remapped() {
+    for bit in (0..15).chain(48..54) {
+        let driver = short(remapping(9));
+        set_short(&driver, 3, 0x0041_0201);
+        driver.set_dte(device(), remapping_with(0, 1 << bit));
+        assert!(driver.msi(device(), MESSAGE, 3).is_err());
+        let illegal = [0x0219, 0x1088_0000, 0xfee0_0000, 0];
+        assert_eq!(driver.events(), [illegal], "{bit}");
+        // They are nobody's business where the entry says nothing about interrupts.
+        let driver = short(remapping(9));
+        let mut dte = remapping_with(0, 1 << bit);
+        dte.interrupt.set_iv(false);
+        driver.set_dte(device(), dte);
+        assert_eq!(driver.msi(device(), MESSAGE, 3), Ok(Remapped::Unchanged), "{bit}");
+    }
+}
+
+#[test]
+fn bits_of_the_interrupt_half_that_mean_something_else_do_no_harm() {
+    // IG, the passes, HPTMode and the guest's paging mode; an interrupt of another kind, and DMA, are by other tests.
+    let third = [5, 54, 55, 56, 57, 58, 59, 62, 63].map(|bit| (1 << bit, 0));
+    // VImuEn, GuestID, GuestDeviceID, AttrV, Mode0FC and SnoopAttr.
+    let fourth = (15..48).chain(54..64).map(|bit| (0, 1 << bit));
+    for (third, fourth) in third.into_iter().chain(fourth) {
+        let driver = short(remapping(9));
+        set_short(&driver, 3, 0x0041_0201);
+        driver.set_dte(device(), remapping_with(third, fourth));
+        let found = driver.msi(device(), MESSAGE, 3);
+        assert_eq!(found, Ok(to(2, 0x41)), "{third:#x} {fourth:#x}");
+    }
+}
+
+#[test]
+fn a_reserved_bit_of_one_half_of_an_entry_is_no_matter_of_the_other() {
+    let mut words = entry(remapping(9)).into_quadwords();
+    words[0] |= 3 << 61;
+    for (index, bit) in [
+        (0, 2),
+        (0, 6),
+        (0, 63),
+        (2, 52),
+        (2, 53),
+        (3, 0),
+        (3, 14),
+        (3, 48),
+    ] {
+        let driver = short(remapping(9));
+        set_short(&driver, 3, 0x0041_0201);
+        let mut words = words;
+        words[index] |= 1 << bit;
+        driver.set_dte(device(), Dte::from_quadwords(words));
+        let concerns_memory = index == 0;
+        let request = crate::driver::read(device(), 0x1000);
+        assert_eq!(
+            driver.target(&request).is_none(),
+            concerns_memory,
+            "{index} {bit}"
+        );
+        let remapped = driver.msi(device(), MESSAGE, 3);
+        assert_eq!(remapped.is_ok(), concerns_memory, "{index} {bit}");
+    }
+}
+
 #[test]
 fn an_unreadable_table_is_a_hardware_error_with_the_entrys_address() {
     let driver = short(remapping(9).with_root(HOLE >> 6));
