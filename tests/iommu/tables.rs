@@ -1,5 +1,6 @@
 //! P: page tables.
 
+use ravelin::iommu::amd::features::Wanted;
 use ravelin::iommu::amd::request::{Access, Request};
 use ravelin::iommu::amd::spec::registers::Control;
 use ravelin::platform::addr::Iova;
@@ -153,6 +154,26 @@ fn p11_a_read_marks_accessed_and_a_write_marks_dirty() {
         "past the cached entry"
     );
     assert_eq!(driver.get(root) & 0x60, 0x60);
+}
+
+#[test]
+fn p11_a_unit_that_offers_no_marks_leaves_none() {
+    let mut driver = Driver::with(Wanted {
+        host_tracking: false,
+        ..Wanted::EVERYTHING
+    })
+    .started();
+    let root = driver.table();
+    driver.put(root, pte(0x5000));
+    for had in 0..4 {
+        let mut dte = host_dte(root, 1, 1);
+        dte.host.set_had(had);
+        driver.set_dte(device(), dte);
+        driver.flush(&[crate::driver::INVALIDATE_ALL]);
+        assert_eq!(driver.target(&read(device(), 0)), Some(0x5000), "{had}");
+        assert_eq!(driver.target(&write(device(), 0)), Some(0x5000), "{had}");
+        assert_eq!(driver.get(root), pte(0x5000), "{had}");
+    }
 }
 
 #[test]

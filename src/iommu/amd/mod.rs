@@ -421,7 +421,10 @@ impl<M: SystemMemory> Unit<M> {
     fn fetch_entry(&self, device: Bdf) -> Result<Dte, NoEntry> {
         let ticket = self.entries.ticket();
         let at = locate(&self.configuration(), device).ok_or(NoEntry::Beyond)?;
-        let dte = fetch(&self.memory, at).map_err(|_| NoEntry::Unreadable(at))?;
+        let mut dte = fetch(&self.memory, at).map_err(|_| NoEntry::Unreadable(at))?;
+        // Marks that the unit does not offer it does not leave, whatever an entry asks for.
+        let offered = u8::from(self.features.efr.ha()) | u8::from(self.features.efr.hd()) << 1;
+        dte.host.set_had(dte.host.had() & offered);
         self.entries.keep(ticket, device, &dte);
         Ok(dte)
     }
