@@ -22,6 +22,8 @@ fn r1_reset_values_are_those_of_the_manual() {
             _ => 0,
         };
         assert_eq!(driver.read(offset), expected, "{offset:#x}");
+        let halves = [0, 4].map(|half| u64::from(driver.read_dword(offset + half)));
+        assert_eq!(halves[0] | halves[1] << 32, expected, "{offset:#x} by halves");
     }
 }
 
@@ -73,16 +75,19 @@ fn r4_writing_the_upper_half_of_status_clears_nothing() {
 
 #[test]
 fn r5_only_the_written_ones_of_status_are_cleared() {
-    let driver = Driver::running();
-    driver.submit(&[crate::driver::WAIT_INTERRUPT]);
-    driver.submit(&[0]);
-    assert_eq!(
-        driver.status(),
-        0x0e,
-        "illegal command logged, wait signalled, log runs"
-    );
-    driver.write(reg::STATUS, 2);
-    assert_eq!(driver.status(), 0x0c);
+    for width in WIDTHS {
+        let mut driver = Driver::running();
+        driver.width = width;
+        driver.submit(&[crate::driver::WAIT_INTERRUPT]);
+        driver.submit(&[0]);
+        assert_eq!(
+            driver.status(),
+            0x0e,
+            "illegal command logged, wait signalled, log runs"
+        );
+        driver.write(reg::STATUS, 2);
+        assert_eq!(driver.status(), 0x0c, "{width:?}");
+    }
 }
 
 #[test]
@@ -146,34 +151,41 @@ fn r8_a_new_base_resets_the_pointers_of_a_stopped_ring() {
 
 #[test]
 fn r9_the_head_of_a_running_ring_does_not_take_writes() {
-    let mut driver = Driver::running();
-    driver.flush(&[]);
-    driver.write_dword(reg::COMMAND_HEAD, 0);
-    assert_eq!(driver.read(reg::COMMAND_HEAD), 0x10);
+    for width in WIDTHS {
+        let mut driver = Driver::running();
+        driver.width = width;
+        driver.flush(&[]);
+        driver.write(reg::COMMAND_HEAD, 0);
+        assert_eq!(driver.read(reg::COMMAND_HEAD), 0x10, "{width:?}");
+    }
 }
 
 #[test]
 fn r9_variant_the_base_of_a_running_ring_does_not_take_writes() {
-    let driver = Driver::running();
-    driver.write(reg::COMMAND_BASE, ring_base(0x9_0000, 8));
-    driver.write(reg::EVENT_BASE, ring_base(0x9_0000, 8));
-    assert_eq!(driver.read(reg::COMMAND_BASE), ring_base(RING, 9));
-    assert_eq!(driver.read(reg::EVENT_BASE), ring_base(LOG, 8));
+    for width in WIDTHS {
+        let mut driver = Driver::running();
+        driver.width = width;
+        driver.write(reg::COMMAND_BASE, ring_base(0x9_0000, 8));
+        driver.write(reg::EVENT_BASE, ring_base(0x9_0000, 8));
+        assert_eq!(driver.read(reg::COMMAND_BASE), ring_base(RING, 9), "{width:?}");
+        assert_eq!(driver.read(reg::EVENT_BASE), ring_base(LOG, 8), "{width:?}");
+    }
 }
 
 #[test]
 fn r10_a_ring_of_reserved_length_does_not_run() {
-    for length in 0..8 {
-        let driver = Driver::at_reset();
+    for (length, width) in (0..8).flat_map(|length| WIDTHS.map(|width| (length, width))) {
+        let mut driver = Driver::at_reset();
+        driver.width = width;
         driver.write(reg::COMMAND_BASE, ring_base(RING, length));
         driver.enable(Control::new().with_iommu_en(true).with_cmd_buf_en(true));
         driver
             .ram
             .write(ravelin::platform::addr::Gpa(RING), &wait(FLAG, 7).to_le_bytes())
             .expect("RAM");
-        driver.write_dword(reg::COMMAND_TAIL, 0x10);
-        assert_eq!(driver.status() & 0x10, 0, "{length}");
-        assert_eq!(driver.get(FLAG), 0, "{length}");
+        driver.write(reg::COMMAND_TAIL, 0x10);
+        assert_eq!(driver.status() & 0x10, 0, "{length} {width:?}");
+        assert_eq!(driver.get(FLAG), 0, "{length} {width:?}");
     }
 }
 

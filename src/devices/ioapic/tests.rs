@@ -3,6 +3,8 @@
 use super::input::MOST_IN_A_ROW;
 use super::*;
 use crate::devices::clock::manual::{ManualAlarm, ManualClock};
+use crate::iommu::emulated::RemappingIoApic;
+use crate::iommu::emulated::testing::{Rig, device};
 use crate::platform::host::HostError;
 use crate::platform::irq::IrqLine;
 use std::io;
@@ -75,9 +77,14 @@ struct Board {
 
 impl Board {
     fn new() -> Self {
+        Self::behind(|kernel| kernel)
+    }
+
+    /// A controller whose messages reach the kernel by what `between` puts before it.
+    fn behind(between: impl FnOnce(Arc<Kernel>) -> Arc<dyn IoApicHost>) -> Self {
         let (kernel, alarm) = (Arc::new(Kernel::default()), Arc::new(ManualAlarm::default()));
         let clock = ManualClock::at(Duration::ZERO);
-        let ioapic = IoApic::new(2, kernel.clone(), clock.clone(), alarm.clone());
+        let ioapic = IoApic::new(2, between(kernel.clone()), clock.clone(), alarm.clone());
         Self {
             kernel,
             clock,
@@ -323,6 +330,32 @@ fn under_remapping_the_end_of_what_processors_saw_counts_and_the_eoi_register_ta
     assert_eq!(board.kernel.drain(), []);
     board.ioapic.write(0x40, &[0x10]);
     assert_eq!(board.kernel.signals(), [0xc010]);
+}
+
+#[test]
+fn x15_behind_a_unit_the_eoi_register_takes_the_index_and_processors_end_what_they_saw() {
+    let rig = Rig::running();
+    rig.cover();
+    rig.remap(9, Some((0, 0x61)));
+    let unit = rig.unit.clone();
+    let board = Board::behind(|kernel| Arc::new(RemappingIoApic::new(unit, device(), kernel)));
+    board.entry(9, LEVEL | 9);
+    let line = board.line(9);
+    line.set(true);
+    assert_eq!(board.kernel.signals(), [0xc061]);
+    assert_eq!(board.low(9) & REMOTE_IRR, REMOTE_IRR);
+    line.set(false);
+    // What processors saw means nothing to the register, nor the index to them.
+    board.ioapic.write(0x40, &[0x61]);
+    board.ioapic.end_of_interrupt(9);
+    assert_eq!(board.low(9) & REMOTE_IRR, REMOTE_IRR);
+    board.ioapic.write(0x40, &[9]);
+    assert_eq!(board.low(9) & REMOTE_IRR, 0);
+    line.set(true);
+    assert_eq!(board.kernel.signals(), [0xc061]);
+    line.set(false);
+    board.ioapic.end_of_interrupt(0x61);
+    assert_eq!(board.low(9) & REMOTE_IRR, 0);
 }
 
 #[test]

@@ -134,6 +134,15 @@ impl Rig {
         self.command(2, device().requester_id().into());
     }
 
+    /// An entry for the unit itself that blocks every interrupt (IV=1, IntCtl=0), as that of any function can.
+    pub(crate) fn block_its_own(&self) {
+        let own = self.unit.own.sbdf().bdf;
+        let at = DEVICE_TABLE + 32 * u64::from(own.requester_id());
+        self.store(at + 16, 1);
+        self.command(2, own.requester_id().into());
+        assert_eq!(self.unit.routed(own, indexed(0x31)), None, "it would be blocked");
+    }
+
     /// Map page `page` of the device's addresses to `target`.
     pub(crate) fn map(&self, page: u64, target: u64) {
         self.store(HOST_TABLE + 8 * page, 1 << 62 | 1 << 61 | target | 1);

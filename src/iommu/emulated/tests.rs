@@ -45,7 +45,7 @@ fn the_function_says_what_it_is_and_where_its_registers_are() {
 }
 
 #[test]
-fn nothing_written_moves_the_registers() {
+fn r11_nothing_written_moves_the_registers() {
     let rig = Rig::at_reset();
     let before: Vec<u32> = (0x10..0x16).map(|dword| rig.unit.config_read(dword)).collect();
     for dword in 0x10..0x16 {
@@ -53,6 +53,16 @@ fn nothing_written_moves_the_registers() {
     }
     let after: Vec<u32> = (0x10..0x16).map(|dword| rig.unit.config_read(dword)).collect();
     assert_eq!(before, after);
+    // The address, enabled: what locks it.
+    assert_eq!(before[1] & 1, 1);
+    let parts = (0..4).flat_map(|lane| [(lane, 1), (lane & 2, 2)]);
+    for (lane, len) in parts {
+        let lanes = DwordWrite::new(lane, &[0xff, 0xff][..len]).expect("in the dword");
+        for dword in [0x11, 0x12] {
+            let _nothing = rig.unit.config_write(dword, lanes);
+        }
+    }
+    assert_eq!([0x11, 0x12].map(|dword| rig.unit.config_read(dword)), before[1..3]);
 }
 
 #[test]
@@ -72,9 +82,10 @@ fn the_msi_capability_and_its_mirror_hold_the_same() {
 }
 
 #[test]
-fn its_own_interrupt_needs_no_bus_master_and_is_not_remapped() {
+fn x19_its_own_interrupt_needs_no_bus_master_and_is_not_remapped() {
     let rig = Rig::running();
     rig.cover();
+    rig.block_its_own();
     for (dword, value) in [(0x17, 0xfee0_1000), (0x19, 0x41), (0x16, 1 << 16)] {
         let _interrupts = rig.unit.config_write(dword, DwordWrite::whole(value));
     }
@@ -87,9 +98,10 @@ fn its_own_interrupt_needs_no_bus_master_and_is_not_remapped() {
 }
 
 #[test]
-fn its_own_interrupt_reaches_32_bit_ids_by_its_register() {
+fn x19_its_own_interrupt_reaches_32_bit_ids_by_its_register() {
     let rig = Rig::running();
     rig.cover();
+    rig.block_its_own();
     rig.write(0x170, 0x12 << 56 | 0x61 << 32 | 0x34_5678 << 8);
     rig.write(0x18, rig.read(0x18) | 1 << 51);
     assert!(dma(&rig).view().read_obj::<u8>(GuestAddress(0)).is_err());
@@ -580,7 +592,7 @@ fn of_the_host(rig: &Rig) -> (Arc<Host>, Arc<HostFunction>, Weak<Ioas>) {
 const INVALIDATE: u64 = 3 << 60 | 1 << 32;
 
 #[test]
-fn a_function_of_the_host_reaches_what_was_mapped_once_the_wait_is_answered() {
+fn i11_a_function_of_the_host_reaches_what_was_mapped_once_the_wait_is_answered() {
     let rig = Rig::running();
     let (kernel, function, _) = of_the_host(&rig);
     assert_eq!(function.reaches(0x3008), Some((0x3008, Access::BOTH)));

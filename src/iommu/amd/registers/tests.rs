@@ -11,6 +11,16 @@ fn write(registers: &mut Registers, reg: Reg, value: u64) -> Effect {
     registers.write(reg, LaneWrite::new(0, &value.to_le_bytes()).expect("a quadword"))
 }
 
+/// From and to which bytes a quadword is written, access by access: as a whole, and by halves in either order.
+const WIDTHS: [&[(usize, usize)]; 3] = [&[(0, 8)], &[(0, 4), (4, 8)], &[(4, 8), (0, 4)]];
+
+fn write_by(width: &[(usize, usize)], registers: &mut Registers, reg: Reg, value: u64) {
+    for (from, to) in width {
+        let lanes = LaneWrite::new(*from, &value.to_le_bytes()[*from..*to]).expect("lanes of a quadword");
+        let _ = registers.write(reg, lanes);
+    }
+}
+
 fn enable(registers: &mut Registers, control: Control) {
     let value = registers.control().into_bits() | control.into_bits();
     let _ = write(registers, Reg::Control, value);
@@ -18,7 +28,6 @@ fn enable(registers: &mut Registers, control: Control) {
 
 #[test]
 fn what_is_not_writable_reads_back_as_zero() {
-    let mut registers = registers();
     let masks = [
         (Reg::DeviceTableBase, 0x000f_ffff_ffff_f1ff),
         (Reg::CommandBase, 0x0f0f_ffff_ffff_f000),
@@ -37,9 +46,56 @@ fn what_is_not_writable_reads_back_as_zero() {
         (Reg::PprTail, 0x7_fff0),
         (Reg::Status, 0),
     ];
-    for (reg, mask) in masks {
-        let _ = write(&mut registers, reg, u64::MAX);
-        assert_eq!(registers.read(reg), mask, "{reg:?}");
+    for width in WIDTHS {
+        let mut registers = registers();
+        for (reg, mask) in masks {
+            write_by(width, &mut registers, reg, u64::MAX);
+            assert_eq!(registers.read(reg), mask, "{reg:?} {width:?}");
+        }
+        let writable = registers.features().control_writable();
+        let all = writable.with_dev_tbl_seg_en(3).into_bits();
+        write_by(width, &mut registers, Reg::Control, all | !writable.into_bits());
+        assert_eq!(registers.read(Reg::Control), all, "{width:?}");
+    }
+}
+
+#[test]
+fn a_half_that_is_written_leaves_the_other_as_it_was() {
+    let both = [
+        Reg::DeviceTableBase,
+        Reg::CommandBase,
+        Reg::EventBase,
+        Reg::PprBase,
+        Reg::ExclusionBase,
+        Reg::ExclusionLimit,
+        Reg::XtEvent,
+        Reg::XtPpr,
+        Reg::XtGa,
+    ];
+    for reg in both {
+        let mut registers = registers();
+        let before = registers.read(reg);
+        write_by(&[(0, 4)], &mut registers, reg, u64::MAX);
+        let lower = registers.read(reg);
+        assert_ne!(lower & 0xffff_ffff, before & 0xffff_ffff, "{reg:?}");
+        assert_eq!(lower >> 32, before >> 32, "{reg:?}");
+        write_by(&[(4, 8)], &mut registers, reg, 0);
+        assert_eq!(registers.read(reg), lower & 0xffff_ffff, "{reg:?}");
+    }
+}
+
+#[test]
+fn what_is_cleared_by_ones_is_cleared_by_ones_of_either_half_alone() {
+    let latched = Status::from_bits(Status::W1C);
+    for width in WIDTHS {
+        let mut registers = registers();
+        registers.latch(latched);
+        write_by(width, &mut registers, Reg::Status, 2);
+        assert_eq!(registers.read(Reg::Status), Status::W1C & !2, "{width:?}");
+        write_by(&[(4, 8)], &mut registers, Reg::Status, u64::MAX);
+        assert_eq!(registers.read(Reg::Status), Status::W1C & !2, "{width:?}");
+        write_by(width, &mut registers, Reg::Status, u64::MAX);
+        assert_eq!(registers.read(Reg::Status), 0, "{width:?}");
     }
 }
 
@@ -66,6 +122,12 @@ fn more_segments_than_offered_leave_control_as_it_was() {
 
 #[test]
 fn a_segment_takes_no_more_pages_than_its_share() {
+    for width in WIDTHS {
+        a_segment_takes_no_more_pages_than_its_share_by(width);
+    }
+}
+
+fn a_segment_takes_no_more_pages_than_its_share_by(width: &[(usize, usize)]) {
     let mut registers = registers();
     for (offset, size) in [
         (0x100, 0xff),
@@ -75,7 +137,7 @@ fn a_segment_takes_no_more_pages_than_its_share() {
         (0x130, 0x3f),
     ] {
         let reg = Reg::at(offset).expect("a segment");
-        let _ = write(&mut registers, reg, u64::MAX);
+        write_by(width, &mut registers, reg, u64::MAX);
         assert_eq!(registers.read(reg), 0x000f_ffff_ffff_f000 | size, "{offset:#x}");
     }
 }
