@@ -1,16 +1,24 @@
 //! A driver that means harm, and one that is in a hurry.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use proptest::prelude::*;
 
+use ravelin::iommu::amd::Unit;
+use ravelin::iommu::amd::features::{Features, Wanted};
+use ravelin::iommu::amd::memory::{SystemMemory, Unreachable};
+use ravelin::iommu::amd::remap::Remapped;
+use ravelin::iommu::amd::spec::dte::{Dte, Interrupt};
 use ravelin::iommu::amd::spec::registers::Control;
 use ravelin::platform::addr::Gpa;
+use ravelin::platform::memory::GuestRam;
+use ravelin::platform::msi::MsiMessage;
 
 use crate::crowd;
 use crate::driver::{
-    DEVICE_TABLE, Driver, INTERRUPT_TABLE, LOG, RAM, RING, device, host_dte, invalidate_pages, pte, read,
-    reg, ring_base, wait, write,
+    DEVICE_TABLE, Driver, HOLE, INTERRUPT_TABLE, LOG, RAM, RING, device, host_dte,
+    invalidate_pages, pte, read, reg, ring_base, wait, write,
 };
 use crate::scribble::run;
 
@@ -159,13 +167,7 @@ fn doorbells_from_many_processors_lose_no_command() {
 #[test]
 fn an_interrupt_entry_that_changes_all_the_time_is_old_or_new() {
     let driver = Driver::running();
-    let mut dte = host_dte(0, 0, 0);
-    dte.interrupt = ravelin::iommu::amd::spec::dte::Interrupt::new()
-        .with_iv(true)
-        .with_int_ctl(2)
-        .with_table_length(9)
-        .with_root(INTERRUPT_TABLE >> 6);
-    driver.set_dte(device(), dte);
+    driver.set_dte(device(), remapped());
     driver.disable(Control::new().with_ga_en(true));
     let at = Gpa(INTERRUPT_TABLE);
     driver.ram.write_obj(at, &0x0041_0201_u32).expect("RAM");
@@ -178,7 +180,7 @@ fn an_interrupt_entry_that_changes_all_the_time_is_old_or_new() {
             }
         });
         for _ in 0..5000 {
-            let ravelin::iommu::amd::remap::Remapped::To(to) =
+            let Remapped::To(to) =
                 driver.msi(device(), 0xfee0_0000, 0).expect("always valid")
             else {
                 panic!("remapped");
@@ -187,6 +189,129 @@ fn an_interrupt_entry_that_changes_all_the_time_is_old_or_new() {
         }
         stop.store(true, Ordering::Relaxed);
     });
+}
+
+/// RAM in which sixteen bytes are changed twice, each time as a whole, while the unit reads them.
+struct Turning {
+    ram: GuestRam,
+    at: u64,
+    values: [[u64; 2]; 3],
+    /// How many quadwords of them were read before each change.
+    turns: [usize; 2],
+    read: Cell<usize>,
+}
+
+impl SystemMemory for Turning {
+    fn read(&self, at: Gpa, data: &mut [u8]) -> Result<(), Unreachable> {
+        SystemMemory::read(&self.ram, at, data)
+    }
+
+    fn write(&self, at: Gpa, data: &[u8]) -> Result<(), Unreachable> {
+        SystemMemory::write(&self.ram, at, data)
+    }
+
+    fn load(&self, at: Gpa) -> Result<u64, Unreachable> {
+        let half = match at.0.wrapping_sub(self.at) {
+            0 => 0,
+            8 => 1,
+            _ => return self.ram.load(at),
+        };
+        let read = self.read.replace(self.read.get() + 1);
+        let turn = self.turns.iter().filter(|turn| **turn <= read).count();
+        Ok(self.values[turn][half])
+    }
+
+    fn store(&self, at: Gpa, value: u64) -> Result<(), Unreachable> {
+        self.ram.store(at, value)
+    }
+
+    fn compare_exchange(&self, at: Gpa, old: u64, new: u64) -> Result<Result<(), u64>, Unreachable> {
+        self.ram.compare_exchange(at, old, new)
+    }
+}
+
+/// A unit that is on over the memory of `driver`, for each way in which what stands at `at` becomes the second of `values`
+/// and then the third.
+fn units_over_turning(
+    driver: &Driver,
+    at: u64,
+    values: [[u64; 2]; 3],
+) -> impl Iterator<Item = ([usize; 2], Unit<Turning>)> {
+    let all = (0..10).flat_map(|first| (first..10).map(move |second| [first, second]));
+    all.map(move |turns| {
+        let memory = Turning {
+            ram: driver.ram.clone(),
+            at,
+            values,
+            turns,
+            read: Cell::new(0),
+        };
+        let unit = Unit::new(Features::offer(Wanted::EVERYTHING), memory);
+        let on = Control::new()
+            .with_iommu_en(true)
+            .with_ga_en(true)
+            .with_xt_en(true);
+        for (at, value) in [
+            (reg::DEVICE_TABLE, DEVICE_TABLE | 0x1ff),
+            (reg::CONTROL, on.into_bits()),
+        ] {
+            let _nothing = unit.mmio_write(at, &value.to_le_bytes());
+        }
+        (turns, unit)
+    })
+}
+
+/// The device's entry says that its messages are remapped.
+fn remapped() -> Dte {
+    let mut dte = host_dte(0, 0, 0);
+    dte.interrupt = Interrupt::new()
+        .with_iv(true)
+        .with_int_ctl(2)
+        .with_table_length(9)
+        .with_root(INTERRUPT_TABLE >> 6);
+    dte
+}
+
+#[test]
+fn a_long_interrupt_entry_that_changes_while_it_is_read_is_one_of_those_that_stood_there() {
+    let driver = Driver::running();
+    driver.set_dte(device(), remapped());
+    // The third has the first half of the first.
+    let values = [[0x201, 0x41], [0x301, 0x52], [0x201, 0x63]];
+    for (turns, unit) in units_over_turning(&driver, INTERRUPT_TABLE, values) {
+        let message = MsiMessage {
+            address: 0xfee0_0000,
+            data: 0,
+        };
+        let Ok(Remapped::To(to)) = unit.begin().remap(device(), message) else {
+            panic!("remapped");
+        };
+        let found = [u64::from(to.destination) << 8 | 1, u64::from(to.vector)];
+        assert!(values.contains(&found), "{found:x?} with changes at {turns:?}");
+    }
+}
+
+#[test]
+fn half_a_device_entry_that_changes_while_it_is_read_is_one_of_those_that_stood_there() {
+    let driver = Driver::running();
+    driver.set_dte(device(), host_dte(HOLE, 4, 1));
+    let half = |root, domain| {
+        let [first, second, ..] = host_dte(root, 4, domain).into_quadwords();
+        [first, second]
+    };
+    // Tables that are not there, so that the record names both halves.
+    let values = [half(HOLE, 1), half(HOLE + 0x1000, 2), half(HOLE, 3)];
+    let at = DEVICE_TABLE + u64::from(device().requester_id()) * 32;
+    for (turns, unit) in units_over_turning(&driver, at, values) {
+        let abort = unit.begin().translate(&read(device(), 0)).expect_err("no table");
+        let record = abort.event.expect("reported").record();
+        let (table, domain) = (record >> 64, record >> 32 & 0xffff);
+        let found = [(HOLE, 1), (HOLE + 0x1000, 2), (HOLE, 3)].contains(&(
+            u64::try_from(table).expect("64 bits"),
+            u16::try_from(domain).expect("16 bits"),
+        ));
+        assert!(found, "{table:#x} in {domain} with changes at {turns:?}");
+    }
 }
 
 #[test]

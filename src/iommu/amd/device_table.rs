@@ -33,19 +33,18 @@ pub fn fetch<M: SystemMemory>(memory: &M, at: Gpa) -> Result<Dte, Unreachable> {
     Ok(Dte::from_quadwords([q0, q1, q2, q3]))
 }
 
-/// Two quadwords that stood in memory together.
+/// Two quadwords that stood in memory together: read twice, because one may be again what it was before the other changed.
 pub(super) fn read_pair<M: SystemMemory>(memory: &M, at: Gpa) -> Result<[u64; 2], Unreachable> {
-    let mut low = memory.load(at)?;
-    let mut high = memory.load(Gpa(at.0 + 8))?;
+    let read = || Ok([memory.load(at)?, memory.load(Gpa(at.0 + 8))?]);
+    let mut pair = read()?;
     for _ in 0..ATTEMPTS {
-        let again = memory.load(at)?;
-        if again == low {
+        let again = read()?;
+        if again == pair {
             break;
         }
-        low = again;
-        high = memory.load(Gpa(at.0 + 8))?;
+        pair = again;
     }
-    Ok([low, high])
+    Ok(pair)
 }
 
 /// What becomes of a memory request, as far as registers and the device's entry decide.
