@@ -10,11 +10,7 @@
 mod grace;
 #[path = "../src/iommu/polling/hearing.rs"]
 mod hearing;
-#[expect(
-    unreachable_pub,
-    dead_code,
-    reason = "a module of the unit; not all of it is tried here"
-)]
+#[expect(unreachable_pub, reason = "a module of the unit, compiled here once more")]
 #[path = "../src/iommu/amd/slot.rs"]
 mod slot;
 
@@ -244,6 +240,71 @@ fn no_walk_by_a_device_table_entry_is_left_after_the_wait_behind_its_invalidatio
         moved.switch();
         moved.access();
         device.join().expect("no panic");
+    });
+}
+
+/// Which of two tables a register names, and a cache of one entry over both, used as the unit uses its registers.
+#[derive(Default)]
+struct Switched {
+    register: AtomicU64,
+    entry: Slot<3>,
+    announced: Announced,
+    /// Changes when everything is forgotten.
+    stamp: AtomicU64,
+}
+
+impl Switched {
+    /// A device's request: the frame it goes to.
+    fn request(&self) -> u64 {
+        let announced = self.announced.count();
+        let number = self.register.load(Ordering::Acquire);
+        let stamp = self.stamp.load(Ordering::Acquire);
+        if let Some([_, frame, _]) = self.entry.find(TAG).filter(|words| words[2] == stamp) {
+            return frame;
+        }
+        let frame = Moved::frame(number);
+        self.entry
+            .fill([TAG, frame, stamp], || self.announced.count() == announced);
+        frame
+    }
+
+    /// The guest writes the register.
+    fn switch(&self) {
+        self.register.store(1, Ordering::Release);
+        self.announced.invalidation();
+        self.stamp.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn no_request_goes_by_a_register_of_before_once_it_is_written() {
+    check(2, || {
+        let switched = Arc::new(Switched::default());
+        let device = {
+            let switched = switched.clone();
+            loom::thread::spawn(move || {
+                switched.request();
+            })
+        };
+        switched.switch();
+        assert_eq!(switched.request(), NEW);
+        device.join().expect("no panic");
+        assert_eq!(switched.request(), NEW, "what the device left");
+    });
+}
+
+#[test]
+fn what_registers_say_is_read_as_it_stood_between_two_writes() {
+    check(3, || {
+        let slot = Arc::new(Slot::<2>::default());
+        let guest = {
+            let slot = slot.clone();
+            loom::thread::spawn(move || (1..3).for_each(|value| slot.replace([value, value])))
+        };
+        let [first, second] = slot.read();
+        assert_eq!(first, second);
+        guest.join().expect("no panic");
+        assert_eq!(slot.read(), [2, 2]);
     });
 }
 

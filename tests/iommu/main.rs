@@ -22,5 +22,6 @@ mod reference;
 mod registers;
 mod scribble;
 mod served_device;
+mod switching;
 mod tables;
 mod test_device;
