@@ -229,6 +229,73 @@ fn c12_a_store_that_fails_is_a_hardware_error_with_the_stores_address() {
 }
 
 #[test]
+fn c12_the_last_address_that_a_wait_can_name_is_a_hardware_error_and_nothing_wraps() {
+    let driver = Driver::running();
+    driver.put(0, 0x5a);
+    // Every bit of address and data.
+    driver.submit(&[command(1, 0xffff_fff9, 0x000f_ffff, u32::MAX, u32::MAX)]);
+    assert_eq!(driver.events(), [[0, 0x6400_0000, 0xffff_fff8, 0x000f_ffff]]);
+    assert_eq!((driver.get(0), driver.status() & 0x10), (0x5a, 0));
+    // The end of RAM, from within and from without; and all ones as what is stored.
+    let last = crate::driver::RAM - 8;
+    let driver = Driver::running();
+    driver.submit(&[wait(last, u64::MAX), wait(last + 8, 1)]);
+    assert_eq!(driver.get(last), u64::MAX);
+    assert_eq!(driver.events(), [[0, 0x6400_0000, 0x200_0000, 0]]);
+}
+
+#[test]
+fn commands_whose_every_field_is_all_ones_are_carried_out_or_illegal_and_drop_too_much_at_most() {
+    let ones = [
+        // Device 0xffff.
+        command(2, 0xffff, 0, 0, 0),
+        command(3, 0xf_ffff, 0xffff, 0xffff_f007, u32::MAX),
+        command(4, u32::MAX, 0x0fff_ffff, 0xffff_f035, u32::MAX),
+        command(5, 0xffff, 0, 0, 0),
+        command(6, 0xff00_ffff, 0xf_ffff, 0xffff_f015, u32::MAX),
+        command(7, 0xffff, 0xf_ffff, 4, 0xf1ff),
+        command(8, 0, 0, 0, 0),
+    ];
+    for raw in ones {
+        let mut driver = Driver::running();
+        let root = driver.attach(device(), 1);
+        driver.map(root, 4, 0x1000, 1, pte(0x5000));
+        assert_eq!(driver.target(&write(device(), 0x1000)), Some(0x5000));
+        driver.flush(&[raw]);
+        assert_eq!(driver.target(&write(device(), 0x1000)), Some(0x5000), "{raw:#x}");
+        assert_eq!(driver.events(), Vec::<[u32; 4]>::new(), "{raw:#x}");
+    }
+    // The same with the bits that are nobody's, where they count.
+    for raw in [
+        command(1, u32::MAX, 0x0fff_ffff, u32::MAX, u32::MAX),
+        command(2, u32::MAX, 0x0fff_ffff, u32::MAX, u32::MAX),
+        command(5, u32::MAX, 0x0fff_ffff, u32::MAX, u32::MAX),
+        command(8, u32::MAX, 0x0fff_ffff, u32::MAX, u32::MAX),
+        u128::MAX,
+    ] {
+        let driver = Driver::running();
+        driver.submit(&[raw]);
+        assert_eq!(driver.events(), [[0, 0x5000_0000, 0x4_0000, 0]], "{raw:#x}");
+        assert_eq!(driver.status() & 0x10, 0, "{raw:#x}");
+    }
+}
+
+#[test]
+fn the_entry_of_the_last_device_is_forgotten_when_it_is_named() {
+    let mut driver = Driver::running();
+    let last = ravelin::platform::addr::Bdf::from_requester_id(0xffff);
+    driver.set_dte(last, crate::driver::host_dte(0, 0, 1));
+    assert_eq!(driver.target(&write(last, 0x1000)), Some(0x1000));
+    driver.set_dte(
+        last,
+        ravelin::iommu::amd::spec::dte::Dte::from_quadwords([3, 0, 0, 0]),
+    );
+    assert_eq!(driver.target(&write(last, 0x1000)), Some(0x1000), "cached");
+    driver.flush(&[invalidate_device(last)]);
+    assert_eq!(driver.target(&write(last, 0x1000)), None);
+}
+
+#[test]
 fn c13_reserved_bits_make_a_command_illegal() {
     let driver = Driver::running();
     driver.submit(&[invalidate_device(device()) | 1 << 64]);

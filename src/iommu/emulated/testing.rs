@@ -158,6 +158,25 @@ impl Rig {
         self.store(INTERRUPT_TABLE + 16 * index + 8, high);
     }
 
+    /// Entry `index` of the device's remapping table, on: `vector` to `destination`, in the way that `bits` of the entry's
+    /// lowest byte say.
+    pub(crate) fn remap_as(&self, index: u64, bits: u64, destination: u32, vector: u8) {
+        self.remap(index, Some((destination, vector)));
+        let at = INTERRUPT_TABLE + 16 * index;
+        self.store(at, self.load(at) | bits);
+    }
+
+    /// The third quadword of the device's entry.
+    pub(crate) fn interrupt_half(&self) -> u64 {
+        self.load(DEVICE_TABLE + 32 * u64::from(device().requester_id()) + 16)
+    }
+
+    /// Another one, and the unit is told.
+    pub(crate) fn set_interrupt_half(&self, value: u64) {
+        self.store(DEVICE_TABLE + 32 * u64::from(device().requester_id()) + 16, value);
+        self.command(2, device().requester_id().into());
+    }
+
     /// Tell the unit that the device's remapping entries changed, and wait until it has obeyed.
     pub(crate) fn invalidate_interrupts(&self) {
         self.command(5, device().requester_id().into());

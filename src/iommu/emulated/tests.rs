@@ -1,6 +1,8 @@
 //! The unit as devices and processors of a machine meet it.
 
 mod blocked;
+mod beyond_ram;
+mod kinds;
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};

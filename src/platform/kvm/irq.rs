@@ -321,6 +321,29 @@ mod tests {
     }
 
     #[test]
+    fn a_logical_destination_stays_logical_and_an_nmi_keeps_its_mode() {
+        // Destination mode is bit 2 of the lower half; a cluster and its members are all 32 bits.
+        let logical =
+            Delivery::of(MsiMessage::remapped(0x0012_0003, true, 0x177)).expect("an interrupt message");
+        let expected = Delivery {
+            address_hi: 0x0012_0000,
+            address_lo: 0xfee0_3004,
+            data: 0x177,
+        };
+        assert_eq!(logical, expected);
+        let nmi = MsiMessage {
+            address: 0xfee0_3000,
+            data: 4 << 8,
+        };
+        let expected = Delivery {
+            address_hi: 0,
+            address_lo: 0xfee0_3000,
+            data: 0x400,
+        };
+        assert_eq!(Delivery::of(nmi), Some(expected));
+    }
+
+    #[test]
     fn what_names_memory_is_no_interrupt() {
         for address in [
             0,
