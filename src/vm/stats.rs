@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::iommu::amd::commands::Command;
 use crate::iommu::amd::counters::Counts;
+use crate::iommu::amd::events::Event;
 use crate::iommu::amd::spec::event::Code;
 use crate::iommu::viommu::Counts as Asked;
 use crate::platform::bus::{Bus, Traffic};
@@ -164,6 +165,8 @@ struct ViommuReport {
     polled: u64,
     /// Commands carried out, by kind; kinds without any left out.
     commands: BTreeMap<&'static str, u64>,
+    /// How often commands were carried out, any number at once.
+    batches: u64,
     /// Errors that stopped the command processor.
     stops: u64,
     /// Translations from the cache.
@@ -172,6 +175,8 @@ struct ViommuReport {
     walks: u64,
     /// Events by code, logged or lost; codes without any left out.
     events: BTreeMap<String, u64>,
+    /// Page faults among them, by kind; kinds without any left out.
+    faults: BTreeMap<&'static str, u64>,
     /// What was asked of the host, for a unit that one serves.
     #[serde(skip_serializing_if = "Option::is_none")]
     host: Option<Asked>,
@@ -314,11 +319,13 @@ impl ViommuReport {
     fn new(name: &str, counts: &Counts, host: Option<Asked>) -> Self {
         let commands = Command::KINDS.into_iter().zip(counts.commands);
         let events = (0_u8..).zip(counts.events);
+        let faults = Event::FAULTS.into_iter().zip(counts.faults);
         Self {
             name: name.to_owned(),
             doorbells: counts.doorbells,
             polled: counts.polled,
             commands: commands.filter(|(_, count)| *count > 0).collect(),
+            batches: counts.batches,
             stops: counts.stops,
             hits: counts.hits,
             walks: counts.walks,
@@ -326,6 +333,7 @@ impl ViommuReport {
                 .filter(|(_, count)| *count > 0)
                 .map(|(code, count)| (Code(code).to_string(), count))
                 .collect(),
+            faults: faults.filter(|(_, count)| *count > 0).collect(),
             host,
         }
     }
@@ -489,6 +497,8 @@ Rss:                3000 kB
         counts.commands[0] = 3;
         counts.events[2] = 1;
         counts.events[15] = 1;
+        counts.batches = 2;
+        counts.faults[5] = 1;
         let report = ViommuReport::new("iommu0", &counts, None);
         let json = serde_json::to_value(&report).expect("JSON");
         let expected = serde_json::json!({
@@ -496,10 +506,12 @@ Rss:                3000 kB
             "doorbells": 2,
             "polled": 1,
             "commands": { "completion_wait": 3 },
+            "batches": 2,
             "stops": 0,
             "hits": 9,
             "walks": 0,
             "events": { "io_page_fault": 1, "code 15": 1 },
+            "faults": { "interrupt_not_present": 1 },
         });
         assert_eq!(json, expected);
 

@@ -619,10 +619,9 @@ fn counters_tell_commands_by_kind() {
     ]);
     let counts = driver.unit.counts();
     assert_eq!(counts.commands, [1, 1, 2, 0, 0, 0, 0, 0]);
-    assert_eq!((counts.doorbells, counts.stops), (1, 0));
+    assert_eq!((counts.doorbells, counts.batches, counts.stops), (1, 1, 0));
+    // A batch is one in which something was carried out.
     driver.submit(&[0]);
-    assert_eq!(
-        (driver.unit.counts().doorbells, driver.unit.counts().stops),
-        (2, 1)
-    );
+    let counts = driver.unit.counts();
+    assert_eq!((counts.doorbells, counts.batches, counts.stops), (2, 1, 1));
 }

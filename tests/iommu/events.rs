@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use ravelin::iommu::amd::commands::Command;
+use ravelin::iommu::amd::events::Event;
 use ravelin::iommu::amd::ppr::{Answer, PageRequest};
 use ravelin::iommu::amd::registers::Interrupt;
 use ravelin::iommu::amd::request::Access;
@@ -10,8 +11,8 @@ use ravelin::iommu::amd::spec::registers::Control;
 use ravelin::platform::addr::Iova;
 
 use crate::driver::{
-    Driver, HOLE, LOG, PPR_LOG, Recorder, command, device, guest_dte, host_dte, pasid, read, reg, ring_base,
-    write,
+    Driver, FLAG, HOLE, LOG, PPR_LOG, RING, Recorder, command, device, guest_dte, host_dte, pasid, pte, read,
+    reg, ring_base, wait, write,
 };
 
 const MSI: Interrupt = Interrupt::Msi { number: 0 };
@@ -36,6 +37,38 @@ fn e1_a_record_names_device_domain_address_and_direction() {
     let driver = faulting();
     assert_eq!(driver.target(&write(device(), 0x1_2345_6000)), None);
     assert_eq!(driver.events(), [[0x0000_0219, 0x2020_0007, 0x2345_6000, 1]]);
+}
+
+#[test]
+fn counters_tell_page_faults_by_kind() {
+    let mut driver = Driver::running();
+    let root = driver.attach(device(), 1);
+    driver.map(root, 4, 0x1000, 1, pte(0x5000) & !(1 << 62));
+    driver.map(root, 4, 0x2000, 1, pte(0x5000) | 1 << 52);
+    driver.map(root, 4, 0x3000, 1, pte(0x000f_ffff_ffff_f000 | 7 << 9));
+    for at in [0x1000, 0x2000, 0x3000, 0x4000, 0x5000] {
+        assert_eq!(driver.target(&write(device(), at)), None, "{at:#x}");
+    }
+    let mut dte = guest_dte(root, 1);
+    dte.interrupt.set_iv(true);
+    dte.interrupt.set_int_ctl(2);
+    driver.set_dte(device(), dte);
+    driver.flush(&[crate::driver::INVALIDATE_ALL]);
+    // No index but 0 is in a table of one entry, and that one is off.
+    for data in [0, 1, 2] {
+        assert!(driver.msi(device(), 0xfee0_0000, data).is_err(), "{data}");
+    }
+    let counts = driver.unit.counts();
+    let of = |name| {
+        let place = Event::FAULTS.iter().position(|fault| *fault == name);
+        counts.faults[place.expect("a kind")]
+    };
+    assert_eq!(
+        ["not_present", "denied", "malformed", "reserved", "supervisor"].map(of),
+        [2, 1, 1, 1, 0]
+    );
+    assert_eq!(of("interrupt_not_present"), 3);
+    assert_eq!(counts.faults.iter().sum::<u64>(), counts.events[2]);
 }
 
 #[test]
@@ -90,6 +123,50 @@ fn e5_the_log_goes_on_where_it_was_once_switched_on_anew() {
     fault(&driver, 1);
     assert_eq!(driver.read(reg::EVENT_TAIL), 0);
     assert_eq!(driver.dwords(LOG + 0xff0)[0], 0x0219);
+}
+
+#[test]
+fn c17_with_c10_and_e5_a_ring_goes_on_across_its_end_with_a_log_that_is_full_and_one_that_goes_on() {
+    // Commands without meaning and waits in turn, past the ring's end; each of the former stops the ring.
+    const PAIRS: u64 = 300;
+    let driver = faulting();
+    let restart = |driver: &Driver| {
+        let stopped = driver.read(reg::COMMAND_HEAD);
+        assert_eq!(driver.status() & 0x10, 0);
+        driver.disable(Control::new().with_cmd_buf_en(true));
+        let next = u32::try_from((stopped + 16) % 0x2000).expect("in the ring");
+        driver.write_dword(reg::COMMAND_HEAD, next);
+        driver.enable(Control::new().with_cmd_buf_en(true));
+        assert_eq!(driver.status() & 0x10, 0x10);
+        stopped
+    };
+    let mut places = Vec::new();
+    for pair in 1..=PAIRS {
+        driver.submit(&[0, wait(FLAG, pair)]);
+        assert_eq!(driver.get(FLAG), pair - 1, "behind what stopped the ring");
+        places.push(RING + restart(&driver));
+        assert_eq!(driver.get(FLAG), pair);
+        assert_eq!(driver.status() & 9, if pair < 256 { 8 } else { 1 }, "{pair}");
+    }
+    let named = |records: &[[u32; 4]]| -> Vec<u64> {
+        let address = |record: &[u32; 4]| {
+            assert_eq!(record[..2], [0, 0x5000_0000]);
+            u64::from(record[2]) | u64::from(record[3]) << 32
+        };
+        records.iter().map(address).collect()
+    };
+    assert_eq!(named(&driver.events()), places[..255], "those that found room");
+    assert!(
+        places.contains(&(RING + 0x1fe0)) && places[256..].contains(&RING),
+        "past the end"
+    );
+    driver.disable(Control::new().with_event_log_en(true));
+    driver.write_dword(reg::STATUS, 1);
+    driver.enable(Control::new().with_event_log_en(true));
+    driver.submit(&[0, wait(FLAG, PAIRS + 1)]);
+    let place = RING + restart(&driver);
+    assert_eq!(driver.get(FLAG), PAIRS + 1);
+    assert_eq!(named(&driver.events()), [place], "from where the log was");
 }
 
 #[test]

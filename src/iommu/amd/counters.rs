@@ -2,7 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::spec::event::Code;
+use super::events::Event;
+use super::spec::event::Record;
 
 /// Running totals.
 #[derive(Default)]
@@ -10,9 +11,11 @@ pub struct Counters {
     doorbells: AtomicU64,
     polled: AtomicU64,
     commands: [AtomicU64; 8],
+    batches: AtomicU64,
     stops: AtomicU64,
     walks: AtomicU64,
     events: [AtomicU64; 16],
+    faults: [AtomicU64; Event::FAULTS.len()],
 }
 
 /// Totals since the unit was made.
@@ -24,6 +27,8 @@ pub struct Counts {
     pub polled: u64,
     /// Commands carried out, by [`super::commands::Command::KINDS`].
     pub commands: [u64; 8],
+    /// How often the processor went to work and carried out any: with their number, how many come at once.
+    pub batches: u64,
     /// Errors that stopped the command processor.
     pub stops: u64,
     /// Translations from the cache.
@@ -32,6 +37,8 @@ pub struct Counts {
     pub walks: u64,
     /// Events by code, logged or lost.
     pub events: [u64; 16],
+    /// Page faults among them, by [`Event::FAULTS`].
+    pub faults: [u64; Event::FAULTS.len()],
 }
 
 fn add(counter: &AtomicU64, more: u64) {
@@ -50,6 +57,9 @@ impl Counters {
 
     /// Add commands of one run, by kind.
     pub(super) fn commands(&self, by_kind: &[u64; 8]) {
+        if by_kind.iter().any(|more| *more > 0) {
+            add(&self.batches, 1);
+        }
         for (counter, more) in self.commands.iter().zip(by_kind) {
             if *more > 0 {
                 add(counter, *more);
@@ -65,8 +75,15 @@ impl Counters {
         add(&self.walks, 1);
     }
 
-    pub(super) fn event(&self, code: Code) {
-        add(&self.events[usize::from(code.0 & 0xf)], 1);
+    /// Add what `record` reports.
+    pub(super) fn event(&self, record: u128) {
+        add(
+            &self.events[usize::from(Record::from_bits(record).code() & 0xf)],
+            1,
+        );
+        if let Some(fault) = Event::fault_in(record) {
+            add(&self.faults[fault], 1);
+        }
     }
 
     /// All but the hits, which are counted where requests are in flight.
@@ -76,10 +93,12 @@ impl Counters {
             doorbells: get(&self.doorbells),
             polled: get(&self.polled),
             commands: self.commands.each_ref().map(get),
+            batches: get(&self.batches),
             stops: get(&self.stops),
             hits: 0,
             walks: get(&self.walks),
             events: self.events.each_ref().map(get),
+            faults: self.faults.each_ref().map(get),
         }
     }
 }

@@ -185,6 +185,41 @@ pub enum Event {
 }
 
 impl Event {
+    /// Kinds of page faults, for counters: of memory, and of interrupts.
+    pub const FAULTS: [&'static str; 10] = [
+        "not_present",
+        "denied",
+        "supervisor",
+        "malformed",
+        "reserved",
+        "interrupt_not_present",
+        "interrupt_denied",
+        "interrupt_supervisor",
+        "interrupt_malformed",
+        "interrupt_reserved",
+    ];
+
+    /// The place in [`Self::FAULTS`] of what a record reports; `None` where that is no page fault.
+    #[must_use]
+    pub const fn fault_in(record: u128) -> Option<usize> {
+        let record = Record::from_bits(record);
+        if record.code() != Code::IO_PAGE_FAULT.0 {
+            return None;
+        }
+        let kind = match (record.pr(), record.rz(), record.us(), record.pe()) {
+            (false, ..) => 0,
+            (true, true, ..) => 4,
+            (true, false, true, _) => 2,
+            (true, false, false, true) => 1,
+            (true, false, false, false) => 3,
+        };
+        Some(if record.i() {
+            kind + Self::FAULTS.len() / 2
+        } else {
+            kind
+        })
+    }
+
     /// The record's code.
     #[must_use]
     pub const fn code(&self) -> Code {
@@ -373,6 +408,29 @@ mod tests {
                 "{fault:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_record_of_a_page_fault_is_counted_by_its_kind() {
+        let memory = [
+            (PageFault::NotPresent, "not_present"),
+            (PageFault::Denied, "denied"),
+            (PageFault::Supervisor, "supervisor"),
+            (PageFault::Malformed, "malformed"),
+            (PageFault::Reserved, "reserved"),
+        ];
+        for (fault, name) in memory {
+            for (kind, prefix) in [(Kind::Memory, ""), (Kind::Interrupt, "interrupt_")] {
+                let source = Source::of(&write(), kind, 7);
+                let record = Event::PageFault { source, fault }.record();
+                let counted = Event::fault_in(record).map(|place| Event::FAULTS[place]);
+                assert_eq!(counted, Some(format!("{prefix}{name}").as_str()));
+            }
+        }
+        assert_eq!(
+            Event::fault_in(Event::IllegalCommand { at: Gpa(0) }.record()),
+            None
+        );
     }
 
     #[test]

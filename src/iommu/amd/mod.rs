@@ -396,10 +396,11 @@ impl<M: SystemMemory> Unit<M> {
 
     /// Tell software by the event log.
     fn report(&self, event: &Event) -> Effects {
-        self.counters.event(event.code());
+        let record = event.record();
+        self.counters.event(record);
         let mut registers = self.change();
         if registers.event_log_runs() {
-            match registers.event.append(&self.memory, event.record()) {
+            match registers.event.append(&self.memory, record) {
                 Appended::Logged => registers.latch(Status::new().with_event_log_int(true)),
                 Appended::Overflowed => registers.latch(Status::new().with_event_overflow(true)),
                 Appended::Unreachable => {}

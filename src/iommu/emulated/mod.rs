@@ -212,18 +212,21 @@ impl EmulatedUnit {
             doorbells,
             polled,
             commands,
+            batches,
             stops,
             hits,
             walks,
             events,
+            faults,
         } = self.counts();
         let sum = |counts: &[u64]| counts.iter().sum::<u64>();
         format!(
-            "{}; {doorbells} doorbells, {polled} of them polled, {} commands, {stops} stops, {hits} translations from the cache, {walks} by a \
-             walk, {} events",
+            "{}; {doorbells} doorbells, {polled} of them polled, {} commands in {batches} batches, {stops} stops, {hits} translations \
+             from the cache, {walks} by a walk, {} events, {} page faults among them",
             registers.join(", "),
             sum(&commands),
-            sum(&events)
+            sum(&events),
+            sum(&faults)
         )
     }
 

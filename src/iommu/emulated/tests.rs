@@ -64,7 +64,10 @@ fn r11_nothing_written_moves_the_registers() {
             let _nothing = rig.unit.config_write(dword, lanes);
         }
     }
-    assert_eq!([0x11, 0x12].map(|dword| rig.unit.config_read(dword)), before[1..3]);
+    assert_eq!(
+        [0x11, 0x12].map(|dword| rig.unit.config_read(dword)),
+        before[1..3]
+    );
 }
 
 #[test]
@@ -558,7 +561,7 @@ fn its_state_is_told_in_one_line() {
     let state = rig.unit.state();
     assert!(state.contains("commands 0x800000000010000,"), "{state}");
     assert!(
-        state.contains("1 doorbells, 0 of them polled, 2 commands, 0 stops"),
+        state.contains("1 doorbells, 0 of them polled, 2 commands in 1 batches, 0 stops"),
         "{state}"
     );
     assert_eq!(state.lines().count(), 1);

@@ -281,19 +281,21 @@ impl SimHost {
             doorbells,
             polled,
             commands,
+            batches,
             stops,
             hits,
             walks,
             events,
-            ..
+            faults,
         } = self.counts();
         let sum = |counts: &[u64]| counts.iter().sum::<u64>();
         format!(
-            "{}; devices reach {attached}; {doorbells} doorbells, {polled} of them polled, {} commands, {stops} stops, {hits} translations \
-             from the cache, {walks} by a walk, {} events, {} of the host's",
+            "{}; devices reach {attached}; {doorbells} doorbells, {polled} of them polled, {} commands in {batches} batches, {stops} \
+             stops, {hits} translations from the cache, {walks} by a walk, {} events, {} page faults among them, {} of the host's",
             page.join(", "),
             sum(&commands),
             sum(&events),
+            sum(&faults),
             sum(&self.host_counts().events)
         )
     }

@@ -190,8 +190,7 @@ impl<M: SystemMemory> Issuer for GuestRing<'_, M> {
             }
             other => other,
         };
-        self.unit
-            .log_event(self.guests, self.guest, event.code(), event.record())
+        self.unit.log_event(self.guests, self.guest, event.record())
     }
 
     fn interrupted(&self, raised: Interrupts) -> Effects {

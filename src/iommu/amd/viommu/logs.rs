@@ -11,7 +11,6 @@ use crate::iommu::amd::memory::SystemMemory;
 use crate::iommu::amd::ppr::{Answer, PageRequest, record};
 use crate::iommu::amd::registers::Registers;
 use crate::iommu::amd::spec::dte::Dte;
-use crate::iommu::amd::spec::event::Code;
 use crate::iommu::amd::spec::registers::{Control, Status};
 use crate::iommu::amd::{Effects, Unit};
 use crate::platform::addr::Bdf;
@@ -63,13 +62,13 @@ impl<M: SystemMemory> Unit<M> {
         });
         // A domain that the guest has no name for is one it never asked for.
         let event = event.renamed(device, domain.unwrap_or(0));
-        effects.join(self.log_event(guests, &guest, event.code(), event.record()));
+        effects.join(self.log_event(guests, &guest, event.record()));
         Some(effects)
     }
 
     /// Append a record to the event log of `guest`.
-    pub(super) fn log_event(&self, guests: &Guests, guest: &Guest, code: Code, record: u128) -> Effects {
-        guests.counters.event(code);
+    pub(super) fn log_event(&self, guests: &Guests, guest: &Guest, record: u128) -> Effects {
+        guests.counters.event(record);
         self.append(guests, guest, &EVENT, record).1
     }
 

@@ -49,7 +49,7 @@ use super::processor::Seat;
 use super::registers::guest::Rings;
 use super::registers::{Effect, Interrupts, Registers};
 use super::spec::command::{Generic, Opcode};
-use super::spec::event::{Code, Record};
+use super::spec::event::Record;
 use super::spec::registers::{Control, Reg};
 use super::spec::viommu::{
     CommandControl, ControlReg, EventControl, InsertGuestEvent, MapControl, MiscControl, PprControl,
@@ -391,7 +391,7 @@ impl<M: SystemMemory> Unit<M> {
         match command {
             OfHost::InsertEvent { guest, record } => {
                 let guest = guests.guest(guest, self.features);
-                let effects = self.log_event(guests, &guest, Code(record.code()), record.into_bits());
+                let effects = self.log_event(guests, &guest, record.into_bits());
                 (effects, 1)
             }
             OfHost::Reset(guest) => {
