@@ -17,10 +17,10 @@ use ravelin::platform::msi::MsiMessage;
 
 use crate::crowd;
 use crate::driver::{
-    DEVICE_TABLE, Driver, HOLE, INTERRUPT_TABLE, LOG, RAM, RING, device, host_dte,
-    invalidate_pages, pte, read, reg, ring_base, wait, write,
+    DEVICE_TABLE, Driver, HOLE, INTERRUPT_TABLE, LOG, RAM, RING, device, host_dte, invalidate_pages, pte,
+    read, reg, ring_base, wait, write,
 };
-use crate::scribble::run;
+use crate::scribble::{fed, run};
 
 #[test]
 fn a_log_on_top_of_the_ring_harms_nobody_else() {
@@ -180,9 +180,7 @@ fn an_interrupt_entry_that_changes_all_the_time_is_old_or_new() {
             }
         });
         for _ in 0..5000 {
-            let Remapped::To(to) =
-                driver.msi(device(), 0xfee0_0000, 0).expect("always valid")
-            else {
+            let Remapped::To(to) = driver.msi(device(), 0xfee0_0000, 0).expect("always valid") else {
                 panic!("remapped");
             };
             assert!(matches!((to.destination, to.vector), (2, 0x41) | (3, 0x52)));
@@ -318,7 +316,7 @@ fn half_a_device_entry_that_changes_while_it_is_read_is_one_of_those_that_stood_
 fn what_the_fuzzer_keeps_shows_no_difference_from_the_model() {
     let kept = std::fs::read_dir("fuzz/corpus/iommu").expect("kept inputs");
     let ran = kept
-        .map(|entry| run(&std::fs::read(entry.expect("an entry").path()).expect("an input")))
+        .map(|entry| fed(&std::fs::read(entry.expect("an entry").path()).expect("an input")))
         .count();
     assert!(ran > 100, "{ran} inputs");
 }

@@ -16,6 +16,7 @@ mod hypervisor;
 mod interrupts;
 mod invalidation;
 mod model;
+mod orderly;
 mod page;
 mod private;
 mod reference;

@@ -46,6 +46,52 @@ pub(crate) enum Outcome {
     Aborts([u32; 4]),
 }
 
+/// A message.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Message {
+    pub(crate) device: u16,
+    pub(crate) address: u64,
+    pub(crate) data: u32,
+}
+
+/// What becomes of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Interrupted {
+    Passes,
+    MemoryWrite,
+    To {
+        destination: u32,
+        logical: bool,
+        arbitrated: bool,
+        vector: u8,
+        level: bool,
+        asserted: bool,
+    },
+    /// With the dwords of the record, if there is one.
+    Lost(Option<[u32; 4]>),
+}
+
+/// A page request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wish {
+    pub(crate) device: u16,
+    pub(crate) pasid: Option<u32>,
+    pub(crate) at: u64,
+    pub(crate) group: u16,
+    pub(crate) read: bool,
+}
+
+/// What becomes of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Wished {
+    /// Nobody takes any.
+    Fails,
+    /// This device may send none.
+    Invalid,
+    /// Those two quadwords are for the log, if that runs and has room.
+    Logged([u64; 2]),
+}
+
 const FRAME: u64 = 0x000f_ffff_ffff_f000;
 
 fn bit(value: u64, at: u32) -> bool {
@@ -76,6 +122,7 @@ struct Found {
 
 /// Flags of the second dword.
 const GN: u32 = 1 << 16;
+const I: u32 = 1 << 19;
 const US: u32 = 1 << 18;
 const PR: u32 = 1 << 20;
 const RW: u32 = 1 << 21;
@@ -114,23 +161,11 @@ pub(crate) fn answer(memory: &mut dyn Words, registers: &Registers, q: &Question
         let kind: u32 = if q.read { 0 } else { 6 };
         return abort(8, kind << 25, who(0), q.at);
     }
-    // 2.2.1: which entry.
-    let segments = field(registers.control, 36, 34) as u32;
-    let number = u64::from(q.device);
-    let segment = number >> (16 - segments);
-    let index = number - (segment << (16 - segments));
-    let base = registers.device_table[segment as usize];
-    if index >= (field(base, 8, 0) + 1) * 128 {
-        return abort(2, rw, who(0), q.at);
-    }
-    let entry_at = (base & FRAME) + index * 32;
-    let mut dte = [0; 4];
-    for (number, word) in (0..).zip(dte.iter_mut()) {
-        match memory.load(entry_at + number * 8) {
-            Some(value) => *word = value,
-            None => return abort(3, rw | TARGET_ABORT, (device, 0), entry_at),
-        }
-    }
+    let dte = match entry(memory, registers, q.device) {
+        Ok(dte) => dte,
+        Err(Entryless::Beyond) => return abort(2, rw, who(0), q.at),
+        Err(Entryless::Memory(at)) => return abort(3, rw | TARGET_ABORT, (device, 0), at),
+    };
     // 2.2.2, Table 8: what the entry says.
     if !bit(dte[0], 0) {
         return pass(true, true);
@@ -205,6 +240,170 @@ pub(crate) fn answer(memory: &mut dyn Words, registers: &Registers, q: &Question
         Failure::Reserved => abort(2, rw | PR | RZ, tag, address),
         Failure::Memory(at) => abort(4, rw | TARGET_ABORT, tag, at),
     }
+}
+
+/// How a device has no entry.
+enum Entryless {
+    Beyond,
+    Memory(u64),
+}
+
+/// 2.2.1: which entry, and what it holds.
+fn entry(memory: &mut dyn Words, registers: &Registers, device: u16) -> Result<[u64; 4], Entryless> {
+    let segments = field(registers.control, 36, 34) as u32;
+    let number = u64::from(device);
+    let segment = number >> (16 - segments);
+    let index = number - (segment << (16 - segments));
+    let base = registers.device_table[segment as usize];
+    if index >= (field(base, 8, 0) + 1) * 128 {
+        return Err(Entryless::Beyond);
+    }
+    let at = (base & FRAME) + index * 32;
+    let mut dte = [0; 4];
+    for (number, word) in (0..).zip(dte.iter_mut()) {
+        *word = memory.load(at + number * 8).ok_or(Entryless::Memory(at))?;
+    }
+    Ok(dte)
+}
+
+/// Ask the manual what becomes of a message: 2.2.5.
+pub(crate) fn interrupt(memory: &mut dyn Words, registers: &Registers, m: &Message) -> Interrupted {
+    if !(0xfee0_0000..=0xfeef_ffff).contains(&m.address) {
+        return Interrupted::MemoryWrite;
+    }
+    if !bit(registers.control, 0) {
+        return Interrupted::Passes;
+    }
+    let record = |code: u32, flags: u32, domain: u32, address: u64| {
+        let second = code << 28 | flags | I | domain;
+        Interrupted::Lost(Some([u32::from(m.device), second, low(address), high(address)]))
+    };
+    let dte = match entry(memory, registers, m.device) {
+        Ok(dte) => dte,
+        Err(Entryless::Beyond) => return record(2, 0, 0, m.address),
+        Err(Entryless::Memory(at)) => return record(3, TARGET_ABORT, 0, at),
+    };
+    if !bit(dte[2], 0) {
+        return Interrupted::Passes;
+    }
+    let domain = field(dte[1], 15, 0) as u32;
+    let illegal = |flags| record(1, flags, 0, m.address & !3);
+    let fault = |flags| {
+        if bit(dte[2], 5) {
+            Interrupted::Lost(None)
+        } else {
+            record(2, flags, domain, m.address)
+        }
+    };
+    if field(dte[2], 53, 52) != 0 || field(dte[3], 14, 0) != 0 || field(dte[3], 53, 48) != 0 {
+        return illegal(RZ);
+    }
+    let all_index = field(registers.control, 44, 43) == 1 && bit(m.address, 2);
+    let passes = match m.data >> 8 & 7 {
+        _ if all_index => None,
+        0 | 1 => None,
+        4 => Some(58),
+        5 => Some(56),
+        7 => Some(57),
+        _ => return Interrupted::Lost(None),
+    };
+    match passes {
+        Some(at) if bit(dte[2], at) => return Interrupted::Passes,
+        Some(_) => return fault(0),
+        None => {}
+    }
+    match field(dte[2], 61, 60) {
+        0 => {
+            // An invalid request, of type 5, and no interrupt's bit in its record.
+            let second = 8 << 28 | 5 << 25;
+            return Interrupted::Lost(Some([
+                u32::from(m.device),
+                second,
+                low(m.address),
+                high(m.address),
+            ]));
+        }
+        1 => return Interrupted::Passes,
+        3 => return illegal(RZ),
+        _ => {}
+    }
+    let length = field(dte[2], 4, 1);
+    if length > 11 {
+        return illegal(0);
+    }
+    let index = u64::from(m.data & 0x7ff);
+    if index >= 1 << length {
+        return fault(0);
+    }
+    let table = field(dte[2], 51, 6) << 6;
+    let unreadable = |at| record(4, TARGET_ABORT, domain, at);
+    let (lower, upper) = if bit(registers.control, 17) {
+        let at = table + index * 16;
+        match (memory.load(at), memory.load(at + 8)) {
+            (Some(lower), Some(upper)) => (lower, Some(upper)),
+            _ => return unreadable(at),
+        }
+    } else {
+        let at = table + index * 4;
+        match memory.load(at & !7) {
+            Some(both) if at & 4 == 0 => (both & 0xffff_ffff, None),
+            Some(both) => (both >> 32, None),
+            None => return unreadable(at),
+        }
+    };
+    if !bit(lower, 0) {
+        return fault(0);
+    }
+    let reserved = match upper {
+        Some(upper) => field(lower, 63, 32) != 0 || field(upper, 55, 8) != 0,
+        None => field(lower, 31, 24) != 0,
+    };
+    let kind = field(lower, 4, 2);
+    if reserved || bit(lower, 7) || kind > 1 {
+        return if bit(lower, 1) {
+            Interrupted::Lost(None)
+        } else {
+            fault(PR | RZ)
+        };
+    }
+    let (destination, vector) = match upper {
+        Some(upper) if bit(registers.control, 50) => (
+            field(upper, 63, 56) << 24 | field(lower, 31, 8),
+            field(upper, 7, 0),
+        ),
+        Some(upper) => (field(lower, 15, 8), field(upper, 7, 0)),
+        None => (field(lower, 15, 8), field(lower, 23, 16)),
+    };
+    Interrupted::To {
+        destination: low(destination),
+        logical: bit(lower, 6),
+        arbitrated: kind == 1,
+        vector: vector as u8,
+        level: m.data >> 15 & 1 == 1,
+        asserted: m.data >> 14 & 1 == 1,
+    }
+}
+
+/// Ask the manual what becomes of a page request of one page, the last of its group: 2.6.
+pub(crate) fn page_request(memory: &mut dyn Words, registers: &Registers, w: &Wish) -> Wished {
+    if !bit(registers.control, 0) || !bit(registers.control, 15) {
+        return Wished::Fails;
+    }
+    let Ok(dte) = entry(memory, registers, w.device) else {
+        return Wished::Invalid;
+    };
+    let has_guest = bit(dte[0], 55) && bit(registers.control, 16);
+    if !bit(dte[0], 0) || !bit(dte[0], 1) || !bit(dte[0], 52) || w.pasid.is_some() && !has_guest {
+        return Wished::Invalid;
+    }
+    let pasid = u64::from(w.pasid.unwrap_or(0));
+    let flag = |set: bool, bit: u64| if set { bit << 48 } else { 0 };
+    let flags = flag(w.read, 0x004) | flag(true, 0x040) | flag(w.pasid.is_some(), 0x100);
+    let group = u64::from(w.group & 0x1ff) << 32 | 1 << 41;
+    Wished::Logged([
+        u64::from(w.device) | (pasid & 0xffff) << 16 | group | (pasid >> 16) << 42 | flags | 1 << 60,
+        w.at & !0xfff,
+    ])
 }
 
 struct Host {

@@ -1,74 +1,16 @@
 //! The unit against the second translator of `model`, over random tables and requests.
 
 use proptest::prelude::*;
-use ravelin::iommu::amd::dma::Abort;
-use ravelin::iommu::amd::request::{Access, Pasid, Request, Translation};
-use ravelin::platform::addr::{Bdf, Gpa, Iova};
+use ravelin::platform::addr::{Bdf, Gpa};
 use ravelin::platform::memory::GuestRam;
 
-use crate::driver::{
-    DEVICE_TABLE, Driver, INVALIDATE_ALL, LOG, PPR_LOG, S, host_dte, invalidate_pages, pte, reg, ring_base,
-};
-use crate::model::{Outcome, Question, Registers, Words, answer};
-
-struct Ram(GuestRam);
-
-impl Words for Ram {
-    fn load(&mut self, at: u64) -> Option<u64> {
-        self.0.read_obj(Gpa(at)).ok()
-    }
-
-    fn store(&mut self, at: u64, value: u64) {
-        self.0
-            .write_obj(Gpa(at), &value)
-            .expect("it was loaded from there");
-    }
-}
-
-fn request(q: &Question) -> Request {
-    Request {
-        requester: Bdf::from_requester_id(q.device),
-        pasid: q.pasid.and_then(Pasid::new),
-        privileged: q.privileged,
-        at: Iova(q.at),
-        access: Access::new(q.read, q.write),
-    }
-}
+use crate::driver::{DEVICE_TABLE, Driver, LOG, PPR_LOG, host_dte, pte, reg, ring_base};
+use crate::model::{Outcome, Question, answer};
+use crate::orderly::{Ram, first_difference, in_terms_of_the_model, registers, request, run};
 
 /// What the unit makes of it, in the model's terms.
 fn outcome(driver: &Driver, q: &Question) -> Outcome {
     in_terms_of_the_model(driver.on_bus(|bus| bus.translate(&request(q))))
-}
-
-fn in_terms_of_the_model(answer: Result<Translation, Box<Abort>>) -> Outcome {
-    match answer {
-        Ok(found) => Outcome::Passes {
-            target: found.target.0,
-            read: found.allowed.read,
-            write: found.allowed.write,
-        },
-        Err(abort) => {
-            let bytes = abort
-                .event
-                .expect("memory requests say why")
-                .record()
-                .to_le_bytes();
-            let dword = |at: usize| u32::from_le_bytes(bytes[4 * at..4 * at + 4].try_into().expect("four"));
-            Outcome::Aborts([dword(0), dword(1), dword(2), dword(3)])
-        }
-    }
-}
-
-fn registers(driver: &Driver) -> Registers {
-    Registers {
-        control: driver.read(reg::CONTROL),
-        exclusion_base: driver.read(reg::EXCLUSION_BASE),
-        exclusion_limit: driver.read(reg::EXCLUSION_LIMIT),
-        device_table: std::array::from_fn(|segment| {
-            let offset = [0, 0x100, 0x108, 0x110, 0x118, 0x120, 0x128, 0x130][segment];
-            driver.read(offset)
-        }),
-    }
 }
 
 /// Tables lie in these pages, so that random pointers often meet.
@@ -241,109 +183,27 @@ proptest! {
     }
 }
 
-/// What one window of 2 MiB maps.
-#[derive(Clone, Copy, Debug)]
-enum Window {
-    Nothing,
-    /// Pages of `1 << shift` bytes, 12 to 20.
-    Pages {
-        shift: u32,
-        rights: u64,
-    },
-    Whole {
-        rights: u64,
-    },
-}
-
-fn window() -> impl Strategy<Value = Window> {
-    let rights = 0..4_u64;
-    prop_oneof![
-        Just(Window::Nothing),
-        (12..=20_u32, rights.clone()).prop_map(|(shift, rights)| Window::Pages { shift, rights }),
-        rights.prop_map(|rights| Window::Whole { rights }),
-    ]
-}
-
-#[derive(Clone, Debug)]
-enum Step {
-    /// Change a window, then invalidate it: exactly, as a part of something larger, or with everything.
-    Change {
-        number: u64,
-        window: Window,
-        how: u8,
-    },
-    Access {
-        at: u64,
-        write: bool,
-    },
-}
-
-const WINDOWS: u64 = 4;
-
-fn step() -> impl Strategy<Value = Step> {
-    prop_oneof![
-        1 => (0..WINDOWS, window(), 0..4_u8).prop_map(|(number, window, how)| Step::Change { number, window, how }),
-        6 => (0..WINDOWS << 21, any::<bool>()).prop_map(|(at, write)| Step::Access { at, write }),
-    ]
-}
-
-/// Address bits below a page of `1 << shift` bytes, and NextLevel, that say its size in level 1.
-fn coded(shift: u32) -> (u64, u64) {
-    if shift == 12 {
-        (0, 0)
-    } else {
-        ((1 << (shift - 1)) - 0x1000, 7 << 9)
-    }
-}
-
-/// Fill a window. Targets depend on the step, so that a stale translation shows.
-fn fill(driver: &mut Driver, root: u64, number: u64, window: Window, salt: u64) {
-    let start = number << 21;
-    let target = 0x100_0000_0000 + (salt << 30) + start;
-    let rights = |rights: u64| pte(0) & !(3 << 61) | rights << 61;
-    match window {
-        Window::Nothing => driver.map(root, 4, start, 2, 0),
-        Window::Whole { rights: r } => driver.map(root, 4, start, 2, rights(r) | target),
-        Window::Pages { shift, rights: r } => {
-            driver.map(root, 4, start, 2, 0);
-            for page in 0..512_u64 {
-                let at = page << 12;
-                let first = at >> shift << shift;
-                let (code, next) = coded(shift);
-                driver.map(root, 4, start + at, 1, rights(r) | (target + first) | code | next);
-            }
-        }
-    }
-}
-
 proptest! {
     #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn after_invalidations_of_any_form_nothing_stale_is_used(steps in proptest::collection::vec(step(), 1..60)) {
-        let mut driver = Driver::running();
-        let device = Bdf::from_requester_id(5);
-        let root = driver.table();
-        driver.set_dte(device, host_dte(root, 4, 9));
-        for (salt, step) in (1..).zip(steps) {
-            match step {
-                Step::Change { number, window, how } => {
-                    fill(&mut driver, root, number, window, salt);
-                    let start = number << 21;
-                    let exact = invalidate_pages(9, 0, start | 0xf_f000 | S);
-                    let wider = invalidate_pages(9, 0, 0x1ff_f000 | S);
-                    let domain = invalidate_pages(9, 0, 0x7fff_ffff_ffff_f000 | S);
-                    let command = [exact, wider, domain, INVALIDATE_ALL][usize::from(how)];
-                    driver.flush(&[command]);
-                }
-                Step::Access { at, write } => {
-                    let q = Question { device: 5, pasid: None, privileged: false, at, read: !write, write };
-                    let expected = answer(&mut Ram(driver.ram.clone()), &registers(&driver), &q);
-                    prop_assert_eq!(outcome(&driver, &q), expected);
-                }
-            }
-        }
+    fn after_invalidations_of_any_form_nothing_stale_is_used(steps in proptest::collection::vec(any::<u8>(), 0..600)) {
+        run(&steps);
     }
+}
+
+#[test]
+fn a_guest_that_forgets_to_invalidate_is_noticed() {
+    // One after the other, as the test above makes them up.
+    let noise = (0_u32..).map(|seed| seed.wrapping_mul(2_654_435_761).to_be_bytes()[0]);
+    let inputs = (0..40).map(|from| noise.clone().skip(from * 600).take(600).collect::<Vec<_>>());
+    let (mut noticed, mut orderly) = (0, 0);
+    for input in inputs {
+        noticed += u32::from(first_difference(&input, true).is_some());
+        orderly += u32::from(first_difference(&input, false).is_none());
+    }
+    assert!(noticed > 10, "{noticed} of 40");
+    assert_eq!(orderly, 40);
 }
 
 #[test]

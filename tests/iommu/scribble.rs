@@ -1,18 +1,21 @@
 //! A byte string as a hostile guest: registers, memory and DMA together, every request compared with the
-//! model. The fuzz target runs the same.
+//! model, every message and every page request too. The fuzz target runs the same.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ravelin::iommu::amd::features::{Features, Wanted};
 use ravelin::iommu::amd::memory::{SystemMemory, Unreachable};
-use ravelin::iommu::amd::ppr::PageRequest;
-use ravelin::iommu::amd::request::{Access, Pasid, Request};
+use ravelin::iommu::amd::ppr::{Answer, PageRequest};
+use ravelin::iommu::amd::request::{Access, Pasid};
 use ravelin::iommu::amd::{Effects, Unit};
 use ravelin::platform::addr::{Bdf, Gpa, Iova};
 use ravelin::platform::msi::MsiMessage;
 
-use crate::model::{Outcome, Question, Registers, Words, answer};
+use crate::model::{
+    Message, Outcome, Question, Registers, Wish, Wished, Words, answer, interrupt, page_request,
+};
+use crate::orderly::{self, in_terms_of_the_model, remapped_in_terms_of_the_model, request};
 use crate::page::Page;
 
 /// Memory whose every quadword is the next of the input when it is first read, and keeps its value: nested
@@ -143,6 +146,18 @@ const OFFSETS: [u64; 32] = [
 /// Calls that a doorbell may leave to somebody else before the test gives up on the unit.
 const MOST_CALLS: usize = 64;
 
+/// First byte of inputs that are a guest which keeps to the rules. To a hostile one it would be a page request to a unit
+/// that is off.
+const ORDERLY: u8 = 0xfe;
+
+/// Carry out what the guest in `input` does, whichever kind it is of.
+pub(crate) fn fed(input: &[u8]) {
+    match input {
+        [ORDERLY, steps @ ..] => orderly::run(steps),
+        _ => run(input),
+    }
+}
+
 /// Carry out what a hostile guest in `input` does.
 pub(crate) fn run(input: &[u8]) {
     let memory = Memory::default();
@@ -178,31 +193,100 @@ pub(crate) fn run(input: &[u8]) {
                 let (at, value) = memory.with(|dreamt| (dreamt.quadword(), dreamt.quadword()));
                 let _ = SystemMemory::store(&memory, Gpa(at & (FOLD | 0xff8)), value);
             }
-            5 => {
-                let word = memory.with(Dreamt::quadword);
-                let message = MsiMessage {
-                    address: 0xfee0_0000 | word & 0xf_fffc,
-                    data: u32::from(which) << 8 | 3,
-                };
-                let _ = unit.begin().remap(Bdf::from_requester_id(3), message);
-            }
-            6 => {
-                let request = PageRequest {
-                    device: Bdf::from_requester_id(which.into()),
-                    pasid: Pasid::new(kind.into()),
-                    at: Iova(memory.with(Dreamt::quadword)),
-                    access: Access::READ,
-                    execute: false,
-                    privileged: false,
-                    group: which.into(),
-                    last: true,
-                };
-                let _ = unit.page_request(&request);
-            }
+            5 => compare_message(&unit, &memory, which),
+            6 => compare_page_request(&unit, &memory, kind, which),
             _ => compare(&unit, &memory, kind, which),
         }
         page.agrees_with(&unit);
     }
+}
+
+fn quadword(unit: &Unit<Memory>, offset: u64) -> u64 {
+    let mut data = [0; 8];
+    unit.mmio_read(offset, &mut data);
+    u64::from_le_bytes(data)
+}
+
+/// The registers that decide, of a unit that knows nothing of before.
+fn forgetful(unit: &Unit<Memory>) -> Registers {
+    let read = |offset| quadword(unit, offset);
+    let registers = Registers {
+        control: read(0x18),
+        exclusion_base: read(0x20),
+        exclusion_limit: read(0x28),
+        device_table: [0, 0x100, 0x108, 0x110, 0x118, 0x120, 0x128, 0x130].map(read),
+    };
+    // A write of the exclusion limit as it is: no change, and everything cached is dropped.
+    let _ = unit.mmio_write(0x28, &registers.exclusion_limit.to_le_bytes());
+    registers
+}
+
+/// Have the unit and the model remap the same message.
+fn compare_message(unit: &Unit<Memory>, memory: &Memory, which: u8) {
+    let word = memory.with(Dreamt::quadword);
+    let [.., low] = word.to_be_bytes();
+    let message = Message {
+        device: 3,
+        address: 0xfee0_0000 | word & 0xf_fffc,
+        data: u32::from(which) << 8 | u32::from(low),
+    };
+    let registers = forgetful(unit);
+    let mut beside = Beside {
+        memory,
+        stored: BTreeMap::new(),
+    };
+    let expected = interrupt(&mut beside, &registers, &message);
+    let sent = MsiMessage {
+        address: message.address,
+        data: message.data,
+    };
+    let found = unit.begin().remap(Bdf::from_requester_id(message.device), sent);
+    let found = remapped_in_terms_of_the_model(found);
+    assert_eq!(found, expected, "{message:x?} with {registers:x?}");
+}
+
+/// Send the unit a page request, and ask the model what becomes of it.
+fn compare_page_request(unit: &Unit<Memory>, memory: &Memory, kind: u8, which: u8) {
+    let wish = Wish {
+        device: which.into(),
+        pasid: Some(kind.into()),
+        at: memory.with(Dreamt::quadword),
+        group: which.into(),
+        read: true,
+    };
+    let registers = forgetful(unit);
+    let mut beside = Beside {
+        memory,
+        stored: BTreeMap::new(),
+    };
+    let expected = page_request(&mut beside, &registers, &wish);
+    let [status, base, head, tail] = [0x2020, 0x38, 0x2030, 0x2038].map(|offset| quadword(unit, offset));
+    let next = (tail + 16) % (16 << (base >> 56 & 0xf));
+    let place = (base & 0x000f_ffff_ffff_f000) + tail;
+    let is_logged = status & 0x80 != 0 && next != head && place < END;
+    let request = PageRequest {
+        device: Bdf::from_requester_id(wish.device),
+        pasid: wish.pasid.and_then(Pasid::new),
+        at: Iova(wish.at),
+        access: Access::READ,
+        execute: false,
+        privileged: false,
+        group: wish.group,
+        last: true,
+    };
+    let (answer, _effects) = unit.page_request(&request);
+    let expected = match expected {
+        Wished::Fails => Answer::Failure,
+        Wished::Invalid => Answer::Invalid,
+        Wished::Logged(_) if !is_logged => Answer::Failure,
+        Wished::Logged(words) => {
+            let found = [place, place + 8].map(|at| SystemMemory::load(memory, Gpa(at)));
+            assert_eq!(found, words.map(Ok), "{wish:x?} with {registers:x?}");
+            assert_eq!(quadword(unit, 0x2038), next, "{wish:x?} with {registers:x?}");
+            Answer::Later
+        }
+    };
+    assert_eq!(answer, expected, "{wish:x?} with {registers:x?}");
 }
 
 /// Ask the unit and the model for the same, on caches that know nothing of before. Both leave the same marks, and
@@ -218,46 +302,16 @@ fn compare(unit: &Unit<Memory>, memory: &Memory, kind: u8, which: u8) {
         read: kind & 64 != 0,
         write: kind & 128 != 0,
     };
-    let quadword = |offset| {
-        let mut data = [0; 8];
-        unit.mmio_read(offset, &mut data);
-        u64::from_le_bytes(data)
-    };
-    let registers = Registers {
-        control: quadword(0x18),
-        exclusion_base: quadword(0x20),
-        exclusion_limit: quadword(0x28),
-        device_table: [0, 0x100, 0x108, 0x110, 0x118, 0x120, 0x128, 0x130].map(quadword),
-    };
-    // A write of the exclusion limit as it is: no change, and everything cached is dropped.
-    let _ = unit.mmio_write(0x28, &registers.exclusion_limit.to_le_bytes());
+    let registers = forgetful(unit);
     let mut beside = Beside {
         memory,
         stored: BTreeMap::new(),
     };
     let expected = answer(&mut beside, &registers, &q);
     memory.with(|memory| memory.exchanged.clear());
-    let request = Request {
-        requester: Bdf::from_requester_id(q.device),
-        pasid: q.pasid.and_then(Pasid::new),
-        privileged: q.privileged,
-        at: Iova(q.at),
-        access: Access::new(q.read, q.write),
-    };
+    let request = request(&q);
     let bus = unit.begin();
-    let ask = || match bus.translate(&request) {
-        Ok(found) => Outcome::Passes {
-            target: found.target.0,
-            read: found.allowed.read,
-            write: found.allowed.write,
-        },
-        Err(abort) => {
-            let record = abort.event.expect("memory requests say why").record();
-            let bytes = record.to_le_bytes();
-            let dword = |at: usize| u32::from_le_bytes(bytes[4 * at..4 * at + 4].try_into().expect("four"));
-            Outcome::Aborts([dword(0), dword(1), dword(2), dword(3)])
-        }
-    };
+    let ask = || in_terms_of_the_model(bus.translate(&request));
     let found = ask();
     assert_eq!(found, expected, "{q:x?} with {registers:x?}");
     let marked = memory.with(|memory| std::mem::take(&mut memory.exchanged));
