@@ -155,6 +155,9 @@ fn viommu(viommu: &ViommuPlan) -> String {
         ats,
         np_cache,
         virtualizable,
+        large_irt,
+        // Nobody has asked the host yet.
+        five_levels: _,
         // What follows from it is told piece by piece.
         served: _,
     } = viommu.offer;
@@ -178,6 +181,7 @@ fn viommu(viommu: &ViommuPlan) -> String {
     parts.extend((pasid_bits > 0).then(|| format!("{pasid_bits} PASID bits")));
     parts.extend(ats.then(|| "ATS".to_owned()));
     parts.extend(np_cache.then(|| "NpCache".to_owned()));
+    parts.extend(large_irt.then(|| "2048 remapped interrupts a function".to_owned()));
     parts.extend(virtualizable.then(|| "serves guests".to_owned()));
     parts.extend((viommu.doorbell == Doorbell::Poll).then(|| "doorbell polled".to_owned()));
     let guests = viommu.guests.map_or_else(String::new, |guests| {

@@ -28,10 +28,10 @@ use crate::devices::request::Request;
 use crate::pci::topology::AttachError;
 use crate::platform::bus::ClaimError;
 use crate::platform::host::HostError;
-use crate::platform::kvm::KvmError;
+use crate::platform::kvm::{Kvm, KvmError};
 use crate::{guest_info, guest_warn};
 
-use boot::BootError;
+use boot::{BootError, cpuid};
 use build::Machine;
 use lifecycle::{Ended, IllegalStep, State, Step};
 use plan::{OnReboot, Plan};
@@ -93,6 +93,7 @@ pub enum RunError {
 /// # Errors
 /// What the host or the operator must mend; the guest may have run by then.
 pub fn run(plan: &Plan, options: &RunOptions) -> Result<Ended, RunError> {
+    let plan = &on_this_host(plan)?;
     let mut machine = Machine::build(plan, options.started)?;
     let mut operator = Operator::new(options.shutdown_timeout);
     machine.start()?;
@@ -104,6 +105,16 @@ pub fn run(plan: &Plan, options: &RunOptions) -> Result<Ended, RunError> {
     let ended = ended?;
     tracing::info!(%ended, status = ended.exit_status(), "the machine ended");
     Ok(ended)
+}
+
+/// `plan` with what only the host's processors decide. Where nothing depends on them they are not asked.
+fn on_this_host(plan: &Plan) -> Result<Plan, RunError> {
+    let mut plan = plan.clone();
+    if plan.boot.is_some() && plan.viommus.iter().any(|unit| unit.offer.pasid_bits > 0) {
+        let supported = Kvm::open()?.supported_cpuid()?;
+        plan.match_processors(cpuid::has_five_levels(&supported));
+    }
+    Ok(plan)
 }
 
 /// What the operator's stop signals have led to so far.

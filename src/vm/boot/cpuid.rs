@@ -19,6 +19,8 @@ const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1, EDX: several logical processors per package.
 const HTT: u32 = 1 << 28;
+/// Leaf 7, ECX: linear addresses have 57 bits.
+const LA57: u32 = 1 << 16;
 /// Leaf 8000_0001h, ECX: several logical processors are cores.
 const CMP_LEGACY: u32 = 1 << 1;
 /// Leaf 8000_0001h, ECX: leaves 8000_001Dh and 8000_001Eh are there.
@@ -45,6 +47,14 @@ pub fn address_reach(supported: &CpuId) -> (u32, u64) {
         .find(|leaf| leaf.function == 0x8000_0008);
     let bits = leaf.map_or(36, |leaf| leaf.eax & 0xff).clamp(32, 63);
     (bits, (1 << bits) - 1)
+}
+
+/// Whether page tables of processors with these leaves may have five levels (leaf 7, ECX: LA57). What KVM supports of that
+/// the guest sees.
+#[must_use]
+pub fn has_five_levels(supported: &CpuId) -> bool {
+    let mut leaves = supported.as_slice().iter();
+    leaves.any(|leaf| leaf.function == 7 && leaf.index == 0 && leaf.ecx & LA57 != 0)
 }
 
 /// What is the same for all processors of a machine.
@@ -325,6 +335,20 @@ mod tests {
             edx,
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn five_levels_are_told_by_one_bit_of_the_leaf_without_index() {
+        let with = |leaves: &[kvm_cpuid_entry2]| {
+            let leaves = CpuId::from_entries(leaves).expect("few");
+            has_five_levels(&leaves)
+        };
+        assert!(with(&[leaf(7, 0, [0, 0, 1 << 16, 0])]));
+        assert!(!with(&[
+            leaf(7, 0, [!0, !0, !(1 << 16), !0]),
+            leaf(7, 1, [!0; 4])
+        ]));
+        assert!(!with(&[leaf(1, 0, [!0; 4])]));
     }
 
     fn plan(sockets: u32, cores: u32, threads: u32) -> CpuPlan {

@@ -261,6 +261,9 @@ section! {
         /// Whether it serves guests of the guest's in turn, as AMD's vIOMMU hardware does, for kernels with a driver for
         /// that (default off; all IOMMUs of a machine alike, and all emulated).
         virtualizable = "virtualizable": Option<Switch>,
+        /// Whether a function's interrupt remapping table may have 2,048 entries rather than 512, for functions with more
+        /// messages than that (default off).
+        large_irt = "large-irt": Option<Switch>,
         /// How it hears of commands: by an exit each time, or by poll, with a host thread that polls while the guest
         /// is busy (default exit).
         doorbell = "doorbell": Option<Doorbell>,

@@ -62,6 +62,15 @@ impl Plan {
             .iter()
             .find(|viommu| viommu.root_complex == root.name)
     }
+
+    /// The processors are known: whether their own page tables may have five levels. Linux gives processes of such
+    /// processors no PASID where IOMMUs walk four (GATS), so units with PASIDs walk five then, but for those whose
+    /// tables are copied into the host's.
+    pub fn match_processors(&mut self, five_levels: bool) {
+        for ViommuPlan { offer, .. } in &mut self.viommus {
+            offer.five_levels = five_levels && offer.pasid_bits > 0 && !offer.np_cache;
+        }
+    }
 }
 
 /// The processors and how they are numbered.
@@ -248,8 +257,12 @@ pub struct ViommuOffer {
     /// The guest announces new mappings as well, because its tables are copied. They then have four levels, which is
     /// as far as hosts let devices reach, and leave no marks of what was used, which copies could not.
     pub np_cache: bool,
+    /// Tables of processes may have five levels: [`Plan::match_processors`] says so, and no key does.
+    pub five_levels: bool,
     /// They serve guests of the guest's.
     pub virtualizable: bool,
+    /// A function's interrupt remapping table may have 2,048 entries. A guest that does not know that goes on with 512.
+    pub large_irt: bool,
     /// Where units are served by a host's or a model of one: what all of those have. None of the guest's then offers
     /// what they leave to the hypervisor: only tables of the processors' format, and no remapped interrupts.
     #[serde(serialize_with = "is_some")]
@@ -315,11 +328,13 @@ impl ViommuOffer {
             xt: self.xt,
             guest_tables: self.page_table != PageTable::V1,
             pasid_bits: self.pasid_bits,
+            five_levels: self.five_levels,
             ats: self.ats,
             np_cache: self.np_cache,
             host_levels: if self.np_cache { 4 } else { 6 },
             host_tracking: !self.np_cache,
             virtualizable: self.virtualizable,
+            large_interrupt_tables: self.large_irt,
             ..Wanted::DEFAULT
         };
         let Some(hosts) = self.served else {

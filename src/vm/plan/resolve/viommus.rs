@@ -157,7 +157,9 @@ fn offer(viommus: &[Viommu], decided: &[Decided]) -> Result<Option<ViommuOffer>,
                 pasid_bits: all.pasid_bits.min(one.pasid_bits),
                 ats: all.ats && one.ats,
                 np_cache: all.np_cache || one.np_cache,
+                five_levels: false,
                 virtualizable: all.virtualizable && one.virtualizable,
+                large_irt: all.large_irt && one.large_irt,
                 served,
             },
         });
@@ -185,14 +187,23 @@ fn asked(viommu: &Viommu) -> Result<ViommuOffer, ConfigError> {
         let problem = "guests of the guest's have v2 tables; say page-table=any or v2, or leave this out";
         return Err(viommu.source().wrong("virtualizable", problem));
     }
+    let intremap = on(viommu.intremap, true);
+    let large_irt = on(viommu.large_irt, false);
+    if large_irt && !intremap {
+        let problem =
+            "a guest that is not told of remapping makes no tables; leave this out, or say intremap=on";
+        return Err(viommu.source().wrong("large-irt", problem));
+    }
     Ok(ViommuOffer {
         xt: on(viommu.xt, true),
         page_table,
-        intremap: on(viommu.intremap, true),
+        intremap,
         pasid_bits,
         ats: on(viommu.ats, false),
         np_cache: on(viommu.np_cache, false),
+        five_levels: false,
         virtualizable,
+        large_irt,
         served: None,
     })
 }
@@ -227,6 +238,7 @@ pub(super) fn against_served(
             "must be off",
             NONE_DOES,
         ),
+        (on(viommu.large_irt, false), "large-irt", "must be off", NONE_DOES),
         (
             hardware && viommu.pasid_bits.is_some_and(|bits| bits > 0),
             "pasid-bits",
@@ -391,7 +403,9 @@ mod tests {
             pasid_bits: 0,
             ats: false,
             np_cache: false,
+            five_levels: false,
             virtualizable: false,
+            large_irt: false,
             served: None,
         };
         assert_eq!(unit.offer, offer);
@@ -441,7 +455,9 @@ mod tests {
             pasid_bits: 8,
             ats: false,
             np_cache: true,
+            five_levels: false,
             virtualizable: false,
+            large_irt: false,
             served: None,
         };
         assert!(units.iter().all(|unit| unit.offer == offer));
@@ -453,6 +469,49 @@ mod tests {
             refused(formats),
             "m.toml:7: viommu.page-table = v2: another IOMMU has the other format, and a guest uses one for all of \
              them"
+        );
+    }
+
+    #[test]
+    fn process_tables_have_five_levels_where_processors_do_and_there_are_pasids() {
+        let gats = |line: &str, processors| {
+            let mut plan =
+                resolved(&format!("[[viommu]]\n{line}\n")).unwrap_or_else(|error| panic!("{error}"));
+            plan.match_processors(processors);
+            plan.viommus[0].offer.features().efr.gats()
+        };
+        assert_eq!(gats("pasid-bits = 16", true), 1);
+        assert_eq!(gats("pasid-bits = 16", false), 0);
+        assert_eq!(gats("", true), 0);
+        assert_eq!(
+            gats("pasid-bits = 16\nnpcache = true", true),
+            0,
+            "the host's have four"
+        );
+        let plan = resolved("[[viommu]]\npasid-bits = 16\n").unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(
+            plan.viommus[0].offer.features().efr.gats(),
+            0,
+            "nobody has asked the host yet"
+        );
+    }
+
+    #[test]
+    fn large_remapping_tables_are_offered_where_all_units_are_asked_for_them() {
+        let two = |first: &str, second: &str| {
+            let units = plans(&format!(
+                "[[root-complex]]\n[[root-complex]]\n[[viommu]]\n{first}\n[[viommu]]\non = \"rc1\"\n{second}\n"
+            ));
+            let offered = |unit: &ViommuPlan| unit.offer.features().efr2.num_int_remap();
+            [offered(&units[0]), offered(&units[1])]
+        };
+        assert_eq!(two("large-irt = true", "large-irt = true"), [1, 1]);
+        assert_eq!(two("large-irt = true", ""), [0, 0]);
+        assert_eq!(two("", "large-irt = true"), [0, 0]);
+        assert_eq!(
+            refused("[[viommu]]\nlarge-irt = true\nintremap = false\n"),
+            "m.toml:2: viommu.large-irt = on: a guest that is not told of remapping makes no tables; leave this out, or \
+             say intremap=on"
         );
     }
 
@@ -498,6 +557,7 @@ mod tests {
                 "virtualizable = true",
                 "viommu.virtualizable = on: must be off with",
             ),
+            ("large-irt = true", "viommu.large-irt = on: must be off with"),
         ] {
             let text = refused(&format!("{both}{line}\n"));
             assert!(text.contains(problem), "{line}: {text}");
