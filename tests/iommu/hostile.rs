@@ -17,8 +17,8 @@ use ravelin::platform::msi::MsiMessage;
 
 use crate::crowd;
 use crate::driver::{
-    DEVICE_TABLE, Driver, HOLE, INTERRUPT_TABLE, LOG, RAM, RING, device, host_dte, invalidate_pages, pte,
-    read, reg, ring_base, wait, write,
+    own, DEVICE_TABLE, Driver, HOLE, INTERRUPT_TABLE, LOG, RAM, RING, device, host_dte, invalidate_pages, pte,
+    own, read, reg, ring_base, wait, write,
 };
 use crate::scribble::{fed, run};
 
@@ -244,7 +244,7 @@ fn units_over_turning(
             turns,
             read: Cell::new(0),
         };
-        let unit = Unit::new(Features::offer(Wanted::EVERYTHING), memory);
+        let unit = Unit::new(own(), Features::offer(Wanted::EVERYTHING), memory);
         let on = Control::new()
             .with_iommu_en(true)
             .with_ga_en(true)

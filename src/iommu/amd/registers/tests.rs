@@ -52,7 +52,7 @@ fn what_is_not_writable_reads_back_as_zero() {
             write_by(width, &mut registers, reg, u64::MAX);
             assert_eq!(registers.read(reg), mask, "{reg:?} {width:?}");
         }
-        let writable = registers.features().control_writable();
+        let writable = registers.features.control_writable();
         let all = writable.with_dev_tbl_seg_en(3).into_bits();
         write_by(width, &mut registers, Reg::Control, all | !writable.into_bits());
         assert_eq!(registers.read(Reg::Control), all, "{width:?}");
