@@ -102,8 +102,6 @@ impl<'a> Machine<'a> {
                 host_functions: Vec::new(),
             },
         )?;
-        viommus.observe(&topology);
-        viommus.confine(&passed, &topology, &ram)?;
         board.open_config_space(plan, &topology)?;
 
         // What the guest is started from, then the processors that start it.

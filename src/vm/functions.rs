@@ -49,7 +49,8 @@ pub(super) struct Connections<'a> {
     pub(super) host_functions: Vec<Arc<VfioFunction>>,
 }
 
-/// Build the whole hierarchy of `plan`, its devices opened and attached.
+/// Build the whole hierarchy of `plan`, its devices opened and attached, and those who go by functions' numbers told of new
+/// ones from here on.
 pub(super) fn build(plan: &Plan, connections: &mut Connections<'_>) -> Result<Arc<Topology>, RunError> {
     let upstream = |root: &RootComplex| {
         let unit = connections.viommus.covering(root);
@@ -76,6 +77,10 @@ pub(super) fn build(plan: &Plan, connections: &mut Connections<'_>) -> Result<Ar
     for function in connections.host_functions.drain(..) {
         HostSignals::listen(function, &topology, connections.events)?;
     }
+    connections.viommus.observe(&topology);
+    connections
+        .viommus
+        .confine(connections.passed, &topology, connections.ram)?;
     Ok(topology)
 }
 

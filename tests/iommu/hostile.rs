@@ -17,7 +17,7 @@ use ravelin::platform::msi::MsiMessage;
 
 use crate::crowd;
 use crate::driver::{
-    own, DEVICE_TABLE, Driver, HOLE, INTERRUPT_TABLE, LOG, RAM, RING, device, host_dte, invalidate_pages, pte,
+    DEVICE_TABLE, Driver, HOLE, INTERRUPT_TABLE, LOG, RAM, RING, device, host_dte, invalidate_pages, pte,
     own, read, reg, ring_base, wait, write,
 };
 use crate::scribble::{fed, run};
