@@ -317,7 +317,8 @@ impl Crowd {
             let about = u16::try_from(record[0] & 0xffff).expect("16 bits");
             let concerned = u16::try_from(record[1] & 0xffff).expect("16 bits");
             let right = match (Image::get().whose[*page], record[1] >> 28) {
-                (Whose::HostLog, 0xb | 0xc) => concerned == number(guest),
+                (Whose::HostLog, 0xb) => concerned == number(guest),
+                (Whose::HostLog, 0xc) => about == number(guest),
                 (Whose::HostLog, _) => device.is_some_and(|(device, _)| about == nth(FIRST_DEVICE, device)),
                 (_, code) => match device {
                     Some((_, name)) => about == name,

@@ -43,9 +43,9 @@ fn stale() -> Machine {
 /// Records of the host's log, by code and guest.
 pub(crate) fn host_errors(machine: &Machine) -> Vec<(u32, u32)> {
     let records = machine.host.events().into_iter();
-    records
-        .map(|record| (record[1] >> 28, record[1] & 0xffff))
-        .collect()
+    // Each has the guest's number in a place of its own.
+    let guest = |record: [u32; 4]| record[if record[1] >> 28 == 0xb { 1 } else { 0 }] & 0xffff;
+    records.map(|record| (record[1] >> 28, guest(record))).collect()
 }
 
 #[test]

@@ -3,16 +3,17 @@
 
 use ravelin::iommu::amd::remap::Delivery;
 use ravelin::iommu::amd::spec::dte::{Dte, Interrupt};
-use ravelin::iommu::amd::spec::viommu::COMMAND_DIRTY;
+use ravelin::iommu::amd::spec::viommu::{COMMAND_DIRTY, command_dirty};
 use ravelin::iommu::amd::viommu::{GuestInterrupt, GuestLog, Posted};
 
 use crate::driver::{HOLE, INVALIDATE_ALL, command, host_dte, invalidate_device, own, reg, wait};
 use crate::guest::{DIRTY_AT, FLAG, Guest, Machine, RING, control, page};
 use crate::guests::host_errors;
 
-/// First level of the extended interrupt remapping table, its second levels for event and PPR logs, and a virtual APIC.
+/// First level of the extended interrupt remapping table, its second levels for event and PPR logs, neither of which need
+/// be at a page, and a virtual APIC.
 const INTERRUPTS: u64 = 0x190_0000;
-const EVENT_ENTRIES: u64 = 0x190_2000;
+const EVENT_ENTRIES: u64 = 0x190_2040;
 const PPR_ENTRIES: u64 = 0x190_3000;
 const APIC: u64 = 0x190_4000;
 
@@ -24,7 +25,8 @@ const POSTED: [u64; 2] = [0x0000_0077_0203_04c1, 0x0100_0000_0000_0051 | APIC];
 /// Machines whose guests' interrupts have a table.
 fn with_interrupts() -> Machine {
     let machine = Machine::running();
-    machine.host.put(INTERRUPTS, EVENT_ENTRIES | 1);
+    // With a length, as drivers have it.
+    machine.host.put(INTERRUPTS, EVENT_ENTRIES | 0xa << 2 | 1);
     machine.host.put(INTERRUPTS + 0x100 * 8, PPR_ENTRIES | 1);
     own_entry(&machine, |interrupt| interrupt);
     machine
@@ -58,22 +60,30 @@ fn send(machine: &Machine, guest: &Guest, log: GuestLog) -> Option<GuestInterrup
     sent
 }
 
+/// Whose dirty bits stand, of both guests.
+fn dirty(machine: &Machine) -> [bool; 2] {
+    [&machine.a, &machine.b].map(|guest| {
+        let (at, bit) = command_dirty(guest.id);
+        machine.host.get(DIRTY_AT + (at - COMMAND_DIRTY)) & bit != 0
+    })
+}
+
 #[test]
 fn v1_the_bit_of_a_guest_stands_while_its_commands_wait() {
     let machine = Machine::running();
-    assert_eq!(machine.host.get(DIRTY_AT), 0);
+    assert_eq!(dirty(&machine), [false, false]);
     // One is carried out at a time.
     machine.submit(&machine.a, &[INVALIDATE_ALL; 3]);
-    assert_eq!(machine.host.get(DIRTY_AT), 1 << 4);
+    assert_eq!(dirty(&machine), [true, false]);
     machine.flush(&machine.b, &[]);
-    assert_eq!(machine.host.get(DIRTY_AT), 1 << 4, "not the other's");
+    assert_eq!(dirty(&machine), [true, false], "not the other's");
     machine.submit(&machine.b, &[INVALIDATE_ALL; 3]);
-    assert_eq!(machine.host.get(DIRTY_AT), 3 << 4);
+    assert_eq!(dirty(&machine), [true, true]);
     machine.flush(&machine.a, &[]);
-    assert_eq!(machine.host.get(DIRTY_AT), 1 << 5);
+    assert_eq!(dirty(&machine), [false, true]);
     // A command that means nothing waits until the ring is on again.
     machine.submit(&machine.a, &[0]);
-    assert_eq!(machine.host.get(DIRTY_AT), 3 << 4);
+    assert_eq!(dirty(&machine), [true, true]);
 }
 
 #[test]
@@ -97,16 +107,16 @@ fn v3_the_bit_goes_with_the_ring_and_with_a_reset_of_the_page() {
     for guest in [&machine.a, &machine.b] {
         machine.submit(guest, &[0]);
     }
-    assert_eq!(machine.host.get(DIRTY_AT), 3 << 4);
+    assert_eq!(dirty(&machine), [true, true]);
     machine.control(&machine.a, control::COMMAND, 0);
-    assert_eq!(machine.host.get(DIRTY_AT), 1 << 5);
+    assert_eq!(dirty(&machine), [false, true]);
     machine
         .host
         .submit(&[command(10, u32::from(machine.b.id), 0, 0, 0)]);
-    assert_eq!(machine.host.get(DIRTY_AT), 0);
+    assert_eq!(dirty(&machine), [false, false]);
     // On again, the command of before stops the ring once more.
     machine.control(&machine.a, control::COMMAND, RING | control::ON);
-    assert_eq!(machine.host.get(DIRTY_AT), 1 << 4);
+    assert_eq!(dirty(&machine), [true, false]);
 }
 
 #[test]

@@ -332,13 +332,14 @@ impl Event {
                 .with_device(device.requester_id())
                 .with_code(code.0)
                 .with_address(at.0),
+            // Where AMD's driver finds the guest's number in each.
             Self::GuestEventFault { guest, at } => Record::new()
                 .with_code(code.0)
                 .with_domain(guest)
                 .with_address(at.0),
             Self::ViommuHardwareError { guest, at } => Record::new()
                 .with_code(code.0)
-                .with_domain(guest)
+                .with_device(guest)
                 .with_kind(Record::TARGET_ABORT)
                 .with_address(at),
             Self::InvalidDeviceRequest { source, kind } => {
@@ -465,6 +466,20 @@ mod tests {
         );
         let request = Event::InvalidDeviceRequest { source, kind: 5 };
         assert_eq!(dwords(&request), [0x0219, 0x8a00_0000, 0x2345_6789, 1]);
+    }
+
+    #[test]
+    fn records_about_guests_name_them_where_drivers_look() {
+        let fault = Event::GuestEventFault {
+            guest: 0x4005,
+            at: Gpa(0x10_0020),
+        };
+        assert_eq!(dwords(&fault), [0, 0xb000_4005, 0x10_0020, 0]);
+        let error = Event::ViommuHardwareError {
+            guest: 0x4005,
+            at: 0x10_0040_0050,
+        };
+        assert_eq!(dwords(&error), [0x4005, 0xc400_0000, 0x0040_0050, 0x10]);
     }
 
     #[test]

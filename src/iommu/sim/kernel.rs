@@ -148,7 +148,7 @@ impl Kernel {
         for log in [GuestLog::Event, GuestLog::Ppr] {
             let pointer = InterruptTablePointer::new()
                 .with_valid(true)
-                .with_frame(second_level(log) >> 12);
+                .with_root(second_level(log) >> 6);
             let at = INTERRUPTS + (log.index(GUEST) >> 8) * InterruptTablePointer::LEN;
             store(memory, at, pointer.into_bits());
         }

@@ -1,8 +1,8 @@
 //! The vIOMMU extension: VF control MMIO, the private address space, and the host's commands about guests.
 //!
 //! The manual is not public in this respect. Offsets and fields of the registers, and where the regions lie, are those
-//! that drivers for the hardware use. What a driver never sees, the form of the maps' entries and of the two events,
-//! is this model's own.
+//! that drivers for the hardware use, and so is what drivers read and write in memory. What a driver never sees, as the
+//! form of the maps' entries, is this model's own.
 
 use bitfield_struct::bitfield;
 
@@ -15,6 +15,18 @@ pub const VF_CONTROL_LEN: u64 = 0x40;
 pub const COMMAND_DIRTY: u64 = 0x40_0000;
 /// Bytes of it.
 pub const COMMAND_DIRTY_LEN: u64 = 0x2000;
+
+/// Where the dirty status has the bit of `guest`: a quadword of the private address space, and the bit in it.
+///
+/// AMD's driver clears it there. Bits 7:0 of the guest's number choose 16 bytes, bits 14:8 the bit in those. It has no guest
+/// with bit 15, which stands for guests of another kind; that those are in the other half of the region is a choice.
+#[must_use]
+pub const fn command_dirty(guest: u16) -> (u64, u64) {
+    let guest = guest as u64;
+    let at = COMMAND_DIRTY + (guest >> 15) * (COMMAND_DIRTY_LEN / 2) + (guest & 0xff) * 16;
+    (at + (guest >> 14 & 1) * 8, 1 << (guest >> 8 & 0x3f))
+}
+
 /// Where the device-ID maps begin in the private address space.
 pub const DEVICE_MAPS: u64 = 0x10_0000_0000;
 /// Bytes of the device-ID map of one guest.
@@ -233,7 +245,8 @@ pub struct MapEntry {
     pub valid: bool,
 }
 
-/// An entry of the first level of the extended interrupt remapping table: where a table of the second level is.
+/// An entry of the first level of the extended interrupt remapping table: where a table of the second level is, as AMD's
+/// driver writes it.
 ///
 /// An interrupt of a guest has the number of its log in bits 17:16, 0 event and 1 PPR, and that of the guest in bits 15:0.
 /// Bits 17:8 choose the entry of the first level, and bits 7:0 that of the second, which has 128 bits.
@@ -242,11 +255,13 @@ pub struct MapEntry {
 pub struct InterruptTablePointer {
     /// There is one.
     pub valid: bool,
-    #[bits(11)]
-    __: u16,
-    /// Address bits 51:12.
-    #[bits(40)]
-    pub frame: u64,
+    __: bool,
+    /// How long it is. What each value means no driver tells; the index has 8 bits for it.
+    #[bits(4)]
+    pub length: u8,
+    /// Address bits 51:6.
+    #[bits(46)]
+    pub root: u64,
     #[bits(12)]
     __: u16,
 }
@@ -322,6 +337,13 @@ mod tests {
     }
 
     #[test]
+    fn a_table_of_the_second_level_is_where_drivers_write_it() {
+        let pointer = InterruptTablePointer::from_bits(0x000f_ffff_ffff_ffc0 | 0xa << 2 | 1);
+        assert!(pointer.valid());
+        assert_eq!((pointer.root(), pointer.length()), ((1 << 46) - 1, 0xa));
+    }
+
+    #[test]
     fn commands_about_guests_are_where_drivers_write_them() {
         let insert = InsertGuestEvent::from_bits(0x9020_0005_2000_0219);
         assert_eq!((insert.guest(), insert.device(), insert.code()), (5, 0x0219, 2));
@@ -329,6 +351,21 @@ mod tests {
         let reset = ResetVmmio::from_bits(0xa000_0000_9000_0007);
         assert_eq!((reset.guest(), reset.opcode()), (7, 10));
         assert!(reset.all() && reset.commands());
+    }
+
+    #[test]
+    fn each_guest_has_a_dirty_bit_of_its_own_where_drivers_clear_it() {
+        assert_eq!(command_dirty(0), (COMMAND_DIRTY, 1));
+        assert_eq!(command_dirty(5), (COMMAND_DIRTY + 0x50, 1));
+        assert_eq!(command_dirty(0x0105), (COMMAND_DIRTY + 0x50, 2));
+        assert_eq!(command_dirty(0x3f05), (COMMAND_DIRTY + 0x50, 1 << 63));
+        assert_eq!(command_dirty(0x7fff), (COMMAND_DIRTY + 0xff8, 1 << 63));
+        // As dwords, which the driver has: bits 14:13 choose one of four, bits 12:8 its bit.
+        assert_eq!(command_dirty(0x2305), (COMMAND_DIRTY + 0x50, 1 << (32 + 3)));
+        let bits: std::collections::BTreeSet<_> = (0..=u16::MAX).map(command_dirty).collect();
+        assert_eq!(bits.len(), 0x1_0000);
+        let last = bits.last().map(|(at, _)| at + 8);
+        assert_eq!(last, Some(COMMAND_DIRTY + COMMAND_DIRTY_LEN));
     }
 
     #[test]

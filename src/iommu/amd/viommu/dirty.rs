@@ -1,13 +1,13 @@
 //! Command-buffer dirty status: a bit for each guest in the private address space.
 //!
-//! Drivers give it memory and never look, so when a bit changes is this model's own: it stands from before the unit
-//! fetches commands of the guest until none waits, or its ring is off.
+//! Drivers clear the bit of a guest that comes or goes and never look, so when else it changes is this model's own: it stands
+//! from before the unit fetches commands of the guest until none waits, or its ring is off.
 
 use super::maps::Broken;
 use super::{Guest, Guests};
 use crate::iommu::amd::Unit;
 use crate::iommu::amd::memory::{SystemMemory, Unreachable, change};
-use crate::iommu::amd::spec::viommu::COMMAND_DIRTY;
+use crate::iommu::amd::spec::viommu::command_dirty;
 use crate::platform::addr::Gpa;
 use crate::platform::lock::lock;
 
@@ -43,8 +43,7 @@ impl<M: SystemMemory> Unit<M> {
     }
 
     fn change_dirty(&self, guests: &Guests, guest: &Guest, set: bool) -> Result<(), Broken> {
-        let at = COMMAND_DIRTY + u64::from(guest.id >> 6) * 8;
-        let bit = 1 << (guest.id & 63);
+        let (at, bit) = command_dirty(guest.id);
         let private = self.reach(guests.own).ok_or(Broken { at })?;
         let new = |old| if set { old | bit } else { old & !bit };
         change(&private, Gpa(at), new).map_err(|Unreachable| Broken { at })

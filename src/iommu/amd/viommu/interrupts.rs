@@ -105,7 +105,7 @@ impl<M: SystemMemory> Unit<M> {
         if !pointer.valid() {
             return Ok(None);
         }
-        let at = (pointer.frame() << 12) + (index & 0xff) * IrteGa::LEN;
+        let at = (pointer.root() << 6) + (index & 0xff) * IrteGa::LEN;
         let [low, high] = read_pair(&self.memory, Gpa(at)).map_err(|Unreachable| Broken { at })?;
         let bits = u128::from(low) | u128::from(high) << 64;
         let entry = IrteGuest::from_bits(bits);

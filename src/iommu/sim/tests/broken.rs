@@ -1,9 +1,9 @@
 //! What serves the guest is lost, and who hears of it.
 
-use super::super::kernel::OWN_FUNCTION;
+use super::super::kernel::{GUEST, OWN_FUNCTION};
 use super::*;
 use crate::iommu::amd::memory::SystemMemory;
-use crate::iommu::amd::spec::viommu::COMMAND_DIRTY;
+use crate::iommu::amd::spec::viommu::command_dirty;
 use crate::iommu::viommu::features::offer as viommu_offer;
 use crate::iommu::viommu::testing::FakeProtection;
 use crate::iommu::viommu::{ServedParts, ServedUnit};
@@ -48,7 +48,7 @@ fn what_goes_wrong_in_the_unit_is_told_to_whoever_serves_the_guest() {
     let broken = HardwareErrors {
         lost_records: 0,
         // The dirty bit of guest 1, which stands before commands are fetched.
-        broken_at: Some(COMMAND_DIRTY),
+        broken_at: Some(command_dirty(GUEST).0),
     };
     assert_eq!(rig.host.take_errors(), broken);
     assert_eq!(rig.host.take_errors(), HardwareErrors::default(), "once");
