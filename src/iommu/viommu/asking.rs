@@ -77,7 +77,26 @@ impl Asking {
 #[derive(Default)]
 pub(super) struct Leftovers(Vec<ObjectId>);
 
+/// With so many left over, no more are made: a guest could have a host that destroys nothing keep any number.
+pub(super) const MOST_LEFTOVERS: usize = 64;
+
 impl Leftovers {
+    /// Make room for one more, where there is none. Whether there is.
+    pub(super) fn have_room(&mut self, asking: &Asking) -> Result<(), Refused> {
+        if self.0.len() >= MOST_LEFTOVERS {
+            self.retry(asking);
+        }
+        if self.0.len() < MOST_LEFTOVERS {
+            return Ok(());
+        }
+        guest_warn!(
+            iommu = asking.name,
+            objects = self.0.len(),
+            "the host destroys nothing that a guest is through with: it is asked for no more tables until it does"
+        );
+        Err(Refused)
+    }
+
     /// Destroy `id`, now or later.
     pub(super) fn destroy(&mut self, id: ObjectId, asking: &Asking) {
         if asking.ask("destroy an object", |host| host.destroy(id)).is_err() {

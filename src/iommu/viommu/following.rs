@@ -156,6 +156,7 @@ impl Followed {
         if self.vdevice.is_none_or(|(name, _)| name != self.at()) {
             return Err(Refused);
         }
+        leftovers.have_room(asking)?;
         let table = asking.ask("make a guest's tables; their function is blocked", |host| {
             host.nested_alloc(asking.viommu, self.device, wanted)
         })?;

@@ -78,7 +78,8 @@ pub(super) struct Routes {
 }
 
 impl Routes {
-    /// Have the host send interrupts where it is `wanted`. What it refuses stays as it was until this is called again.
+    /// Have the host send interrupts where it is `wanted`. What it refuses, as a destination that no processor has, goes
+    /// nowhere until this is called again: where it went before it is not wanted.
     pub(super) fn bring(&mut self, wanted: &Wanted, asking: &Asking) {
         for ((kind, wanted), set) in KINDS.into_iter().zip(wanted).zip(&mut self.set) {
             if set == wanted {
@@ -89,7 +90,19 @@ impl Routes {
             });
             match answer {
                 Answer::Done => asking.counters.add(Count::Routes),
-                Answer::Refused => continue,
+                Answer::Refused => {
+                    let nowhere = "send the unit's interrupts nowhere; they go where they went";
+                    if wanted.is_some()
+                        && set.is_some()
+                        && asking
+                            .ask(nowhere, |host| host.route(asking.viommu, kind, None))
+                            .is_ok()
+                    {
+                        asking.counters.add(Count::Routes);
+                        *set = None;
+                    }
+                    continue;
+                }
                 Answer::Unsupported => {
                     // Once is enough.
                     if !std::mem::replace(&mut self.told, true) {

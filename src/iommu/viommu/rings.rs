@@ -43,25 +43,38 @@ pub(super) fn wanted(registers: &Registers) -> Wanted {
     })
 }
 
+/// A ring that the host works on.
+struct Held {
+    queue: Queue,
+    id: ObjectId,
+    /// It was to go, and the host refused: how far it got with that is not known.
+    leaving: bool,
+}
+
 /// The rings that the host works on.
 #[derive(Default)]
-pub(super) struct Rings([Option<(Queue, ObjectId)>; 3]);
+pub(super) struct Rings([Option<Held>; 3]);
 
 impl Rings {
     /// Have the host work on what is `wanted` and on nothing else. What it refuses stays off, or as it was where it
     /// refuses to let go of it, until this is called again.
     pub(super) fn bring(&mut self, wanted: &Wanted, asking: &Asking) {
         for (wanted, held) in wanted.iter().zip(&mut self.0) {
-            if held.as_ref().map(|(queue, _)| queue) == wanted.as_ref() {
+            let settled = match held {
+                Some(held) => !held.leaving && *wanted == Some(held.queue),
+                None => wanted.is_none(),
+            };
+            if settled {
                 continue;
             }
-            if let Some((queue, id)) = held {
+            if let Some(Held { queue, id, leaving }) = held {
                 let what = match queue.kind {
                     QueueKind::Command => "destroy the queue of a command buffer",
                     QueueKind::Event => "destroy the queue of an event log",
                     QueueKind::Ppr => "destroy the queue of a PPR log",
                 };
                 if let Err(Refused) = asking.ask(what, |host| host.destroy(*id)) {
+                    *leaving = true;
                     continue;
                 }
                 asking.counters.add(Count::QueuesDestroyed);
@@ -76,7 +89,11 @@ impl Rings {
                 let made = asking.ask(what, |host| host.queue_alloc(asking.viommu, queue));
                 if let Ok(id) = made {
                     asking.counters.add(Count::QueuesMade);
-                    *held = Some((*queue, id));
+                    *held = Some(Held {
+                        queue: *queue,
+                        id,
+                        leaving: false,
+                    });
                 }
             }
         }
@@ -84,13 +101,13 @@ impl Rings {
 
     /// Whether the host works on the ring of `kind`.
     pub(super) fn is_on(&self, kind: QueueKind) -> bool {
-        self.0.iter().flatten().any(|(queue, _)| queue.kind == kind)
+        self.0.iter().flatten().any(|held| held.queue.kind == kind)
     }
 
     /// Take every ring back for good.
     pub(super) fn end(&mut self, asking: &Asking, leftovers: &mut Leftovers) {
-        for (_, id) in self.0.iter_mut().filter_map(Option::take) {
-            leftovers.destroy(id, asking);
+        for held in self.0.iter_mut().filter_map(Option::take) {
+            leftovers.destroy(held.id, asking);
         }
     }
 }

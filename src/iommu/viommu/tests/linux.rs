@@ -514,6 +514,46 @@ fn registers_have_their_bits_and_no_others() {
 }
 
 #[test]
+fn registers_are_written_by_halves_and_bytes() {
+    let rig = Rig::at_reset();
+    rig.write(0x00, 4, 0x2_2000 | 2);
+    rig.write(0x04, 4, 3);
+    assert_eq!(rig.read(0x00), 0x3_0002_2002);
+    rig.write(0x04, 1, 5);
+    assert_eq!(rig.read(0x00), 0x5_0002_2002);
+    rig.write(0x0f, 1, 9);
+    assert_eq!(rig.read(0x08) >> 56, 9);
+    // The upper half of Control, and one byte of the lower.
+    rig.write(0x1c, 4, 1 << (50 - 32));
+    rig.write(0x19, 1, 1 << (12 - 8));
+    assert_eq!(rig.read(0x18), 1 << 50 | 1 << 12);
+    rig.write(0x1a, 2, 1);
+    assert_eq!(rig.read(0x18), 1 << 50 | 1 << 16 | 1 << 12);
+}
+
+#[test]
+fn a_table_base_that_is_written_again_asks_for_nothing() {
+    let rig = Rig::running();
+    rig.entry(0, dte(0x5000, 7));
+    let (base, watched) = (rig.read(0x00), rig.protection.watched());
+    rig.host.granted();
+    for _ in 0..3 {
+        rig.write(0x00, 8, base);
+        rig.write(0x00, 4, base);
+        rig.write(0x04, 4, base >> 32);
+    }
+    assert_eq!(rig.host.granted(), Vec::<String>::new());
+    assert_eq!(rig.protection.watched(), watched);
+    assert_eq!(rig.host.place(0), tables(dte(0x5000, 7)));
+    // Elsewhere there is nothing of it, and here it is as it was.
+    rig.write(0x00, 8, (DEVICE_TABLE + 0x10_0000) | 0x3f);
+    assert_eq!(rig.host.place(0), Reached::Memory);
+    rig.write(0x00, 8, base);
+    assert_eq!(rig.host.place(0), tables(dte(0x5000, 7)));
+    rig.check();
+}
+
+#[test]
 fn page_3_is_the_hosts_and_pages_2_and_4_are_nobodys() {
     let rig = Rig::at_reset();
     rig.write(0x2008, 4, 0x10);

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::super::host::QueueKind;
+use super::super::asking::MOST_LEFTOVERS;
+use super::super::host::{InterruptTarget, QueueKind, UnitInterrupt};
 use super::super::testing::{DEVICE_TABLE, FakeHost, LOG, RING, Reached, Rig, dte};
 use crate::iommu::amd::features::Wanted;
 use crate::pci::topology::Observer;
@@ -114,6 +115,69 @@ fn a_function_whose_tables_are_refused_is_blocked_until_they_are_not() {
         touch(&rig);
         rig.check();
     }
+}
+
+#[test]
+fn a_ring_that_was_to_go_in_vain_goes_before_it_is_wanted_again() {
+    let rig = Rig::running();
+    rig.host.refuse(Some("destroy"));
+    rig.control(12, false);
+    rig.host.refuse(None);
+    rig.host.granted();
+    rig.control(12, true);
+    let granted = rig.host.granted();
+    assert_eq!(granted.len(), 2, "{granted:?}");
+    assert_eq!(granted[0], "destroy queue");
+    assert!(rig.host.queue(QueueKind::Command).is_some());
+    rig.check();
+}
+
+#[test]
+fn an_interrupt_that_cannot_go_where_it_is_wanted_goes_nowhere_and_not_where_it_went() {
+    let rig = Rig::running();
+    let register = |vector: u64, to: u64| vector << 32 | to << 8;
+    rig.write(0x170, 8, register(0x31, 2));
+    let target = |vector, destination| {
+        Some(InterruptTarget {
+            destination,
+            logical: false,
+            vector,
+        })
+    };
+    assert_eq!(rig.host.target(UnitInterrupt::Event), target(0x31, 2));
+    rig.host.refuse_soon(0);
+    rig.write(0x170, 8, register(0x41, 9));
+    assert_eq!(rig.host.target(UnitInterrupt::Event), None);
+    touch(&rig);
+    assert_eq!(rig.host.target(UnitInterrupt::Event), target(0x41, 9));
+    // A host that does not even do that leaves it, and is asked again.
+    rig.host.refuse(Some("route"));
+    rig.write(0x170, 8, register(0x51, 2));
+    assert_eq!(rig.host.target(UnitInterrupt::Event), target(0x41, 9));
+    rig.host.refuse(None);
+    touch(&rig);
+    assert_eq!(rig.host.target(UnitInterrupt::Event), target(0x51, 2));
+    rig.check();
+}
+
+#[test]
+fn a_host_that_destroys_nothing_is_not_asked_for_more_and_more() {
+    let rig = Rig::running();
+    rig.host.refuse(Some("destroy"));
+    let roots = (1..=7).map(|at| at * 0x1000);
+    for root in roots.cycle().take(500) {
+        rig.entry(0, dte(root, 7));
+        rig.check_refused();
+    }
+    // One more than are left over was in use before them.
+    assert_eq!(rig.host.tables(), MOST_LEFTOVERS + 1);
+    assert_eq!(rig.host.place(0), Reached::Nothing);
+    rig.host.refuse(None);
+    rig.entry(0, dte(0x9000, 7));
+    assert!(matches!(rig.host.place(0), Reached::Tables(_)));
+    touch(&rig);
+    assert_eq!(rig.host.tables(), 1);
+    rig.check();
 }
 
 /// DEV_TAB_HARDWARE_ERROR, target abort, of the entry of the function `id`.
