@@ -43,6 +43,7 @@ use crate::platform::host::HostError;
 use events::EventQueue;
 pub use requests::NestParent;
 use requests::{Made, Route, refusal};
+use rings::Working;
 pub use trial::{Answer, PAGE_OFFSET, Step, Trial, Tried, VIOMMU_ALLOC, Version};
 
 /// A function of the host's behind the unit.
@@ -126,7 +127,8 @@ enum Object {
     Viommu,
     Vdevice(HostDevice),
     Nested,
-    Queue(QueueKind),
+    /// A ring by an object of the kernel's, which goes by a number of ours: it is made anew to be switched off.
+    Queue(Queue, Working),
     /// A ring for which there is no object but registers that were forwarded.
     Ring(QueueKind),
     Events,
@@ -379,6 +381,13 @@ impl State {
     fn has(&self, object: Object) -> bool {
         self.made.values().any(|made| *made == object)
     }
+
+    /// The vIOMMU, which is there as long as anything hangs on it.
+    fn whole(&self) -> ObjectId {
+        let mut made = self.made.iter();
+        let found = made.find(|(_, object)| **object == Object::Viommu);
+        *found.expect("a ring goes before its vIOMMU").0
+    }
 }
 
 /// What of an entry counts for nested tables, in the one form that every kernel takes.
@@ -489,13 +498,15 @@ impl ViommuHost for HwHost {
         let mut state = self.state();
         state.viommu(viommu)?;
         rings::check(queue)?;
-        if state.has(Object::Queue(queue.kind)) || state.has(Object::Ring(queue.kind)) {
+        let id = rings::ring_id(queue.kind);
+        if state.made.contains_key(&ObjectId(id)) {
             return errno(libc::EEXIST);
         }
         match &self.abi.rings {
             Rings::Queues(queues) => {
-                let id = requests::queue_alloc(&*self.kernel, viommu.0, &rings::as_hw_queue(queues, queue))?;
-                Ok(state.keep(id, Object::Queue(queue.kind)))
+                let made =
+                    requests::queue_alloc(&*self.kernel, viommu.0, &rings::as_hw_queue(queues, queue))?;
+                Ok(state.keep(id, Object::Queue(*queue, Working::On(made))))
             }
             Rings::Registers(by) => {
                 let whose = self.whose(viommu, state.guest_id);
@@ -504,7 +515,7 @@ impl ViommuHost for HwHost {
                 requests::forward(&*self.kernel, *by, &whose, register, base)?;
                 requests::forward(&*self.kernel, *by, &whose, rings::CONTROL, control.into_bits())?;
                 state.control = control;
-                Ok(state.keep(rings::ring_id(queue.kind), Object::Ring(queue.kind)))
+                Ok(state.keep(id, Object::Ring(queue.kind)))
             }
         }
     }
@@ -593,11 +604,15 @@ impl ViommuHost for HwHost {
             return errno(libc::EBUSY);
         }
         match (object, &self.abi.rings) {
+            (Object::Queue(queue, mut working), Rings::Queues(queues)) => {
+                let stopped = rings::stop(&*self.kernel, state.whole().0, queues, &queue, &mut working);
+                // As far as it came: the rest is done when this is called again.
+                state.made.insert(id, Object::Queue(queue, working));
+                stopped?;
+            }
             (Object::Ring(kind), Rings::Registers(by)) => {
-                let viommu = state.made.iter().find(|(_, object)| **object == Object::Viommu);
-                let (viommu, _) = viommu.expect("a ring goes before its vIOMMU");
                 let control = rings::without_ring(state.control, kind);
-                let whose = self.whose(*viommu, state.guest_id);
+                let whose = self.whose(state.whole(), state.guest_id);
                 requests::forward(&*self.kernel, *by, &whose, rings::CONTROL, control.into_bits())?;
                 state.control = control;
             }
@@ -629,7 +644,7 @@ impl Drop for HwHost {
             }
         };
         destroy(made(|object| {
-            matches!(object, Object::Queue(_) | Object::Ring(_) | Object::Events)
+            matches!(object, Object::Queue(..) | Object::Ring(_) | Object::Events)
         }));
         for (device, HwDevice { function, .. }) in self.devices.iter().enumerate() {
             let mut state = self.state();

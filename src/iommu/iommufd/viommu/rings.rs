@@ -3,6 +3,7 @@
 use std::io;
 
 use super::requests::{self, HwQueue};
+use crate::guest_warn;
 use crate::iommu::amd::spec::registers::Control;
 use crate::iommu::iommufd::Kernel;
 use crate::iommu::iommufd::abi::Queues;
@@ -40,27 +41,77 @@ pub(super) fn as_hw_queue(queues: &Queues, queue: &Queue) -> HwQueue {
     }
 }
 
-/// Ask for a HW queue that cannot be: a kernel that has them finds it invalid, and one that has none says so.
+/// How far the object of a ring is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Working {
+    /// The unit works on the ring, by the object of this number.
+    On(u32),
+    /// The object is gone, and the unit may work on the ring all the same.
+    Gone,
+    /// The unit was told to stop by the object of this number, which is still there.
+    Off(u32),
+}
+
+/// Have the unit work on `queue` no more, which is `working` until now. What fails changed nothing but that; the rest is
+/// done when this is called again.
+///
+/// AMD's kernel tells its unit of a ring when an object is made, and of nothing when it goes: the unit would go on. So one
+/// more is made, of a ring that is off. A kernel that knows no such ring has stopped it by itself, or never does; what the
+/// unit goes on to reach then is the guest's own memory.
+pub(super) fn stop(
+    kernel: &dyn Kernel,
+    viommu: u32,
+    queues: &Queues,
+    queue: &Queue,
+    working: &mut Working,
+) -> io::Result<()> {
+    if let Working::On(id) = *working {
+        requests::destroy(kernel, id)?;
+        *working = Working::Gone;
+    }
+    if *working == Working::Gone {
+        let off = HwQueue {
+            flags: 0,
+            ..as_hw_queue(queues, queue)
+        };
+        match requests::queue_alloc(kernel, viommu, &off) {
+            Ok(id) => *working = Working::Off(id),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported
+                ) =>
+            {
+                guest_warn!(%error, ring = ?queue.kind, "the host's kernel knows no ring that is off: its unit may go on with one that the guest switched off");
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    if let Working::Off(id) = *working {
+        requests::destroy(kernel, id)?;
+    }
+    Ok(())
+}
+
+/// Ask for a HW queue that is off and too short for a ring: a kernel that has them takes it, as AMD's does, or finds it
+/// invalid, and one that has none says so.
 pub(super) fn probe(kernel: &dyn Kernel, viommu: u32, queues: &Queues) -> io::Result<()> {
     // A length of 0 is invalid everywhere.
-    const ILLEGAL: u64 = 1;
+    const TOO_SHORT: u64 = 1;
     let queue = HwQueue {
         queue_type: queues.command,
         flags: 0,
         base: Gpa(0),
-        length: ILLEGAL,
+        length: TOO_SHORT,
     };
     match requests::queue_alloc(kernel, viommu, &queue) {
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
         Err(error) => Err(error),
-        Ok(id) => {
-            requests::destroy(kernel, id)?;
-            Err(requests::refusal(
-                "HW_QUEUE_ALLOC",
-                io::ErrorKind::Unsupported.into(),
-                "; the host's kernel takes a length that no ring of AMD's has",
-            ))
-        }
+        Ok(id) => requests::destroy(kernel, id).inspect_err(|_| {
+            // The vIOMMU cannot go while it is there. The first error is the one that counts.
+            let _ = requests::destroy(kernel, id);
+        }),
     }
 }
 

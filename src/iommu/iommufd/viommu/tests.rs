@@ -243,6 +243,67 @@ fn rings_are_queue_objects_with_type_place_length_code_and_flags() {
 }
 
 #[test]
+fn a_ring_that_is_taken_back_is_off_though_its_object_alone_stops_nothing() {
+    let bench = Bench::new(Version::E);
+    let host = bench.made("v-e");
+    let Viommu { id: viommu, page } = host.viommu_alloc().expect("made");
+    let command = host.queue_alloc(viommu, &queue(QueueKind::Command));
+    let command = command.expect("made");
+    let event = host.queue_alloc(viommu, &queue(QueueKind::Event)).expect("made");
+    assert_eq!(bench.fake.rings_at_work(), [2, 3]);
+    host.destroy(command).expect("off");
+    assert_eq!(bench.fake.rings_at_work(), [3]);
+    assert_eq!(errno(host.destroy(command)), Some(libc::ENOENT), "once");
+    // Refused half-way: it counts as on, and whatever was made meanwhile is another object.
+    for before in 0..3 {
+        bench.fake.fail(before, libc::ENOMEM);
+        assert!(host.destroy(event).is_err(), "request {before}");
+        let again = host.queue_alloc(viommu, &queue(QueueKind::Event));
+        assert_eq!(errno(again), Some(libc::EEXIST), "request {before}");
+        let vdevice = host.vdevice_alloc(viommu, NIC, name(0x2100)).expect("made");
+        host.destroy(event).expect("off");
+        host.destroy(vdevice).expect("unused");
+        assert!(bench.fake.rings_at_work().is_empty());
+        host.queue_alloc(viommu, &queue(QueueKind::Event)).expect("made");
+        assert_eq!(bench.fake.rings_at_work(), [3]);
+    }
+    // With the host, too.
+    drop(page);
+    drop(host);
+    assert!(bench.fake.rings_at_work().is_empty());
+    bench.assert_empty("dropped");
+}
+
+#[test]
+fn a_kernel_that_knows_no_ring_that_is_off_is_asked_once_and_the_ring_can_be_made_anew() {
+    for kernels in [libc::EINVAL, libc::EOPNOTSUPP] {
+        let bench = Bench::new(Version::E);
+        let host = bench.made("v-e");
+        let Viommu { id: viommu, .. } = host.viommu_alloc().expect("made");
+        let event = host.queue_alloc(viommu, &queue(QueueKind::Event)).expect("made");
+        bench.fake.fail(1, kernels);
+        host.destroy(event).expect("as far as that kernel goes");
+        host.queue_alloc(viommu, &queue(QueueKind::Event)).expect("made");
+    }
+}
+
+#[test]
+fn a_kernel_has_queues_whether_or_not_it_looks_at_their_length() {
+    for checks in [false, true] {
+        let bench = Bench::new(Version::E);
+        if checks {
+            bench.fake.check_queues();
+        }
+        let host = bench.host(Abi::built_in().into()).expect("one of them");
+        assert_eq!(host.abi().name, "v-e");
+        let Viommu { id: viommu, .. } = host.viommu_alloc().expect("made");
+        assert!(bench.fake.rings_at_work().is_empty(), "what was asked for is off");
+        host.queue_alloc(viommu, &queue(QueueKind::Command))
+            .expect("made");
+    }
+}
+
+#[test]
 fn rings_are_registers_where_the_kernel_wants_those() {
     const BASE: u64 = 0x0900_0000_0010_0000;
     for (version, name) in [(Version::A, "v-a"), (Version::C, "v-c"), (Version::D, "v-d")] {

@@ -152,19 +152,19 @@ fn each_step_of_a_life_costs_so_many_requests() {
         requests(Version::E, &routing()),
         [
             ("host", 7),
-            ("unit", 6),
-            ("driver starts", 9),
+            ("unit", 7),
+            ("driver starts", 11),
             ("attach", 2),
             ("attach elsewhere", 3),
             ("detach", 2),
             ("identity", 1),
             ("attach again", 2),
             ("interrupt moved", 1),
-            ("event log moved", 2),
-            ("driver stops", 7),
+            ("event log moved", 4),
+            ("driver stops", 13),
             ("reset", 1),
-            ("second driver starts", 7),
-            ("end", 11),
+            ("second driver starts", 9),
+            ("end", 15),
         ]
     );
     // Rings are registers there, written one by one, and nothing sends interrupts.
