@@ -35,7 +35,7 @@ use crate::devices::ioapic::Resample;
 use crate::iommu::iommufd::{Attach, Ioas};
 use crate::pci::access::{DwordWrite, read_dwords, write_dwords};
 use crate::pci::bar::{BarSpec, Bars};
-use crate::pci::tree::{Identity, Pin};
+use crate::pci::tree::{BarKind, Identity, Pin};
 use crate::pci::{CONFIG_DWORDS, Command, ConfigEffect, Function};
 use crate::platform::addr::Gpa;
 use crate::platform::device_memory::DeviceMemoryHost;
@@ -135,7 +135,7 @@ impl VfioFunction {
                 let action = format!("pass BAR {} of {name} through", spec.index);
                 return Err(HostError::new(action, io::Error::other(reason)));
             }
-            if let Some(slot) = sizes.get_mut(usize::from(spec.index)) {
+            if let (Some(slot), false) = (sizes.get_mut(usize::from(spec.index)), spec.kind == BarKind::Io) {
                 *slot = size;
             }
             decodes |= spec.address_space();

@@ -1,7 +1,8 @@
 //! What of a host function's configuration space the guest sees: passed, emulated or hidden, by capability.
 //!
 //! The function may be faulty, or lie: its lists are walked within bounds, and a capability that overlaps another or
-//! names what is not there is hidden.
+//! names what is not there is hidden. Of capabilities that there is one of, the first of the list counts, as it does to the
+//! host's kernel and to a guest's.
 //!
 //! | what | to the guest |
 //! | --- | --- |
@@ -67,10 +68,10 @@ pub(super) struct Given {
     pub(super) on_root_bus: bool,
     /// The host can reset it.
     pub(super) resets: bool,
-    /// Interrupts of either kind that the host has.
+    /// Interrupts of either kind that the host has to give.
     pub(super) msi: u32,
     pub(super) msix: u32,
-    /// Bytes of each BAR.
+    /// Bytes of each BAR of memory.
     pub(super) bars: [u64; 6],
 }
 
@@ -162,6 +163,8 @@ pub(super) struct Survey {
 struct Found {
     offset: u16,
     id: u16,
+    /// There was one before it in the list.
+    again: bool,
 }
 
 /// Decide what the guest sees of the function that `image` shows.
@@ -186,7 +189,8 @@ pub(super) fn survey(image: &Image, given: &Given) -> Survey {
             survey.table.set(dword, Dword::fixed(0));
         }
         let room = next - found.offset;
-        if survey.standard(image, *found, room, given) {
+        let counts = !found.again || found.id == VENDOR_SPECIFIC;
+        if counts && survey.standard(image, *found, room, given) {
             visible.push(*found);
         }
     }
@@ -206,10 +210,9 @@ fn standard_capabilities(image: &Image) -> Vec<Found> {
     let mut offset = u16::from(image.byte(0x34) & !3);
     while offset >= HEADER && found.len() < MOST_STANDARD && found.iter().all(|other| other.offset != offset)
     {
-        found.push(Found {
-            offset,
-            id: image.byte(offset).into(),
-        });
+        let id = image.byte(offset).into();
+        let again = found.iter().any(|other| other.id == id);
+        found.push(Found { offset, id, again });
         offset = u16::from(image.byte(offset + 1) & !3);
     }
     found.sort_by_key(|found| found.offset);
@@ -227,10 +230,9 @@ fn extended_capabilities(image: &Image) -> Vec<Found> {
     {
         let header = image.dword(offset);
         let [low, high, ..] = header.to_le_bytes();
-        found.push(Found {
-            offset,
-            id: u16::from_le_bytes([low, high]),
-        });
+        let id = u16::from_le_bytes([low, high]);
+        let again = found.iter().any(|other| other.id == id);
+        found.push(Found { offset, id, again });
         offset = u16::try_from(header >> 20).expect("twelve bits") & !3;
     }
     found.sort_by_key(|found| found.offset);

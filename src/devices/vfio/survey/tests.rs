@@ -243,6 +243,31 @@ fn msix_structures_outside_their_bars_or_over_each_other_hide_msix() {
 }
 
 #[test]
+fn of_capabilities_that_are_there_twice_the_first_of_the_list_is_seen() {
+    // A second MSI-X, whose table would do as well, and a second MSI, both behind the first ones; two of the vendor's.
+    let twice = with(|bytes| {
+        bytes[usize::from(MSIX_AT) + 1] = 0xb0;
+        bytes[0xb0..0xb4].copy_from_slice(&[0x11, 0xe0, 0x04, 0x00]);
+        bytes[0xb4..0xbc].copy_from_slice(&[0x00, 0x10, 0, 0, 0x00, 0x20, 0, 0]);
+        bytes[0xe0..0xe4].copy_from_slice(&[0x05, 0x40, 0x80, 0x00]);
+        bytes[0x40..0x43].copy_from_slice(&[0x09, 0x48, 0x08]);
+        bytes[0x48..0x4b].copy_from_slice(&[0x09, 0x00, 0x08]);
+    });
+    let listed = [
+        (0x40, 9),
+        (0x48, 9),
+        (EXPRESS_AT, 0x10),
+        (MSIX_AT, 0x11),
+        (PM, 1),
+        (MSI_AT, 5),
+    ];
+    assert_eq!(list(&twice), listed);
+    assert_eq!(twice.msix.map(|place| place.table), Some((3, 0)));
+    assert_eq!(twice.msi.map(|place| place.dword * 4), Some(MSI_AT));
+    assert_eq!((reads(&twice, 0xb0), reads(&twice, 0xe0)), (0, 0));
+}
+
+#[test]
 fn a_function_without_capabilities_shows_its_own_registers_read_only() {
     let plain = survey(&image(&[0; 256]), &given());
     assert_eq!(list(&plain), []);
