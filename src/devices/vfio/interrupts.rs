@@ -61,6 +61,55 @@ struct Vector {
     signalled: bool,
 }
 
+/// How many messages of MSI `host` has to give for the function called `name`: a power of two, or 0 for none.
+///
+/// The host repeats what the capability says when it is asked how many there are (VFIO_DEVICE_GET_IRQ_INFO). What it has shows
+/// when they are asked for: without interrupt remapping that is one. A guest that saw more would wait for vectors that
+/// never come. Nothing of the function may be on yet, and nothing is afterwards.
+///
+/// # Errors
+/// When the host does not switch off again what it gave.
+pub(super) fn messages(name: &str, host: &dyn HostFunction) -> Result<u32, HostError> {
+    let claims = host.interrupt(Interrupt::Msi).count.min(MOST_MESSAGES);
+    let Some(claims) = claims.checked_ilog2().map(|log| 1 << log) else {
+        return Ok(0);
+    };
+    let mut count: u32 = claims;
+    while let Err(error) = host.set_interrupts(Interrupt::Msi, 0, &none(count)) {
+        // Less each time. An answer that is none leaves the least there is to ask for.
+        count = match Fewer::of(&error) {
+            Some(Fewer { has, .. }) if (1..count).contains(&has) => 1 << has.ilog2(),
+            _ if count > 1 => 1,
+            _ => {
+                tracing::warn!(name, %error, "the host gives no MSI of the function; the guest does not see that it has any");
+                return Ok(0);
+            }
+        };
+    }
+    host.disable_interrupts(Interrupt::Msi).map_err(|source| {
+        let action =
+            format!("switch MSI of {name} off again, which was on to see how many vectors there are");
+        HostError::new(action, source)
+    })?;
+    if count < claims {
+        tracing::info!(
+            name,
+            claims,
+            count,
+            "the host has fewer vectors of MSI than the function; the guest sees what there is"
+        );
+    }
+    Ok(count)
+}
+
+/// Vectors of MSI at most (PCI Express Base Specification 7.7.1.2).
+const MOST_MESSAGES: u32 = 32;
+
+/// `count` vectors that nobody listens to.
+fn none(count: u32) -> Vec<Option<&'static EventFd>> {
+    (0..count).map(|_| None).collect()
+}
+
 impl Interrupts {
     /// All off. Messages leave by `port`, the wire is `line`.
     pub(super) fn new(

@@ -141,6 +141,9 @@ impl VfioFunction {
             decodes |= spec.address_space();
             bars.add(*spec);
         }
+        // Silent before anything is tried with it, whoever opened it.
+        write_command(&*host, &parts.bars, false)
+            .map_err(|source| HostError::new(format!("switch the BARs of {name} on"), source))?;
         let (pin, line) = parts.intx.unzip();
         let given = Given {
             identity: parts.identity,
@@ -148,7 +151,7 @@ impl VfioFunction {
             pin: pin.filter(|_| host.interrupt(Interrupt::Intx).count > 0),
             on_root_bus: parts.on_root_bus,
             resets: host.resets(),
-            msi: host.interrupt(Interrupt::Msi).count,
+            msi: interrupts::messages(&name, &*host)?,
             msix: host.interrupt(Interrupt::Msix).count,
             bars: sizes,
         };
@@ -198,9 +201,6 @@ impl VfioFunction {
             gone: AtomicBool::new(false),
             _space: parts.space,
         };
-        function
-            .write_command(false)
-            .map_err(|source| HostError::new(format!("switch the BARs of {} on", function.name), source))?;
         function.interrupts.follow(&function.registers().table);
         Ok(Arc::new(function))
     }
@@ -345,15 +345,7 @@ impl VfioFunction {
 
     /// The device decodes, and issues requests or not.
     fn write_command(&self, bus_master: bool) -> io::Result<()> {
-        const AT: u64 = COMMAND as u64 * 4;
-        let mut bytes = [0; 2];
-        self.host.read(Region::Config, AT, &mut bytes)?;
-        let mut command = Command::from_bits_retain(u16::from_le_bytes(bytes));
-        for bar in &self.bars {
-            command |= bar.address_space();
-        }
-        command.set(Command::BUS_MASTER, bus_master);
-        self.host.write(Region::Config, AT, &command.bits().to_le_bytes())
+        write_command(&*self.host, &self.bars, bus_master)
     }
 
     /// What a write to `dword`, which our bits followed from `old`, sets off.
@@ -408,6 +400,19 @@ impl VfioFunction {
             .any(|range| range.start < end && offset < range.end);
         self.msix.filter(|_| overlaps)
     }
+}
+
+/// Have `host` decode `bars`, and issue requests or not.
+fn write_command(host: &dyn HostFunction, bars: &[BarSpec], bus_master: bool) -> io::Result<()> {
+    const AT: u64 = COMMAND as u64 * 4;
+    let mut bytes = [0; 2];
+    host.read(Region::Config, AT, &mut bytes)?;
+    let mut command = Command::from_bits_retain(u16::from_le_bytes(bytes));
+    for bar in bars {
+        command |= bar.address_space();
+    }
+    command.set(Command::BUS_MASTER, bus_master);
+    host.write(Region::Config, AT, &command.bits().to_le_bytes())
 }
 
 /// Read configuration space once: 4 KiB, or what there is of it.

@@ -91,6 +91,8 @@ struct State {
     on: Option<(Interrupt, u32)>,
     /// How many vectors there are to give where those are fewer than the function has.
     gives: BTreeMap<Interrupt, u32>,
+    /// What is answered instead of giving any.
+    answers: BTreeMap<Interrupt, u32>,
     /// The eventfds that interrupts signal.
     eventfds: BTreeMap<(Interrupt, u32), EventFd>,
     notices: BTreeMap<Notice, EventFd>,
@@ -151,6 +153,7 @@ impl Device {
                 refused: BTreeMap::new(),
                 on: None,
                 gives: BTreeMap::new(),
+                answers: BTreeMap::new(),
                 eventfds: BTreeMap::new(),
                 notices: BTreeMap::new(),
             }),
@@ -212,6 +215,11 @@ impl Device {
     /// Set up no more than `most` vectors of `kind` from here on.
     pub fn give_at_most(&self, kind: Interrupt, most: u32) {
         self.state().gives.insert(kind, most);
+    }
+
+    /// Answer every request for vectors of `kind` by saying that there are this many, whatever was asked for, and give none.
+    pub fn answer(&self, kind: Interrupt, has: u32) {
+        self.state().answers.insert(kind, has);
     }
 
     /// What it was told since the last call.
@@ -365,7 +373,12 @@ impl HostFunction for Device {
                     return Err(io::Error::from_raw_os_error(libc::EINVAL));
                 }
             }
+            // The host's kernel knows no vectors beyond those of the capability.
+            None if asked > count => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
             None => {
+                if let Some(&has) = state.answers.get(&kind) {
+                    return Err(Fewer { has, asked }.into());
+                }
                 let gives = state.gives.get(&kind).copied();
                 if let Some(has) = gives.filter(|has| *has < asked) {
                     return Err(Fewer { has, asked }.into());

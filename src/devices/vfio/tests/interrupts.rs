@@ -103,13 +103,18 @@ fn a_message_whose_changed_route_the_host_refuses_is_owed_until_there_is_one() {
     assert_eq!((route.history().last(), route.signals()), (Some(&sent), 1));
 }
 
-/// A function with this many messages of MSI, each of which can be masked.
-fn masking(messages: u32) -> Bench {
+/// A device with this many messages of MSI, each of which can be masked.
+fn device_masking(messages: u32) -> Device {
     let mut config = nic_config();
     let [log, ..] = messages.ilog2().to_le_bytes();
     config[usize::from(MSI) + 2] |= log << 1;
     config[usize::from(MSI) + 3] |= 0x01;
-    bench_with(Device::with(&config).interrupting(Interrupt::Msi, messages, false))
+    Device::with(&config).interrupting(Interrupt::Msi, messages, false)
+}
+
+/// A function of such a device.
+fn masking(messages: u32) -> Bench {
+    bench_with(device_masking(messages))
 }
 
 /// The registers of MSI with a 64-bit address.
@@ -272,4 +277,112 @@ fn a_host_with_fewer_vectors_of_msix_gives_the_first() {
     );
     let _effect = bench.write(MSIX + 2, &[0x04, 0x00]);
     assert!(bench.device.interrupt(Interrupt::Intx, 0));
+}
+
+/// The first dword of the capability `id` that the guest finds.
+fn capability(bench: &Bench, id: u8) -> Option<u32> {
+    let [mut at, ..] = bench.read(0x34).to_le_bytes();
+    while at != 0 {
+        let header = bench.read(at.into());
+        let [found, next, ..] = header.to_le_bytes();
+        if found == id {
+            return Some(header);
+        }
+        at = next;
+    }
+    None
+}
+
+/// How many messages of MSI the guest sees; `None` where it sees no MSI.
+fn seen(bench: &Bench) -> Option<u32> {
+    capability(bench, 5).map(|header| 1 << (header >> 17 & 7))
+}
+
+#[test]
+fn a_table_of_msix_in_ports_hides_msix() {
+    let hidden = |bar: u8| {
+        let mut config = nic_config();
+        let at = usize::from(MSIX);
+        config[at + 2..at + 12].copy_from_slice(&[0, 0, bar, 0, 0, 0, 0x10 | bar, 0, 0, 0]);
+        let bench = bench_with(Device::with(&config).interrupting(Interrupt::Msix, 1, true));
+        capability(&bench, 0x11).is_none()
+    };
+    assert!(hidden(2) && !hidden(3));
+}
+
+#[test]
+fn the_guest_sees_as_many_messages_as_the_host_has_to_give() {
+    for (has, sees) in [(1, 1), (2, 2), (3, 2), (7, 4), (8, 8)] {
+        let device = device_masking(8);
+        device.give_at_most(Interrupt::Msi, has);
+        let bench = bench_with(device);
+        assert_eq!(seen(&bench), Some(sees));
+        assert!(!bench.device.is_on(Interrupt::Msi));
+        // It cannot allot more than it sees.
+        let _effect = bench.write(MSI + 2, &[0xb1, 0]);
+        let given = set(Interrupt::Msi, 0, &vec![true; sees as usize]);
+        assert_eq!(bench.device.told(), [Told::Disabled(Interrupt::Intx), given]);
+        // Nor mask more.
+        let _effect = bench.write_dword(MASK, u32::MAX);
+        assert_eq!(bench.read(MASK), u32::MAX >> (32 - sees));
+    }
+}
+
+#[test]
+fn messages_are_asked_for_once_and_are_off_again_before_anything_else() {
+    let device = device_masking(4);
+    device.give_at_most(Interrupt::Msi, 1);
+    let bench = try_bench(device).unwrap_or_else(|error| panic!("{error}"));
+    let told = bench.device.told();
+    let asked = [set(Interrupt::Msi, 0, &[false]), Told::Disabled(Interrupt::Msi)];
+    assert!(told[1..].starts_with(&asked), "{told:?}");
+    let msi = |told: &&Told| matches!(told, Told::Interrupts(Interrupt::Msi, ..));
+    assert_eq!(told.iter().filter(msi).count(), 1);
+}
+
+#[test]
+fn msi_that_the_host_gives_none_of_is_hidden_and_the_wire_works() {
+    let refused = |refuse: &dyn Fn(&Device)| {
+        let device = device_masking(4);
+        refuse(&device);
+        let bench = try_bench(device).unwrap_or_else(|error| panic!("{error}"));
+        bench.device.relent();
+        assert_eq!(seen(&bench), None);
+        // What is where it was is no register.
+        let _effect = bench.write(MSI + 2, &[0xa5, 0]);
+        assert_eq!(bench.read(MSI), 0);
+        assert!(!bench.device.is_on(Interrupt::Msi));
+        bench
+    };
+    // It says that there are none, or as many as were asked for and more, of which one is as many.
+    for has in [0, 1, 4, 5, u32::MAX] {
+        let bench = refused(&|device| device.answer(Interrupt::Msi, has));
+        assert!(bench.device.interrupt(Interrupt::Intx, 0));
+    }
+    for errno in [libc::ENOSPC, libc::ENOMEM, libc::EINVAL] {
+        let _bench = refused(&|device| device.refuse(Asked::SetInterrupts, errno));
+    }
+    // Nothing is asked of a host that says so by itself.
+    let none = device_masking(4).interrupting(Interrupt::Msi, 0, false);
+    assert_eq!(seen(&bench_with(none)), None);
+}
+
+#[test]
+fn a_host_that_claims_more_messages_than_there_can_be_is_asked_for_those_there_can() {
+    let bench = bench_with(device_masking(4).interrupting(Interrupt::Msi, 64, false));
+    // The capability has room for four.
+    assert_eq!(seen(&bench), Some(4));
+    let odd = bench_with(device_masking(4).interrupting(Interrupt::Msi, 3, false));
+    assert_eq!(seen(&odd), Some(2));
+}
+
+#[test]
+fn messages_that_the_host_does_not_switch_off_again_end_the_start() {
+    let device = device_masking(4);
+    device.refuse(Asked::DisableInterrupts, libc::EIO);
+    let error = try_bench(device).err().expect("refused");
+    assert_eq!(
+        error.to_string(),
+        "cannot switch MSI of vfio0 off again, which was on to see how many vectors there are"
+    );
 }
