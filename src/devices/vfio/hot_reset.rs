@@ -3,7 +3,8 @@
 //! A function without a reset of its own is put back by a reset of its bus, which the host allows to whoever has all
 //! functions there (VFIO_DEVICE_PCI_HOT_RESET): by their binding to one /dev/iommu, or by showing the groups they are in.
 //! The guest resets them one by one, so each is silenced and waits; the reset comes with the last of them. One that is used
-//! again in between has not been waiting: nothing is pulled from under a driver.
+//! again in between has not been waiting: nothing is pulled from under a driver. One that left the guest is waited for no
+//! more: whether the rest can be reset then is the host's to say.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -158,6 +159,8 @@ enum State {
     Waits,
     /// The reset has come, and it was not used since.
     Reset,
+    /// The guest has it no more.
+    Left,
 }
 
 /// One of them.
@@ -198,11 +201,16 @@ impl HotResetMember {
         if let Some(state) = states.get_mut(self.number) {
             *state = State::Waits;
         }
-        if !states.iter().all(|state| *state == State::Waits) {
+        if !states
+            .iter()
+            .all(|state| matches!(state, State::Waits | State::Left))
+        {
             return Ok(false);
         }
         host.hot_reset()?;
-        states.fill(State::Reset);
+        for state in states.iter_mut().filter(|state| **state == State::Waits) {
+            *state = State::Reset;
+        }
         for contained in &self.set.contained {
             contained.store(false, Ordering::Release);
         }
@@ -212,6 +220,13 @@ impl HotResetMember {
     /// Whether the function has an error that only a reset ends, which is over once the reset has come for all.
     pub(super) fn contained(&self) -> Arc<AtomicBool> {
         self.set.contained.get(self.number).cloned().unwrap_or_default()
+    }
+
+    /// The guest does not have the function any more.
+    pub(super) fn left(&self) {
+        if let Some(state) = self.set.states().get_mut(self.number) {
+            *state = State::Left;
+        }
     }
 
     /// The guest uses the function. Whether the reset came before that.
@@ -325,6 +340,23 @@ mod tests {
         );
         device.relent();
         assert!(members[0].silenced(&*device).expect("reset"));
+    }
+
+    #[test]
+    fn a_function_that_left_is_waited_for_no_more_and_the_host_says_whether_the_rest_is_reset() {
+        let device = Device::nic();
+        let members = HotResetSet::of(3);
+        members[2].left();
+        assert!(!members[0].silenced(&*device).expect("waits"));
+        device.refuse(Asked::HotReset, libc::EINVAL);
+        assert!(members[1].silenced(&*device).is_err());
+        device.relent();
+        assert!(members[1].silenced(&*device).expect("reset"));
+        assert!(members[0].used() && members[1].used());
+        // The last that is left has nobody to wait for.
+        members[0].left();
+        assert!(members[1].silenced(&*device).expect("reset"));
+        assert_eq!(device.told(), [Told::HotReset, Told::HotReset]);
     }
 
     #[test]

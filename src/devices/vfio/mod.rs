@@ -261,6 +261,9 @@ impl VfioFunction {
                 tracing::warn!(name = self.name, %error, "the host does not reset the function; closing it does");
             }
         }
+        if let Some(member) = &self.reset_with {
+            member.left();
+        }
         if let Err(error) = self.host.detach() {
             tracing::warn!(name = self.name, %error, "the host does not detach the function; closing it does");
         }

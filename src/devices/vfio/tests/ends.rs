@@ -218,6 +218,25 @@ fn functions_of_a_card_are_reset_together_once_all_are_silent() {
 }
 
 #[test]
+fn a_function_whose_companion_the_host_took_back_is_reset_where_the_host_does_that() {
+    let [first, second] = card();
+    first.function.contain();
+    second.function.leave();
+    second.function.give_back();
+    // Somebody else has the other now.
+    first.device.refuse(Asked::HotReset, libc::EINVAL);
+    first.function.reset();
+    first.function.bus_mastering(true);
+    assert!(!opened(&first));
+    // Or nobody has.
+    first.device.relent();
+    first.function.reset();
+    assert!(first.device.told().contains(&Told::HotReset));
+    first.function.bus_mastering(true);
+    assert!(opened(&first));
+}
+
+#[test]
 fn a_reset_of_a_card_that_is_refused_leaves_all_working() {
     let [first, second] = card();
     second.device.refuse(Asked::HotReset, libc::EBUSY);
