@@ -45,8 +45,14 @@ pub(super) fn text(report: &HostReport) -> String {
     }
     lines.push(String::new());
     match &report.trials {
-        Ok(trials) => lines.extend(trials.iter().flat_map(trial)),
-        Err(why) => lines.push(row("AMD's vIOMMU", &format!("not asked for: {why}"))),
+        Ok(trials) => {
+            lines.extend(trials.iter().flat_map(trial));
+            lines.extend(trials.iter().filter_map(peers));
+        }
+        Err(why) => {
+            lines.push(row("AMD's vIOMMU", &format!("not asked for: {why}")));
+            lines.push(row("peer-to-peer", &format!("not asked for: {why}")));
+        }
     }
     lines.push(String::new());
     for mode in &report.modes {
@@ -174,6 +180,16 @@ fn trial(trial: &UnitTrial) -> Vec<String> {
     lines
 }
 
+/// Whether passed functions behind one IOMMU reach one another's memory, as far as the kernel tells without doing it.
+fn peers(trial: &UnitTrial) -> Option<String> {
+    let said = match trial.exports.as_ref()? {
+        Ok(()) => "the kernel hands out its memory for other functions of a guest".to_owned(),
+        Err(why) => format!("other functions of a guest will not reach its memory: {why}"),
+    };
+    let of = format!("{} asked for with {}", trial.iommu, trial.function);
+    Some(row("peer-to-peer", &format!("{of}: {said}")))
+}
+
 fn step(step: &Step) -> String {
     row("", &format!("  {:<33} {}", step.name, step.answer))
 }
@@ -224,6 +240,7 @@ mod tests {
                 }],
                 versions,
             }),
+            exports: None,
         };
         trial(&unit).join("\n")
     }
@@ -279,12 +296,36 @@ mod tests {
             iommu: "ivhd0".to_owned(),
             function: "0000:01:00.0".parse().expect("an address"),
             answers: Err("cannot open /dev/vfio/devices/vfio0: Permission denied".to_owned()),
+            exports: None,
         };
         assert_eq!(
             trial(&unit),
             [
                 "AMD's vIOMMU ivhd0 asked for with 0000:01:00.0: cannot open /dev/vfio/devices/vfio0: Permission denied"
             ]
+        );
+        assert_eq!(peers(&unit), None, "one reason is enough");
+    }
+
+    #[test]
+    fn what_the_kernel_says_of_peers_is_told_with_the_function_it_was_asked_with() {
+        let line = |exports| {
+            let unit = UnitTrial {
+                iommu: "ivhd0".to_owned(),
+                function: "0000:01:00.0".parse().expect("an address"),
+                answers: Err(String::new()),
+                exports: Some(exports),
+            };
+            peers(&unit).expect("asked")
+        };
+        assert_eq!(
+            line(Ok(())),
+            "peer-to-peer ivhd0 asked for with 0000:01:00.0: the kernel hands out its memory for other functions of a guest"
+        );
+        assert_eq!(
+            line(Err("it has no such feature".to_owned())),
+            "peer-to-peer ivhd0 asked for with 0000:01:00.0: other functions of a guest will not reach its memory: it has no \
+             such feature"
         );
     }
 }

@@ -191,14 +191,23 @@ fn check_features(host: &HwHost, hardware: &HardwarePlan) -> io::Result<()> {
     )))
 }
 
+/// What the kernel of this host answered when it was asked with a function.
+pub(super) struct TriedOut {
+    /// To each step of a guest's life.
+    pub(super) steps: Tried,
+    /// Whether it hands out memory of the function for others; why not, else.
+    pub(super) exports: Result<(), String>,
+}
+
 /// What the kernel of this host answers to each step of a guest's life by each of `abis`, asked with the function at
 /// `at`, which is opened and closed again.
 ///
 /// # Errors
 /// When the function cannot be had.
-pub(super) fn try_out(host: &HostFunctions, at: Sbdf, abis: &[Abi]) -> Result<Tried, HostError> {
+pub(super) fn try_out(host: &HostFunctions, at: Sbdf, abis: &[Abi]) -> Result<TriedOut, HostError> {
     let iommufd = Iommufd::open()?;
     let function = open_node(host, at, &iommufd)?;
+    let exports = function.exports();
     let kernel: Arc<dyn Kernel> = iommufd;
     let device = HwDevice {
         id: function.id(),
@@ -219,13 +228,17 @@ pub(super) fn try_out(host: &HostFunctions, at: Sbdf, abis: &[Abi]) -> Result<Tr
         },
         vm: vm.as_ref().map(AsRawFd::as_raw_fd),
     };
-    Ok(trial.run())
+    Ok(TriedOut {
+        steps: trial.run(),
+        exports,
+    })
 }
 
 /// Whether the kernel of this host has the unit of the function at `at` serve guests by one of `abis`; else what it did not
 /// do, and what it said.
 pub(super) fn ask(host: &HostFunctions, at: Sbdf, abis: &[Abi]) -> Result<(), String> {
     let tried = try_out(host, at, abis).map_err(|error| format!("{error}: {}", error.source))?;
+    let tried = tried.steps;
     if tried.version().is_some() {
         return Ok(());
     }

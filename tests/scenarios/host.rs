@@ -68,6 +68,8 @@ fn a_stock_kernel_is_told_step_by_step_what_it_answers() {
             ("HWPT_ALLOC of the nest parent", "EOPNOTSUPP"),
         ],
     );
+    // It hands out memory of functions for others.
+    assert_eq!(unit["exports"], serde_json::json!({"Ok": null}), "{unit}");
     let rings = ["HW_QUEUE_ALLOC", "VIOMMU_COMMAND", "OPTION", "VIOMMU_MMIO_ACCESS"];
     for (at, ring) in rings.into_iter().enumerate() {
         let version = &answers["versions"][at];
@@ -99,10 +101,18 @@ fn a_stock_kernel_is_told_step_by_step_what_it_answers() {
     ] {
         assert!(text.contains(needs), "{needs}{text}");
     }
+    assert!(
+        text.contains("the kernel hands out its memory for other functions of a guest\n"),
+        "{text}"
+    );
     nic.works_on_the_host();
     let text = host(&[]);
     assert!(
         text.contains("AMD's vIOMMU not asked for: no function is bound to vfio-pci; "),
+        "{text}"
+    );
+    assert!(
+        text.contains("peer-to-peer not asked for: no function is bound to vfio-pci; "),
         "{text}"
     );
 }

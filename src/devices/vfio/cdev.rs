@@ -17,6 +17,7 @@ use super::host::{
     Companion, Fewer, HostFunction, Interrupt, InterruptInfo, Notice, PAGE, Region, RegionInfo,
 };
 use super::hot_reset;
+use super::peers::not_exported;
 use super::uapi::{self, Request};
 use crate::iommu::container::{capability, wide};
 use crate::iommu::iommufd::{Attach, Iommufd};
@@ -113,6 +114,15 @@ impl Cdev {
         Self::described(at, device, Way::Group { group })
     }
 
+    /// Whether the host's kernel hands out memory of the function as dma-bufs (VFIO_DEVICE_FEATURE_DMA_BUF), by which other
+    /// functions of a guest reach it; else why not. Nothing is handed out. Whether /dev/iommu maps what is, only mapping it tells.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub fn exports(&self) -> Result<(), String> {
+        exports(&self.device)
+    }
+
     /// What the host says of `device`, the open function at `at`.
     fn described(at: Sbdf, device: File, way: Way) -> Result<Self, HostError> {
         let mut info = [0; 6];
@@ -178,6 +188,13 @@ impl Cdev {
         let answer = uapi::answer(&self.device, Request::SetIrqs, &mut words)?;
         all_set_up(answer, first.saturating_add(count))
     }
+}
+
+fn exports(device: &File) -> Result<(), String> {
+    let asked =
+        abi::VFIO_DEVICE_FEATURE_PROBE | abi::VFIO_DEVICE_FEATURE_GET | abi::VFIO_DEVICE_FEATURE_DMA_BUF;
+    let probed = uapi::issue(device, Request::Feature, &mut [0, asked]);
+    probed.map_err(|error| format!("{}: {error}", not_exported(&error)))
 }
 
 const fn irq_index(kind: Interrupt) -> u32 {
@@ -401,6 +418,16 @@ mod tests {
         assert_eq!(Fewer::of(&refused), Some(Fewer { has: 1, asked: 4 }));
         assert_eq!(refused.to_string(), "the host has 1 to give of 4 vectors");
         assert_eq!(Fewer::of(&io::Error::from_raw_os_error(libc::ENOSPC)), None);
+    }
+
+    #[test]
+    fn what_does_not_know_of_dma_bufs_exports_none_and_says_why() {
+        let file = tempfile::tempfile().expect("a file");
+        let why = exports(&file).expect_err("no device");
+        assert!(
+            why.starts_with("the host's kernel has no VFIO_DEVICE_FEATURE_DMA_BUF: "),
+            "{why}"
+        );
     }
 
     #[test]

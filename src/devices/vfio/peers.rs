@@ -45,16 +45,7 @@ impl Peers {
     ) -> Option<OwnedFd> {
         let exported = host.export(region, offset, len);
         exported
-            .map_err(|error| {
-                self.refused(
-                    match error.raw_os_error() {
-                        Some(libc::ENOTTY) => "the host's kernel has no VFIO_DEVICE_FEATURE_DMA_BUF",
-                        Some(libc::EOPNOTSUPP) => "the host's driver of it exports no memory",
-                        _ => "the host does not export its memory",
-                    },
-                    &error,
-                );
-            })
+            .map_err(|error| self.refused(not_exported(&error), &error))
             .ok()
     }
 
@@ -87,6 +78,15 @@ impl Peers {
         if !self.warned.swap(true, Ordering::Relaxed) {
             tracing::warn!(name = self.name, reason, %error, "other functions of the host do not reach the memory of this one; all else works");
         }
+    }
+}
+
+/// Why a host that refuses with `error` exports no memory of a function.
+pub(super) fn not_exported(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOTTY) => "the host's kernel has no VFIO_DEVICE_FEATURE_DMA_BUF",
+        Some(libc::EOPNOTSUPP) => "the host's driver of it exports no memory",
+        _ => "the host does not export its memory",
     }
 }
 

@@ -4,8 +4,9 @@
 //! is not at hand; what only a system call tells (KVM's capabilities, the memlock limit) is passed in.
 //! A host that lacks something is not an error here: it is what the report is for.
 //!
-//! Of AMD's vIOMMU no file tells whether the kernel has it. The running kernel is asked, step by step, with a function
-//! that is bound to vfio-pci and that nobody uses; nothing is left of that.
+//! Of AMD's vIOMMU no file tells whether the kernel has it, nor whether it hands out memory of functions for others. The
+//! running kernel is asked, step by step, with a function that is bound to vfio-pci and that nobody uses; nothing is left of
+//! that.
 
 mod modes;
 mod sysfs;
@@ -49,7 +50,7 @@ pub struct HostReport {
     pub groups: Vec<IommuGroup>,
     /// The functions in no group, ascending: nothing confines what they access.
     pub ungrouped: Vec<HostFunction>,
-    /// What the running kernel answers for mode `hw`, by IOMMU, or why it was not asked.
+    /// What the running kernel answers with functions in hand, by IOMMU, or why it was not asked.
     pub trials: Result<Vec<UnitTrial>, String>,
     /// Each way of serving a guest, and what it lacks.
     pub modes: Vec<Mode>,

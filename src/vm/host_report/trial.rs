@@ -1,4 +1,4 @@
-//! What the running kernel answers for mode `hw`, with a function that nobody uses.
+//! What the running kernel answers for mode `hw` and for functions in one another's memory, with a function that nobody uses.
 
 use serde::Serialize;
 
@@ -6,7 +6,7 @@ use super::{HostFunction, HostIommu, HostReport, chain};
 use crate::iommu::iommufd::Abi;
 use crate::iommu::iommufd::viommu::Tried;
 use crate::platform::addr::Sbdf;
-use crate::vm::hardware::try_out;
+use crate::vm::hardware::{TriedOut, try_out};
 use crate::vm::host_functions::HostFunctions;
 
 /// What one host IOMMU's driver answered.
@@ -18,6 +18,9 @@ pub struct UnitTrial {
     pub function: Sbdf,
     /// The answers, or why there are none.
     pub answers: Result<Tried, String>,
+    /// Whether the kernel hands out memory of the function, so that others of a guest reach it, or why not; `None` where it could
+    /// not be asked.
+    pub exports: Option<Result<(), String>>,
 }
 
 /// Said of a host of which there is only a copy.
@@ -58,12 +61,17 @@ fn bound<'a>(host: &'a HostReport, iommu: &'a HostIommu) -> impl Iterator<Item =
 fn unit(host: &HostReport, iommu: &HostIommu, abis: &[Abi]) -> Option<UnitTrial> {
     let mut first_refused = None;
     for function in bound(host, iommu) {
-        let answers = try_out(&HostFunctions::here(), function, abis).map_err(|error| chain(&error));
-        let had = answers.is_ok();
+        let tried = try_out(&HostFunctions::here(), function, abis).map_err(|error| chain(&error));
+        let had = tried.is_ok();
+        let (answers, exports) = match tried {
+            Ok(TriedOut { steps, exports }) => (Ok(steps), Some(exports)),
+            Err(why) => (Err(why), None),
+        };
         let trial = UnitTrial {
             iommu: iommu.name.clone(),
             function,
             answers,
+            exports,
         };
         if had {
             return Some(trial);
