@@ -94,26 +94,31 @@ matching() {
     echo "$2"
 }
 
-# nic_model OPTION VALUE: the model, for igb with its number of functions.
+# nic_model OPTION VALUE: the model, how many virtual functions each of its functions has, and how many functions it has.
 nic_model() {
-    case $2 in
-        e1000e | virtio-net) echo "$2" ;;
-        igb) echo igb:0 ;;
-        igb:vfs=[0-7]) echo "igb:${2#igb:vfs=}" ;;
-        *) usage_error "run: $1 '$2': must be e1000e, igb, igb:vfs=N (N at most 7) or virtio-net" ;;
+    case $1/$2 in
+        */e1000e | */igb | */virtio-net) echo "$2:0:1" ;;
+        */igb:vfs=[0-7]) echo "igb:${2#igb:vfs=}:1" ;;
+        --nic/e1000e:functions=2 | --nic/igb:functions=2) echo "${2%%:*}:0:2" ;;
+        --wire/*:functions=*) usage_error "run: $1 '$2': a wire has two ends; functions are for --nic" ;;
+        *) usage_error "run: $1 '$2': must be e1000e, igb, igb:vfs=N (N at most 7) or virtio-net, behind --nic also e1000e:functions=2 or igb:functions=2" ;;
     esac
 }
 
 write_run() {
-    local variable rows=24 columns=80 functions=() drivers= nic
+    local variable rows=24 columns=80 functions=() drivers= nic model virtual count
     if ((tty)); then
         read -r rows columns < <(stty size)
         ((rows)) || rows=24 columns=80
     fi
-    for nic in "${nics[@]}" "${wires[@]}" ${wires[0]:+virtio-net}; do
-        case $nic in
-            igb:*) functions+=("${nic#igb:}"); drivers+=" igb igbvf" ;;
-            *) drivers+=" ${nic//-/_}" ;;
+    for nic in "${nics[@]}" "${wires[@]}" ${wires[0]:+virtio-net:0:1}; do
+        IFS=: read -r model virtual count <<<"$nic"
+        case $model in
+            igb)
+                for ((; count > 0; count--)); do functions+=("$virtual"); done
+                drivers+=" igb igbvf"
+                ;;
+            *) drivers+=" ${model//-/_}" ;;
         esac
     done
     ((${#nvmes[@]} == 0)) || drivers+=" nvme"
@@ -149,14 +154,24 @@ root_port() {
     qemu+=(-device "pcie-root-port,id=rp$ports,chassis=$ports,slot=$ports")
 }
 
-# add_nic MODEL NETWORK [KIND]: a NIC behind a root port, at that network of QEMU's. Its address has the kind
-# and the number of its port.
+# add_nic MODEL NETWORK [KIND]: a NIC behind a root port, each of its functions at that network of QEMU's, for itself. An
+# address has the number of the function, the kind and the number of the port.
 add_nic() {
-    local model=${1%%:*} type=${2%%,*}
-    [[ $model != virtio-net ]] || model=virtio-net-pci
+    local model count function words type=${2%%,*}
+    IFS=: read -r model _ count <<<"$1"
     root_port
-    qemu+=(-netdev "$type,id=n$ports,${2#*,}"
-        -device "$model,netdev=n$ports,bus=rp$ports,romfile=,mac=52:54:00:00:0${3:-0}:$(printf %02x "$ports")")
+    for ((function = 0; function < count; function++)); do
+        words="netdev=n$ports.$function,bus=rp$ports,addr=0.$function,romfile="
+        words+=",mac=52:54:00:00:$function${3:-0}:$(printf %02x "$ports")"
+        if ((count > 1 && function == 0)); then
+            words+=",multifunction=on"
+            # Where functions are found by ARI, this one names the next.
+            [[ $model != igb ]] || words+=",x-pcie-ari-nextfn-1=on"
+        fi
+        # What QEMU's e1000e has none of, whatever it is asked for.
+        ((count == 1)) || [[ $model != igb ]] || words+=",x-pcie-flr-init=off"
+        qemu+=(-netdev "$type,id=n$ports.$function,${2#*,}" -device "${model/%virtio-net/virtio-net-pci},$words")
+    done
 }
 
 qemu_arguments() {
@@ -220,7 +235,7 @@ qemu_arguments() {
         # Two ports of a hub that has no third.
         hubs=$((hubs + 1))
         add_nic "$nic" "hubport,hubid=$hubs" 1
-        add_nic virtio-net "hubport,hubid=$hubs" 2
+        add_nic virtio-net:0:1 "hubport,hubid=$hubs" 2
     done
     for nvme in "${nvmes[@]}"; do
         root_port
