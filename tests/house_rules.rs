@@ -99,6 +99,45 @@ fn modules_are_named_for_what_they_give() {
     assert!(named.is_empty(), "vague names: {named:?}");
 }
 
+/// Where `text` names a block device that a host may have: by any path of one, or, of virtio disks, which scenarios give to
+/// guests, as Rust alone names files.
+fn block_devices(text: &str) -> Vec<&str> {
+    const KINDS: [&str; 9] = [
+        "nvme", "sd", "hd", "xvd", "mmcblk", "md", "dm-", "disk/", "mapper/",
+    ];
+    let of_a_host = |rest: &str| KINDS.iter().any(|kind| rest.starts_with(kind));
+    let paths = text.match_indices("/dev/").filter(|(at, path)| {
+        let rest = &text[at + path.len()..];
+        of_a_host(rest) || rest.starts_with("vd") && text[..*at].ends_with('"')
+    });
+    paths
+        .map(|(at, _)| text[at..].lines().next().unwrap_or_default())
+        .collect()
+}
+
+/// Scenarios write to disks, and run on hosts whose disks are in use.
+#[test]
+fn no_scenario_names_a_block_device_of_the_host_by_its_path() {
+    for path in sources(&root().join("tests/scenarios")) {
+        let text = fs::read_to_string(&path).expect("a source file");
+        let named = block_devices(&text);
+        assert!(
+            named.is_empty(),
+            "{}: a disk is found from its function: {named:?}",
+            path.display()
+        );
+    }
+}
+
+#[test]
+fn block_devices_are_told_from_other_files_and_from_a_guests_own() {
+    let text =
+        "Path::new(\"/dev/vda\"); dd of=/dev/nvme0n1\n dd of=/dev/sda1 if=/dev/vda; \"/dev/kvm\" /dev/hwrng";
+    let named = block_devices(text);
+    let starts: Vec<_> = named.iter().map(|path| &path[..8]).collect();
+    assert_eq!(starts, ["/dev/vda", "/dev/nvm", "/dev/sda"]);
+}
+
 /// Name, versions and sources of every package in Cargo.lock.
 fn locked() -> BTreeMap<String, Vec<(String, Option<String>)>> {
     let text = fs::read_to_string(root().join("Cargo.lock")).expect("Cargo.lock");

@@ -4,9 +4,10 @@
 use std::process::Command;
 use std::time::Duration;
 
+use crate::given::Given;
 use crate::machine::Machine;
 use crate::prerequisites::binary;
-use crate::vfio::{Given, NETWORK};
+use crate::vfio::NETWORK;
 
 /// How long one boot may take; it takes half a minute.
 const DEADLINE: Duration = Duration::from_secs(150);

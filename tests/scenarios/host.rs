@@ -4,8 +4,8 @@ use std::process::Command;
 
 use serde_json::Value;
 
+use crate::given::Given;
 use crate::prerequisites::binary;
-use crate::vfio::Given;
 
 /// What `ravelin host ARGUMENTS` prints.
 fn host(arguments: &[&str]) -> String {

@@ -3,7 +3,8 @@
 
 use std::fs;
 
-use crate::vfio::{BEHIND, BEHIND_AN_IOMMU, Given, NETWORK, machine};
+use crate::given::Given;
+use crate::vfio::{BEHIND, BEHIND_AN_IOMMU, NETWORK, machine};
 
 /// The host's NIC, where the host is as the module says.
 fn nic() -> Given {

@@ -5,9 +5,9 @@
 
 use std::time::Duration;
 
+use crate::given::Given;
 use crate::machine::{Ended, Machine};
 use crate::nested_vfio::TO_VFIO;
-use crate::vfio::Given;
 
 /// `kernel_test NAME WORDS...`: run it, and leave what it says as a section of that name.
 const KERNEL_TEST: &str = r#"

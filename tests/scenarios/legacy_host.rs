@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
+use crate::given::Given;
 use crate::machine::Machine;
-use crate::vfio::{BEHIND_AN_IOMMU, Given, NETWORK, machine};
+use crate::vfio::{BEHIND_AN_IOMMU, NETWORK, machine};
 
 /// The exit status for what the host refused.
 const REFUSED: i32 = 1;

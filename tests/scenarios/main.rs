@@ -13,6 +13,7 @@
 mod complaints;
 mod console;
 mod cpio;
+mod given;
 mod machine;
 mod network;
 mod prerequisites;

@@ -7,8 +7,8 @@
 use std::time::Duration;
 
 use crate::devices::DISK_TOOLS;
+use crate::given::Given;
 use crate::machine::{Ended, Machine};
-use crate::vfio::Given;
 
 /// What both programs begin with: `PROGRAM WAY FUNCTION`, where WAY is `group`, `iommufd`, or `pasid` for a domain of
 /// iommufd's in which PASIDs may be used. Structures are those of `linux/vfio.h` and `linux/iommufd.h`, whose requests

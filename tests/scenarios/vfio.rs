@@ -1,25 +1,17 @@
 //! The host's own NIC and disk in a guest, and on the host again afterwards.
 //!
 //! What they need of the host: an IOMMU, iommufd, vfio-pci, an e1000e on a network that hands out addresses, and an
-//! NVMe disk whose content nobody wants; the lab has all of it.
+//! NVMe disk whose content nobody wants; the lab has all of it. Elsewhere RAVELIN_NIC and RAVELIN_DISK name the two.
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError, TryLockResult};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
+use crate::given::{AtHost, Given, Interface};
 use crate::machine::{Ended, INIT, Machine, REBOOT};
 
-const BIND: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/bind-vfio"));
-/// Each function is one scenario's at a time.
-static NIC: Mutex<()> = Mutex::new(());
-static DISK: Mutex<()> = Mutex::new(());
-/// How long a host's driver may take to be there again.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// The exit status for a guest that was ended before it shut down.
 const KILLED: i32 = 4;
 /// How long one boot may take; it takes half a minute.
@@ -27,195 +19,7 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(150);
 /// With two processors, for the software CPU of the lab (docs/status.md).
 pub(crate) const BEHIND_AN_IOMMU: [&str; 4] = ["--cpus", "2", "--viommu", "emulated"];
 /// What of the disk is written and read, in MiB.
-const AMOUNT: usize = 16;
-
-/// Runs `scripts/bind-vfio` with these arguments.
-pub(crate) fn bind_vfio(arguments: &[&str]) {
-    let mut bash = Command::new("bash")
-        .args(["-s", "--"])
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .spawn()
-        .expect("bash is there");
-    let mut input = bash.stdin.take().expect("piped");
-    input.write_all(BIND.as_bytes()).expect("bash reads its script");
-    drop(input);
-    let status = bash.wait().expect("our child");
-    assert!(status.success(), "bind-vfio {arguments:?} (it needs root)");
-}
-
-/// The host's first function with this driver.
-fn driven_by(driver: &str) -> String {
-    all_driven_by(driver).swap_remove(0)
-}
-
-/// The host's functions with this driver, ascending: one at least.
-pub(crate) fn all_driven_by(driver: &str) -> Vec<String> {
-    let folder = PathBuf::from("/sys/bus/pci/drivers").join(driver);
-    let entries = fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
-    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let mut found: Vec<String> = names.filter(|name| name.contains(':')).collect();
-    found.sort();
-    assert!(
-        !found.is_empty(),
-        "no function of this host has the driver {driver}; the lab has one"
-    );
-    found
-}
-
-/// Wait until `path` exists.
-fn wait_for(path: &Path) {
-    let until = Instant::now() + PATIENCE;
-    while !path.exists() {
-        assert!(Instant::now() < until, "{} did not come", path.display());
-        thread::sleep(Duration::from_millis(50));
-    }
-}
-
-/// A function that guests can have; back with its own driver when it is dropped.
-pub(crate) struct Given {
-    /// Its address on the host.
-    pub(crate) at: String,
-    driver: &'static str,
-    /// Until it is given back; then the host's own driver is tried before anybody else has it.
-    alone: Option<MutexGuard<'static, ()>>,
-}
-
-/// A function that is the host's again, and nobody else's yet.
-pub(crate) struct Returned {
-    at: String,
-    _alone: Option<MutexGuard<'static, ()>>,
-}
-
-impl Returned {
-    /// Its interface is there again, and says that its link is up.
-    fn has_a_link(&self) {
-        let interface = Interface::of(&self.at);
-        interface.up();
-        interface.down();
-    }
-}
-
-impl Given {
-    fn new(driver: &'static str, alone: &'static Mutex<()>) -> Self {
-        let alone = alone.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = driven_by(driver);
-        bind_vfio(&["bind", &at]);
-        Self {
-            at,
-            driver,
-            alone: Some(alone),
-        }
-    }
-
-    /// The host's e1000e, once nobody else has it.
-    pub(crate) fn nic() -> Self {
-        Self::new("e1000e", &NIC)
-    }
-
-    /// Give the NIC back and see that it has a link there.
-    pub(crate) fn works_on_the_host(self) {
-        self.back().has_a_link();
-    }
-
-    /// The host's NVMe disk, once nobody else has it.
-    pub(crate) fn disk() -> Self {
-        Self::new("nvme", &DISK)
-    }
-
-    /// Give it back once its machine has ended; its own driver has it again, and the host holds nothing for a guest.
-    pub(crate) fn back(self) -> Returned {
-        let returned = self.back_from_a_machine();
-        nothing_is_pinned();
-        returned
-    }
-
-    /// Give it back, whatever its machine does; its own driver has it again.
-    fn back_from_a_machine(mut self) -> Returned {
-        let (at, driver, alone) = (self.at.clone(), self.driver, self.alone.take());
-        drop(self);
-        let bound = fs::read_link(format!("/sys/bus/pci/devices/{at}/driver")).expect("a driver");
-        assert!(bound.ends_with(driver), "{at} has the driver {}", bound.display());
-        Returned { at, _alone: alone }
-    }
-}
-
-impl Drop for Given {
-    fn drop(&mut self) {
-        bind_vfio(&["unbind", &self.at]);
-    }
-}
-
-/// What the host's kernel counts as `name` in `file`.
-fn counted(file: &str, name: &str) -> u64 {
-    let text = fs::read_to_string(file).unwrap_or_else(|error| panic!("{file}: {error}"));
-    let mut lines = text.lines().map(str::split_whitespace);
-    let found =
-        lines.find_map(|mut words| (words.next()?.trim_end_matches(':') == name).then(|| words.next())?);
-    let found = found.unwrap_or_else(|| panic!("{file} has no {name}"));
-    found.parse().unwrap_or_else(|error| panic!("{name}: {error}"))
-}
-
-/// No page is pinned for a device any more. Looked at when no other scenario has a function; that one looks, too.
-fn nothing_is_pinned() {
-    let (nic, disk) = (NIC.try_lock(), DISK.try_lock());
-    let busy = |lock: &TryLockResult<_>| matches!(lock, Err(TryLockError::WouldBlock));
-    if busy(&nic) && busy(&disk) {
-        return;
-    }
-    let until = Instant::now() + PATIENCE;
-    loop {
-        let pins = |name| counted("/proc/vmstat", name);
-        // Released first: what is pinned in between counts as pinned.
-        let (released, acquired) = (pins("nr_foll_pin_released"), pins("nr_foll_pin_acquired"));
-        if released == acquired {
-            return;
-        }
-        assert!(
-            Instant::now() < until,
-            "{} pages are still pinned",
-            acquired.saturating_sub(released)
-        );
-        thread::sleep(Duration::from_millis(50));
-    }
-}
-
-/// An interface of the host's.
-pub(crate) struct Interface(String);
-
-impl Interface {
-    /// That of the function at `at`, once its driver has made it.
-    pub(crate) fn of(at: &str) -> Self {
-        let folder = format!("/sys/bus/pci/devices/{at}/net");
-        wait_for(Path::new(&folder));
-        let mut names = fs::read_dir(&folder).expect("an interface").flatten();
-        let name = names.next().expect("one").file_name();
-        Self(name.into_string().expect("plain"))
-    }
-
-    /// Switch it on; it then says that its link is up.
-    pub(crate) fn up(&self) {
-        self.set(&["up"]);
-        let carrier = format!("/sys/class/net/{}/carrier", self.0);
-        let until = Instant::now() + PATIENCE;
-        while fs::read_to_string(&carrier).unwrap_or_default().trim() != "1" {
-            assert!(Instant::now() < until, "{} has no link", self.0);
-            thread::sleep(Duration::from_millis(100));
-        }
-    }
-
-    /// Switch it off.
-    pub(crate) fn down(&self) {
-        self.set(&["down"]);
-    }
-
-    /// Change something about it, in the words of `ip link set`.
-    pub(crate) fn set(&self, words: &[&str]) {
-        let mut ip = Command::new("ip");
-        let status = ip.args(["link", "set", &self.0]).args(words).status();
-        assert!(status.expect("ip is there").success(), "{} {words:?}", self.0);
-    }
-}
+pub(crate) const AMOUNT: usize = 16;
 
 /// What finds the NIC in the guest and asks for an address; `packets` counts what it received.
 pub(crate) const NETWORK: &str = r#"
@@ -317,18 +121,24 @@ echo "$address" >/sys/bus/pci/drivers/e1000e/bind
     nic.works_on_the_host();
 }
 
-/// Hash of what is at the start of the host's disk.
+/// Hash of what is at the start of a disk.
 pub(crate) fn hash_of(disk: &Path) -> String {
-    let script = format!(
-        "dd if={} bs=1M count={AMOUNT} iflag=direct status=none | sha256sum | cut -c 1-64",
-        disk.display()
-    );
-    shell(&script)
+    let script = r#"dd if="$1" bs=1M count="$2" iflag=direct status=none | sha256sum | cut -c 1-64"#;
+    shell(script, &[&disk.display(), &AMOUNT])
 }
 
-fn shell(script: &str) -> String {
+/// What is at the start of a disk from now on, by its hash: nothing that was there before.
+pub(crate) fn filled_anew(disk: &Path) -> String {
+    let script = r#"dd if=/dev/urandom of="$1" bs=1M count="$2" oflag=direct status=none"#;
+    shell(script, &[&disk.display(), &AMOUNT]);
+    hash_of(disk)
+}
+
+/// What a script of the host's prints, whose `$1` and so on are `arguments`.
+fn shell(script: &str, arguments: &[&dyn std::fmt::Display]) -> String {
     let output = Command::new("bash")
-        .args(["-c", &format!("set -euo pipefail; {script}")])
+        .args(["-c", &format!("set -euo pipefail; {script}"), "bash"])
+        .args(arguments.iter().map(ToString::to_string))
         .output()
         .expect("bash is there");
     let error = String::from_utf8_lossy(&output.stderr);
@@ -336,32 +146,37 @@ fn shell(script: &str) -> String {
     String::from_utf8(output.stdout).expect("text").trim().to_owned()
 }
 
+/// What finds a disk of the host in the guest, as `$block`, and its function, as `$at`; `hash` is that of its start.
+pub(crate) const DISK: &str = r#"
+block=/dev/$(ls /sys/block | grep nvme | head -n 1)
+at=$(readlink -f "/sys/block/${block##*/}/device/device")
+check has_the_disk test -b "$block"
+# hash MIB: of what it begins with
+hash() {
+    dd if="$block" bs=1M count="$1" iflag=direct 2>/dev/null | sha256sum | cut -c 1-64
+}
+"#;
+
 #[test]
 fn what_the_host_wrote_to_its_disk_the_guest_reads_and_the_other_way_round() {
-    let block = Path::new("/dev/nvme0n1");
-    wait_for(block);
-    shell(&format!(
-        "dd if=/dev/urandom of={} bs=1M count={AMOUNT} oflag=direct status=none",
-        block.display()
-    ));
-    let by_host = hash_of(block);
-    let disk = Given::disk();
+    let disk = AtHost::disk();
+    let by_host = filled_anew(&disk.block());
+    let disk = disk.give();
     let ended = machine("debian-6.12", &disk, ",id=disk")
         .arguments(["--memory", "384M"])
         .script(&format!(
-            r#"
-say read "$(dd if=/dev/nvme0n1 bs=1M count={AMOUNT} iflag=direct 2>/dev/null | sha256sum | cut -c 1-64)"
+            r#"{DISK}
+say read "$(hash {AMOUNT})"
 dd if=/dev/urandom of=/tmp/data bs=1M count={AMOUNT} 2>/dev/null
-dd if=/tmp/data of=/dev/nvme0n1 bs=1M oflag=direct conv=fsync 2>/dev/null
+dd if=/tmp/data of="$block" bs=1M oflag=direct conv=fsync 2>/dev/null
 say wrote "$(sha256sum </tmp/data | cut -c 1-64)"
 "#
         ))
         .run()
         .well();
     assert_eq!(ended.console.said("read"), by_host);
-    let _returned = disk.back();
-    wait_for(block);
-    assert_eq!(hash_of(block), ended.console.said("wrote"));
+    let disk = disk.back();
+    assert_eq!(hash_of(&disk.block()), ended.console.said("wrote"));
 }
 
 #[test]
@@ -482,38 +297,29 @@ ip addr flush dev "$nic"
 
 #[test]
 fn a_disk_behind_an_iommu_of_the_guest_carries_data_both_ways() {
-    let block = Path::new("/dev/nvme0n1");
-    wait_for(block);
-    shell(&format!(
-        "dd if=/dev/urandom of={} bs=1M count={AMOUNT} oflag=direct status=none",
-        block.display()
-    ));
-    let by_host = hash_of(block);
-    let disk = Given::disk();
+    let disk = AtHost::disk();
+    let by_host = filled_anew(&disk.block());
+    let disk = disk.give();
     let ended = machine("lab", &disk, ",id=disk")
         .arguments(BEHIND_AN_IOMMU)
         .arguments(["--memory", "384M"])
         .script(&format!(
-            r#"
-at=$(readlink -f /sys/block/nvme0n1/device/device)
-say read "$(dd if=/dev/nvme0n1 bs=1M count={AMOUNT} iflag=direct 2>/dev/null | sha256sum | cut -c 1-64)"
-check writes dd if=/dev/urandom of=/dev/nvme0n1 bs=1M count={AMOUNT} oflag=direct
-say wrote "$(dd if=/dev/nvme0n1 bs=1M count={AMOUNT} iflag=direct 2>/dev/null | sha256sum | cut -c 1-64)"
+            r#"{DISK}
+say read "$(hash {AMOUNT})"
+check writes dd if=/dev/urandom of="$block" bs=1M count={AMOUNT} oflag=direct
+say wrote "$(hash {AMOUNT})"
 {BEHIND}"#
         ))
         .run()
         .well();
     assert_eq!(ended.console.said("read"), by_host);
-    let _returned = disk.back();
-    wait_for(block);
-    assert_eq!(hash_of(block), ended.console.said("wrote"));
+    let disk = disk.back();
+    assert_eq!(hash_of(&disk.block()), ended.console.said("wrote"));
     assert_ne!(ended.console.said("wrote"), by_host);
 }
 
 #[test]
 fn a_file_system_made_by_a_guest_behind_an_iommu_is_whole_on_the_host() {
-    let block = Path::new("/dev/nvme0n1");
-    wait_for(block);
     let disk = Given::disk();
     let ended = machine("debian-6.12", &disk, ",id=disk")
         .arguments(BEHIND_AN_IOMMU)
@@ -521,26 +327,25 @@ fn a_file_system_made_by_a_guest_behind_an_iommu_is_whole_on_the_host() {
         .guest_program("/usr/sbin/mkfs.ext4")
         .guest_program("/usr/sbin/e2fsck")
         .script(&format!(
-            r#"
-at=$(readlink -f /sys/block/nvme0n1/device/device)
-check formats mkfs.ext4 -q -F /dev/nvme0n1
+            r#"{DISK}
+check formats mkfs.ext4 -q -F "$block"
 modprobe ext4
 mkdir -p /tmp/disk
-check mounts mount -t ext4 /dev/nvme0n1 /tmp/disk
+check mounts mount -t ext4 "$block" /tmp/disk
 check writes dd if=/dev/urandom of=/tmp/disk/data bs=1M count={AMOUNT}
 check copies cp -a /bin /tmp/disk/programs
 say wrote "$(cat /tmp/disk/data /tmp/disk/programs/busybox | sha256sum | cut -c 1-64)"
 check unmounts umount /tmp/disk
-check is_whole e2fsck -f -n /dev/nvme0n1
+check is_whole e2fsck -f -n "$block"
 {BEHIND}"#
         ))
         .run()
         .well();
-    let _returned = disk.back();
-    wait_for(block);
+    let disk = disk.back();
     let read = shell(
-        "e2fsck -f -n /dev/nvme0n1 >&2; at=$(mktemp -d); mount -o ro /dev/nvme0n1 $at; \
-         cat $at/data $at/programs/busybox | sha256sum | cut -c 1-64; umount $at",
+        r#"e2fsck -f -n "$1" >&2; at=$(mktemp -d); mount -o ro "$1" $at;
+         cat $at/data $at/programs/busybox | sha256sum | cut -c 1-64; umount $at"#,
+        &[&disk.block().display()],
     );
     assert_eq!(read, ended.console.said("wrote"));
 }
@@ -579,7 +384,7 @@ say tested "$({SELF_TEST}; echo .)"
     let returned = nic.back();
     let interface = Interface::of(&returned.at);
     interface.up();
-    let on_the_host = shell(&format!("nic={}; {SELF_TEST}; echo .", interface.0));
+    let on_the_host = shell(&format!("nic=$1; {SELF_TEST}; echo ."), &[&interface.name()]);
     interface.down();
     let in_the_guest = tests_passed(ended.console.said("tested"));
     // QEMU's model has not all registers, and its loop-back passes now and then.
@@ -624,7 +429,8 @@ check is_gone test $waited -le 600
         .start();
     running.wait_for(INIT, 1);
     running.wait_for("@@ready", 1);
-    nic.back_from_a_machine().has_a_link();
+    let returned = nic.taken_back();
+    returned.has_a_link();
     // What the guest's drivers say of a NIC that leaves is theirs.
     let ended = running
         .end()
@@ -634,6 +440,7 @@ check is_gone test $waited -le 600
         "{}",
         ended.log
     );
+    returned.after_its_machine().works();
     ended
 }
 
@@ -671,12 +478,14 @@ for slot in /sys/bus/pci_express/drivers/pciehp/0000:*; do check unbinds sh -c "
 
 #[test]
 fn a_function_that_the_host_uses_is_refused_with_the_command_that_helps() {
-    let _alone = NIC.lock().unwrap_or_else(PoisonError::into_inner);
-    let at = driven_by("e1000e");
+    let nic = AtHost::nic();
     let ended = Machine::new("lab")
-        .arguments(["--vfio-device", &at])
+        .arguments(["--vfio-device", &nic.at])
         .run()
         .with(2);
-    let expected = format!("the driver e1000e has it; `scripts/bind-vfio bind {at}` gives it to vfio-pci");
+    let expected = format!(
+        "the driver e1000e has it; `scripts/bind-vfio bind {}` gives it to vfio-pci",
+        nic.at
+    );
     assert!(ended.log.contains(&expected), "{}", ended.log);
 }

@@ -1,37 +1,34 @@
 //! Virtual functions of the host's NIC in a guest, and with the host's own driver again afterwards.
 //!
-//! What they need of the host: an igb with two virtual functions, which igbvf has; the lab has that.
+//! What they need of the host: an igb with two virtual functions, which igbvf has; the lab has that. Elsewhere
+//! RAVELIN_SRIOV_NIC names it.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
+use crate::given::{AtHost, Given, Interface};
 use crate::machine::Machine;
-use crate::vfio::{BEHIND_AN_IOMMU, DEADLINE, Interface, all_driven_by, bind_vfio};
-
-/// They are one scenario's at a time.
-static FUNCTIONS: Mutex<()> = Mutex::new(());
+use crate::vfio::{BEHIND_AN_IOMMU, DEADLINE};
 
 /// Two virtual functions that a guest can have, of a physical one that stays the host's and is up.
-struct Given {
+pub(crate) struct Pair {
+    pub(crate) functions: Vec<Given>,
     physical: Interface,
-    at: [String; 2],
-    _alone: MutexGuard<'static, ()>,
+    _alone: AtHost,
 }
 
-impl Given {
-    fn new() -> Self {
-        let alone = FUNCTIONS.lock().unwrap_or_else(PoisonError::into_inner);
-        let physical = Interface::of(&all_driven_by("igb")[0]);
+impl Pair {
+    pub(crate) fn new() -> Self {
+        let alone = AtHost::sriov_nic();
+        let physical = Interface::of(&alone.at);
         // A virtual function's driver asks the physical one's, which answers when its interface is up.
         physical.up();
-        let at: [String; 2] = all_driven_by("igbvf").try_into().expect("two of them");
-        for (number, at) in at.iter().enumerate() {
+        let functions = alone.virtual_functions("igbvf");
+        assert_eq!(functions.len(), 2, "virtual functions of {}", alone.at);
+        for number in 0..2 {
             let mac = format!("52:54:00:00:01:0{number}");
             physical.set(&["vf", &number.to_string(), "mac", &mac]);
-            bind_vfio(&["bind", at]);
         }
         Self {
+            functions: functions.into_iter().map(AtHost::give).collect(),
             physical,
-            at,
             _alone: alone,
         }
     }
@@ -39,36 +36,24 @@ impl Given {
     /// A guest with each of them behind a port of its own.
     fn machine(&self) -> Machine {
         let machine = Machine::new("lab").deadline(2 * DEADLINE);
-        let [first, second] = &self.at;
+        let [first, second] = [0, 1].map(|at| format!("host={},port=rp{at}", self.functions[at].at));
         machine
             .arguments(["--root-port", "id=rp0", "--root-port", "id=rp1"])
-            .arguments([
-                "--vfio-device".to_owned(),
-                format!("host={first},port=rp0"),
-                "--vfio-device".to_owned(),
-                format!("host={second},port=rp1"),
-            ])
+            .arguments(["--vfio-device", &first, "--vfio-device", &second])
     }
 
-    /// The host's driver has them again, and each has a link there.
-    fn work_on_the_host(self) {
-        for at in &self.at {
-            bind_vfio(&["unbind", at]);
-        }
-        assert_eq!(all_driven_by("igbvf"), self.at);
-        for at in &self.at {
-            let interface = Interface::of(at);
-            interface.up();
-            interface.down();
+    /// The host's driver has them again, the host holds nothing for a guest, and each works there.
+    pub(crate) fn works_on_the_host(mut self) {
+        for function in std::mem::take(&mut self.functions) {
+            function.works_on_the_host();
         }
     }
 }
 
-impl Drop for Given {
+impl Drop for Pair {
     fn drop(&mut self) {
-        for at in &self.at {
-            bind_vfio(&["unbind", at]);
-        }
+        // Their driver lets go of them before the one that it asks.
+        self.functions.clear();
         self.physical.down();
     }
 }
@@ -78,7 +63,7 @@ const AMOUNT: usize = 8;
 
 /// Gives the second function's interface to a process with a network of its own, so that what one sends the other has to
 /// pass the NIC; `away` runs a command there.
-const TWO_NETWORKS: &str = r#"
+pub(crate) const TWO_NETWORKS: &str = r#"
 set -- $(ls -d /sys/bus/pci/drivers/igbvf/0000:*)
 first=$(ls "$1/net")
 second=$(ls "$2/net")
@@ -113,7 +98,7 @@ away_linked() {
 
 /// Answers of the outside and of each other, and data there and back. A listener whose input ends says so to the sender,
 /// who then stops: theirs, the ninth descriptor, does not end.
-fn traffic() -> String {
+pub(crate) fn traffic() -> String {
     format!(
         r#"
 check gateway_answers_the_first ping -c 5 -i 0.2 -s 1400 10.0.2.2
@@ -136,7 +121,7 @@ check as_it_was_sent cmp /tmp/data /tmp/back
 
 #[test]
 fn two_virtual_functions_talk_to_each_other_and_the_outside_also_after_a_reset() {
-    let functions = Given::new();
+    let functions = Pair::new();
     let traffic = traffic();
     functions
         .machine()
@@ -163,12 +148,12 @@ lspci -vv | section lspci
         ))
         .run()
         .well();
-    functions.work_on_the_host();
+    functions.works_on_the_host();
 }
 
 #[test]
 fn two_virtual_functions_in_domains_of_their_own_talk_to_each_other_and_the_outside() {
-    let functions = Given::new();
+    let functions = Pair::new();
     let traffic = traffic();
     let ended = functions
         .machine()
@@ -186,5 +171,5 @@ check no_fault sh -c '! dmesg | grep -q IO_PAGE_FAULT'
         .run()
         .well();
     assert_eq!(ended.console.said_each("domain"), ["DMA 1"; 2]);
-    functions.work_on_the_host();
+    functions.works_on_the_host();
 }

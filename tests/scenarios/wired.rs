@@ -5,12 +5,12 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::given::{Given, WIRED, in_the_lab, named, said};
 use crate::machine::Machine;
 use crate::network::{Echo, ip};
-use crate::vfio::{BEHIND, bind_vfio};
+use crate::vfio::BEHIND;
 
 /// How the address of the NIC begins that a guest can have.
 const NEAR: &str = "52:54:00:00:01:";
@@ -18,8 +18,8 @@ const NEAR: &str = "52:54:00:00:01:";
 const FAR: &str = "52:54:00:00:02:";
 /// What is sent in each direction, in MiB.
 const AMOUNT: usize = 100;
-/// One scenario at a time has it.
-static WIRE: Mutex<()> = Mutex::new(());
+/// What names the interface there outside the lab.
+const PEER: &str = "RAVELIN_WIRED_PEER";
 
 /// The interface whose address begins so.
 fn interface(beginning: &str) -> String {
@@ -34,39 +34,46 @@ fn interface(beginning: &str) -> String {
     found.unwrap_or_else(|| panic!("no interface has an address {beginning}*; the lab has one with --wire"))
 }
 
-/// A NIC that a guest can have, wired to one of this host; both are as they were when it is dropped.
+/// A NIC that a guest can have, wired to one of this host.
 struct Wire {
-    /// The NIC's address on the host.
-    at: String,
+    near: Option<Given>,
     far: String,
-    _alone: MutexGuard<'static, ()>,
 }
 
 impl Wire {
     /// The host's end has this address, with the length of its prefix.
     fn new(address: &str) -> Self {
-        let alone = WIRE.lock().unwrap_or_else(PoisonError::into_inner);
-        let (near, far) = (interface(NEAR), interface(FAR));
-        let device = fs::canonicalize(Path::new("/sys/class/net").join(near).join("device"));
-        let device = device.expect("a function of the host");
-        let at = device
-            .file_name()
-            .and_then(|name| name.to_str())
-            .expect("an address");
-        bind_vfio(&["bind", at]);
+        let what = "the interface of this host at the other end of RAVELIN_WIRED_NIC's wire";
+        let far = named(PEER, what, said(PEER), in_the_lab());
+        let far = far.unwrap_or_else(|error| panic!("{error}"));
+        let near = WIRED.alone(|| {
+            let device = Path::new("/sys/class/net").join(interface(NEAR)).join("device");
+            let device = fs::canonicalize(device).expect("a function of the host");
+            let at = device.file_name().expect("an address");
+            at.to_string_lossy().into_owned()
+        });
+        let far = far.unwrap_or_else(|| interface(FAR));
+        let near = Some(near.give());
         ip(&["addr", "add", address, "dev", &far]);
         ip(&["link", "set", &far, "up"]);
-        Self {
-            at: at.to_owned(),
-            far,
-            _alone: alone,
-        }
+        Self { near, far }
+    }
+
+    /// The NIC's address on the host.
+    fn at(&self) -> &str {
+        &self.near.as_ref().expect("until it is given back").at
+    }
+
+    /// The host has it again, with a link to the other end, and holds nothing for a guest.
+    fn works_on_the_host(mut self) {
+        let near = self.near.take().expect("given back once");
+        near.back().has_a_link();
     }
 }
 
 impl Drop for Wire {
     fn drop(&mut self) {
-        bind_vfio(&["unbind", &self.at]);
+        self.near = None;
         ip(&["link", "set", &self.far, "down"]);
         ip(&["addr", "flush", "dev", &self.far]);
     }
@@ -80,7 +87,7 @@ fn arrives_whole_behind_a_unit_with(tables: &str) {
         .arguments(["--cpus", "2", "--memory", "768M"])
         .arguments(["--viommu", &format!("emulated,page-table={tables}")])
         .arguments(["--root-port", "id=rp0"])
-        .arguments(["--vfio-device", &format!("host={},port=rp0", wire.at)])
+        .arguments(["--vfio-device", &format!("host={},port=rp0", wire.at())])
         .script(&format!(
             r#"
 at=$(ls -d /sys/bus/pci/drivers/e1000e/0000:* | head -n 1)
@@ -98,6 +105,7 @@ check it_came_back_whole cmp /tmp/data /tmp/back
         .run()
         .well();
     assert_eq!(echo.received(), AMOUNT << 20);
+    wire.works_on_the_host();
 }
 
 #[test]
