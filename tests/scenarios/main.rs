@@ -42,6 +42,7 @@ mod refused;
 mod sim;
 mod terminal;
 mod test_device;
+mod together;
 mod topologies;
 mod vfio;
 mod viommu;
