@@ -15,8 +15,10 @@ digest() {
 #
 # Makes $cache/NAME unless it is there already for this RECIPE (any text).
 # FUNCTION is called with the folder to fill; what it leaves in a folder whose
-# making was interrupted is still there the next time, so that it can resume.
+# making was interrupted is still there the next time. The root keeps the packages
+# that it has, the lab kernel all that is built; the others begin anew.
 # FILES (relative) are checksummed; they are verified when the artefact is used.
+# Of the root these are two of its thousands: damage elsewhere shows when it is used.
 artefact() {
     local name=$1 recipe=$2 text=$3 function=$4
     shift 4
@@ -57,8 +59,8 @@ artefact() {
     fi
 }
 
-# One maker at a time in a cache. The descriptor is closed for all children, so
-# that a run that outlives this script cannot hold the lock.
+# One maker at a time in a cache. What a step starts does not inherit the descriptor
+# (say.sh): a daemon that it leaves behind cannot hold the lock.
 lock_store() {
     mkdir -p "$cache"
     exec {store_lock}>"$cache/.lock"
@@ -70,6 +72,7 @@ lock_store() {
 
 unlock_store() {
     exec {store_lock}>&-
+    store_lock=
 }
 
 clean_store() {
