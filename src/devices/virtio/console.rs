@@ -93,13 +93,30 @@ impl Console {
             input: Mutex::default(),
             wake,
         });
-        let guest: Arc<dyn GuestEnd> = port.clone();
-        port.host.connect(Arc::downgrade(&guest));
-        Ok(Self {
+        let console = Self {
             name,
             port,
             queue_sizes: [64, 64],
-        })
+        };
+        let guest = console.guest_end();
+        console.port.host.connect(Arc::downgrade(&guest));
+        Ok(console)
+    }
+
+    /// Its end of the stream, which takes what is typed.
+    #[must_use]
+    pub fn guest_end(&self) -> Arc<dyn GuestEnd> {
+        self.port.clone()
+    }
+
+    /// What serves its queues.
+    #[must_use]
+    pub fn queues(&self) -> ConsoleQueues {
+        ConsoleQueues {
+            name: self.name.clone(),
+            port: self.port.clone(),
+            pending: VecDeque::new(),
+        }
     }
 }
 
@@ -132,11 +149,7 @@ impl VirtioDevice for Console {
         self.port.state().driver = Some(activation.interrupts);
         Ok(vec![Unit {
             name: self.name.clone(),
-            service: Box::new(ConsoleQueues {
-                name: self.name.clone(),
-                port: self.port.clone(),
-                pending: VecDeque::new(),
-            }),
+            service: Box::new(self.queues()),
             queues: activation.queues.into_iter().flatten().collect(),
         }])
     }
@@ -195,7 +208,7 @@ impl GuestEnd for Port {
 }
 
 /// Serves both queues of a console.
-struct ConsoleQueues {
+pub struct ConsoleQueues {
     name: String,
     port: Arc<Port>,
     /// Output the host's end has no room for yet.
@@ -224,8 +237,11 @@ impl Service for ConsoleQueues {
 }
 
 impl ConsoleQueues {
-    /// What is typed goes to the driver.
-    fn receive<V: MemoryViews>(&mut self, mem: &V, queue: &mut ServedQueue) -> Result<Turn, Broken> {
+    /// What is typed goes to the driver, into what it offers in `queue`.
+    ///
+    /// # Errors
+    /// When the driver's ring is none.
+    pub fn receive<V: MemoryViews>(&mut self, mem: &V, queue: &mut ServedQueue) -> Result<Turn, Broken> {
         let turn = queue.drain(mem, Notify::Batch, |chain| {
             let mut input = self.port.input();
             if input.is_empty() {
@@ -239,8 +255,11 @@ impl ConsoleQueues {
         turn
     }
 
-    /// What the driver says is shown.
-    fn transmit<V: MemoryViews>(&mut self, mem: &V, queue: &mut ServedQueue) -> Result<Turn, Broken> {
+    /// What the driver says in `queue` is shown.
+    ///
+    /// # Errors
+    /// When the driver's ring is none.
+    pub fn transmit<V: MemoryViews>(&mut self, mem: &V, queue: &mut ServedQueue) -> Result<Turn, Broken> {
         if !self.show() {
             return Ok(Turn::Idle);
         }

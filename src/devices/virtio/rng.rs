@@ -65,7 +65,7 @@ impl VirtioDevice for Rng {
 }
 
 /// Serves the queue of an entropy device.
-struct RngQueue;
+pub struct RngQueue;
 
 impl Service for RngQueue {
     fn turn(&mut self, _woken: Woken, dma: &Dma, queues: &mut [ServedQueue]) -> Result<Turn, Broken> {
@@ -78,7 +78,11 @@ impl Service for RngQueue {
 }
 
 impl RngQueue {
-    fn serve<V: MemoryViews>(mem: &V, queue: &mut ServedQueue) -> Result<Turn, Broken> {
+    /// Fill what the driver offers in `queue`, in memory as `mem` shows it.
+    ///
+    /// # Errors
+    /// When the driver's ring is none.
+    pub fn serve<V: MemoryViews>(mem: &V, queue: &mut ServedQueue) -> Result<Turn, Broken> {
         queue.drain(mem, Notify::Batch, |chain| {
             Ok(Some(Self::fill(chain).unwrap_or_else(|error| {
                 guest_warn!("the host gave no entropy: {error}");
