@@ -218,6 +218,31 @@ fn crates_with_known_defects_are_past_the_repaired_version() {
     }
 }
 
+/// Memory that a guest changes meanwhile is no value: a type that is made out to be `VolatileMemory` by hand, or to be plain
+/// bytes while it holds such memory, has the crate access what it must not.
+#[test]
+fn class_26_nothing_of_ours_is_made_out_to_be_guest_memory_or_plain_bytes() {
+    let claims = |text: &str| {
+        let mut lines = text.lines().map(str::trim_start);
+        let implements = |line: &str| line.starts_with("impl") || line.starts_with("unsafe impl");
+        lines.any(|line| {
+            implements(line)
+                && ["VolatileMemory for", "ByteValued for"]
+                    .iter()
+                    .any(|claim| line.contains(claim))
+                || line.starts_with("#[derive") && line.contains("ByteValued")
+        })
+    };
+    assert!(claims("unsafe impl ByteValued for Header {}"));
+    assert!(claims("    impl<'a> VolatileMemory for Window<'a> {"));
+    let found: Vec<_> = rust_sources()
+        .into_iter()
+        .filter(|(_, text)| claims(text))
+        .map(|(name, _)| name)
+        .collect();
+    assert!(found.is_empty(), "{found:?}");
+}
+
 /// Names of the tests in `text`, those of macros for properties included.
 fn tests_of(text: &str) -> impl Iterator<Item = &str> {
     let functions = text.split("#[test]").skip(1);

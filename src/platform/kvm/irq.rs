@@ -1,6 +1,7 @@
 //! Interrupt messages, routes and irqfds, and the kernel's side of the split interrupt controller.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KvmIrqRouting, kvm_irq_routing_entry, kvm_msi};
@@ -107,17 +108,50 @@ impl RouteTable {
     }
 }
 
+/// What is asked of the kernel about interrupts.
+pub(super) trait InterruptHost: Send + Sync {
+    /// Have these routes and no others.
+    fn set_routes(&self, routes: &KvmIrqRouting) -> io::Result<()>;
+
+    /// Signal `gsi` for `eventfd` from now on.
+    fn attach(&self, eventfd: &EventFd, gsi: u32) -> io::Result<()>;
+
+    /// Do so no more.
+    fn detach(&self, eventfd: &EventFd, gsi: u32) -> io::Result<()>;
+
+    /// Deliver a message now.
+    fn signal(&self, message: kvm_msi) -> io::Result<()>;
+}
+
+impl InterruptHost for Machine {
+    fn set_routes(&self, routes: &KvmIrqRouting) -> io::Result<()> {
+        self.fd.set_gsi_routing(routes).map_err(os)
+    }
+
+    fn attach(&self, eventfd: &EventFd, gsi: u32) -> io::Result<()> {
+        self.fd.register_irqfd(eventfd, gsi).map_err(os)
+    }
+
+    fn detach(&self, eventfd: &EventFd, gsi: u32) -> io::Result<()> {
+        self.fd.unregister_irqfd(eventfd, gsi).map_err(os)
+    }
+
+    fn signal(&self, message: kvm_msi) -> io::Result<()> {
+        self.fd.signal_msi(message).map(drop).map_err(os)
+    }
+}
+
 /// Delivers messages through the kernel, untranslated: the way out where no IOMMU remaps.
 #[derive(Clone)]
 pub struct MsiDelivery {
-    pub(super) machine: Arc<Machine>,
+    host: Arc<dyn InterruptHost>,
     table: Arc<Mutex<RouteTable>>,
 }
 
 impl MsiDelivery {
-    pub(super) fn new(machine: Arc<Machine>) -> Self {
+    pub(super) fn new(host: Arc<dyn InterruptHost>) -> Self {
         Self {
-            machine,
+            host,
             table: Arc::default(),
         }
     }
@@ -139,10 +173,7 @@ impl MsiDelivery {
             .collect();
         let request = KvmIrqRouting::from_entries(&entries)
             .map_err(|_| refused(std::io::ErrorKind::OutOfMemory.into()))?;
-        self.machine
-            .fd
-            .set_gsi_routing(&request)
-            .map_err(|error| refused(os(error)))?;
+        self.host.set_routes(&request).map_err(refused)?;
         table.routes = routes;
         Ok(())
     }
@@ -164,8 +195,8 @@ impl MsiDelivery {
         };
         // The kernel answers 0 when no processor took the message (none has that ID, or its APIC is off) and
         // EINVAL for a reserved vector or mode: both vanish on hardware too.
-        if let Err(error) = self.machine.fd.signal_msi(request) {
-            guest_warn!(?message, error = %os(error), "an interrupt message that cannot be delivered vanishes");
+        if let Err(error) = self.host.signal(request) {
+            guest_warn!(?message, %error, "an interrupt message that cannot be delivered vanishes");
         }
     }
 }
@@ -234,9 +265,8 @@ impl MsiRoute for Irqfd {
                 self.delivery.set_gsi(self.gsi, Some(delivery))?;
                 if !*attached {
                     self.delivery
-                        .machine
-                        .fd
-                        .register_irqfd(&self.eventfd, self.gsi)
+                        .host
+                        .attach(&self.eventfd, self.gsi)
                         .map_err(|error| self.refused("attach", error))?;
                     *attached = true;
                 }
@@ -244,9 +274,8 @@ impl MsiRoute for Irqfd {
             // The route stays in the table: a vector that is masked and unmasked costs no table update.
             None if *attached => {
                 self.delivery
-                    .machine
-                    .fd
-                    .unregister_irqfd(&self.eventfd, self.gsi)
+                    .host
+                    .detach(&self.eventfd, self.gsi)
                     .map_err(|error| self.refused("detach", error))?;
                 *attached = false;
             }
@@ -257,10 +286,10 @@ impl MsiRoute for Irqfd {
 }
 
 impl Irqfd {
-    fn refused(&self, what: &str, error: kvm_ioctls::Error) -> HostError {
+    fn refused(&self, what: &str, source: io::Error) -> HostError {
         HostError::new(
             format!("{what} the eventfd of interrupt route {}", self.gsi),
-            os(error),
+            source,
         )
     }
 }
@@ -283,12 +312,97 @@ impl Drop for Irqfd {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::platform::addr::{Bdf, Sbdf};
 
     fn message(address: u64) -> MsiMessage {
         MsiMessage {
             address,
             data: 0x4031,
         }
+    }
+
+    /// What a kernel was asked, in order: which GSIs have routes, and whose eventfd is listened to. It refuses the request
+    /// of the number in the second.
+    #[derive(Default)]
+    struct Asked(Mutex<Vec<String>>, Mutex<Option<usize>>);
+
+    impl Asked {
+        fn hear(&self, what: String) -> io::Result<()> {
+            let mut asked = self.0.lock().expect("no test panics in here");
+            asked.push(what);
+            match *self.1.lock().expect("no test panics in here") {
+                Some(refused) if refused == asked.len() => Err(io::ErrorKind::OutOfMemory.into()),
+                _ => Ok(()),
+            }
+        }
+
+        fn take(&self) -> Vec<String> {
+            std::mem::take(&mut *self.0.lock().expect("no test panics in here"))
+        }
+    }
+
+    impl InterruptHost for Asked {
+        fn set_routes(&self, routes: &KvmIrqRouting) -> io::Result<()> {
+            let gsis: Vec<_> = routes.as_slice().iter().map(|entry| entry.gsi).collect();
+            self.hear(format!("routes {gsis:?}"))
+        }
+
+        fn attach(&self, _: &EventFd, gsi: u32) -> io::Result<()> {
+            self.hear(format!("attach {gsi}"))
+        }
+
+        fn detach(&self, _: &EventFd, gsi: u32) -> io::Result<()> {
+            self.hear(format!("detach {gsi}"))
+        }
+
+        fn signal(&self, _: kvm_msi) -> io::Result<()> {
+            self.hear("signal".to_owned())
+        }
+    }
+
+    fn route_of(host: &Arc<Asked>) -> Box<dyn MsiRoute> {
+        let bdf = Bdf::from_requester_id(8);
+        let requester = Requester::new(Sbdf { segment: 0, bdf });
+        MsiDelivery::new(host.clone())
+            .route(&Arc::new(requester))
+            .expect("an eventfd")
+    }
+
+    #[test]
+    fn class_23_a_route_is_there_before_its_eventfd_is_listened_to_and_after_it_no_longer_is() {
+        let host = Arc::new(Asked::default());
+        let route = route_of(&host);
+        assert_eq!(host.take(), [] as [&str; 0]);
+        route.set(Some(message(0xfee0_0000))).expect("taken");
+        assert_eq!(host.take(), ["routes [24]", "attach 24"]);
+        // Masked and unmasked, to another destination.
+        route.set(None).expect("taken");
+        route.set(Some(message(0xfee0_1000))).expect("taken");
+        assert_eq!(host.take(), ["detach 24", "routes [24]", "attach 24"]);
+        drop(route);
+        assert_eq!(host.take(), ["detach 24", "routes []"]);
+    }
+
+    #[test]
+    fn class_23_an_eventfd_whose_route_is_refused_is_not_listened_to() {
+        let host = Arc::new(Asked::default());
+        *host.1.lock().expect("not poisoned") = Some(1);
+        let route = route_of(&host);
+        route.set(Some(message(0xfee0_0000))).expect_err("no memory");
+        assert_eq!(host.take(), ["routes [24]"]);
+        drop(route);
+        assert_eq!(host.take(), [] as [&str; 0]);
+    }
+
+    #[test]
+    fn class_23_a_route_whose_eventfd_stays_listened_to_stays_as_well() {
+        let host = Arc::new(Asked::default());
+        let route = route_of(&host);
+        route.set(Some(message(0xfee0_0000))).expect("taken");
+        host.take();
+        *host.1.lock().expect("not poisoned") = Some(1);
+        drop(route);
+        assert_eq!(host.take(), ["detach 24"]);
     }
 
     #[test]

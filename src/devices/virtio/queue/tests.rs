@@ -319,6 +319,65 @@ fn a_buffer_over_the_end_of_a_region_is_never_taken_as_one_piece() {
     assert_eq!(&bytes, b"abcd");
 }
 
+// The same at every end of every region: between neighbours, at a hole on either side, at the end of all.
+#[test]
+fn class_16_a_buffer_over_any_end_of_a_region_is_cut_there_or_refused_as_a_whole() {
+    const REGIONS: [(u64, u64); 4] = [
+        (0, 0x20_0000),
+        (0x20_0000, 0x30_0000),
+        (0x30_0000, 0x34_0000),
+        (0x40_0000, 0x44_0000),
+    ];
+    const LEN: u64 = 8;
+    let is_ram = |at: u64| REGIONS.iter().any(|(start, end)| (*start..*end).contains(&at));
+    let ends = REGIONS.into_iter().flat_map(|(start, end)| [start, end]);
+    let cases = ends
+        .filter(|end| *end > 0)
+        .flat_map(|end| (1..LEN).map(move |before| end - before));
+    let mut cut = 0;
+    for at in cases {
+        let places = (at..at + LEN).collect::<Vec<_>>();
+        let whole = places.iter().all(|place| is_ram(*place));
+        let regions = REGIONS.map(|(start, end)| {
+            let len = usize::try_from(end - start).expect("small");
+            (vm_memory::GuestAddress(start), len)
+        });
+        let ram = vm_memory::GuestMemoryMmap::from_ranges(&regions).expect("none over another");
+        let ram = crate::platform::memory::GuestRam::new(ram);
+        for part in [Part::read(at, 8), Part::write(at, 8)] {
+            let mut driver = Driver::on(ram.clone(), 0, 8, false);
+            driver.offer(&[part]);
+            let chain = driver.queue.pop(ram.backend());
+            if !whole {
+                assert!(matches!(chain, Err(Broken::Buffer { head: 0, .. })), "{at:#x}");
+                continue;
+            }
+            let chain = chain.expect("all of it is memory").expect("there is one");
+            let pieces = chain.readable.slices().len() + chain.writable.slices().len();
+            assert_eq!(pieces, 2, "{at:#x}");
+            // Byte by byte, no access of the test's own is over an end.
+            for (value, place) in (1..).zip(&places) {
+                ram.write(Gpa(*place), &[value]).expect("RAM");
+            }
+            let mut bytes = [0; 8];
+            let read = chain.readable.copy_to(&mut bytes);
+            let written = chain.writable.copy_from(&[0x5a; 8]);
+            let there: Vec<u8> = places
+                .iter()
+                .map(|place| ram.read_obj(Gpa(*place)).expect("RAM"))
+                .collect();
+            match (read, written) {
+                (8, 0) => assert_eq!(bytes, [1, 2, 3, 4, 5, 6, 7, 8], "{at:#x}"),
+                (0, 8) => assert_eq!(there, [0x5a; 8], "{at:#x}"),
+                other => panic!("{at:#x}: {other:?}"),
+            }
+            cut += 1;
+        }
+    }
+    // Two pairs of neighbours, each met by the end of one and the start of the other, seven places, two directions.
+    assert_eq!(cut, 2 * 2 * 7 * 2);
+}
+
 #[test]
 fn a_layout_that_is_none_is_refused() {
     let good = Driver::new(8).layout();
