@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
@@ -48,16 +49,29 @@ pub struct LevelsError {
 /// # Panics
 /// When the process logs already.
 pub fn start(levels: &str, format: LogFormat) -> Result<(), LevelsError> {
-    let filter = levels_of(levels)?;
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
-    let log = tracing_subscriber::registry().with(filter);
-    match format {
-        LogFormat::Text => log.with(lines).init(),
-        LogFormat::Json => log.with(lines.json().flatten_event(true)).init(),
-    }
+    let colours = std::io::stderr().is_terminal();
+    log(levels_of(levels)?, format, colours, std::io::stderr).init();
     Ok(())
+}
+
+/// What writes lines of `format` to `to`.
+fn log<W>(
+    levels: Targets,
+    format: LogFormat,
+    colours: bool,
+    to: W,
+) -> Box<dyn tracing::Subscriber + Send + Sync>
+where
+    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
+{
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(to)
+        .with_ansi(colours);
+    let log = tracing_subscriber::registry().with(levels);
+    match format {
+        LogFormat::Text => Box::new(log.with(lines)),
+        LogFormat::Json => Box::new(log.with(lines.json().flatten_event(true))),
+    }
 }
 
 /// A level for everything, and levels for modules. No patterns: nobody needs them here, and matching them
@@ -88,7 +102,59 @@ fn is_module(path: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{self, Write};
+    use std::sync::{Arc, Mutex};
+
     use super::*;
+
+    #[derive(Clone, Default)]
+    struct Kept(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Kept {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().expect("nobody panics").write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn each_line_of_the_json_log_is_an_object_with_its_fields_whatever_is_in_them() {
+        let kept = Kept::default();
+        let writer = kept.clone();
+        let levels = levels_of("info").expect("a level");
+        let log = log(levels, LogFormat::Json, false, move || writer.clone());
+        tracing::subscriber::with_default(log, || {
+            tracing::warn!(unit = 3, name = "a \"quoted\"\nname", "what happened");
+            tracing::debug!("too quiet to be heard");
+            tracing::info!(at = %format_args!("{:#x}", 16), "and then");
+        });
+        let bytes = kept.0.lock().expect("nobody panics").clone();
+        let text = String::from_utf8(bytes).expect("text");
+        let lines: Vec<serde_json::Value> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+            .collect();
+        let [first, second] = &lines[..] else {
+            panic!("{text}");
+        };
+        assert_eq!(
+            (&first["level"], &first["message"]),
+            (&"WARN".into(), &"what happened".into())
+        );
+        assert_eq!(
+            (&first["unit"], &first["name"]),
+            (&3.into(), &"a \"quoted\"\nname".into())
+        );
+        assert_eq!(first["target"], module_path!());
+        assert!(first["timestamp"].is_string(), "{first}");
+        assert_eq!(
+            (&second["level"], &second["at"]),
+            (&"INFO".into(), &"0x10".into())
+        );
+    }
 
     #[test]
     fn levels_are_for_all_or_for_a_module() {
