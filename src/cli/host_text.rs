@@ -1,6 +1,7 @@
 //! What a host offers, for people.
 
 use ravelin::iommu::iommufd::viommu::Step;
+use ravelin::platform::kvm::Capabilities;
 use ravelin::vm::config::values::size_text;
 use ravelin::vm::host_report::{
     HostFunction, HostIommu, HostReport, IommuGroup, IommuKind, Mode, UnitTrial, verdict,
@@ -23,6 +24,9 @@ pub(super) fn text(report: &HostReport) -> String {
         row("processor", report.processor.as_deref().unwrap_or("unknown")),
         row("kernel", report.kernel.release.as_deref().unwrap_or("unknown")),
         row("KVM", &kvm(report)),
+    ];
+    lines.extend(report.kvm.capabilities.iter().flat_map(capabilities));
+    lines.extend([
         row("iommufd", &yes(report.iommufd, iommufd)),
         row("VFIO groups", &yes(report.vfio_groups, "/dev/vfio/vfio")),
         row("vfio-pci", &yes(report.vfio_pci, "loaded")),
@@ -30,7 +34,7 @@ pub(super) fn text(report: &HostReport) -> String {
             "memlock",
             &report.memlock.map_or_else(|| "unlimited".to_owned(), size_text),
         ),
-    ];
+    ]);
     lines.push(String::new());
     if report.iommus.is_empty() {
         lines.push(row("IOMMUs", "none in use"));
@@ -81,6 +85,25 @@ fn kvm(report: &HostReport) -> String {
         Ok(()) => format!("usable ({module}{nested}{avic})"),
         Err(why) => format!("not usable ({module}{nested}{avic}): {why}"),
     }
+}
+
+fn capabilities(kvm: &Capabilities) -> [String; 2] {
+    let limits = format!(
+        "{} vCPUs ({} recommended), APIC IDs up to {}, {} memory slots",
+        kvm.vcpus, kvm.recommended_vcpus, kvm.apic_id, kvm.memory_slots
+    );
+    let lacks = match kvm.lacks.join(", ") {
+        none if none.is_empty() => none,
+        lacks => format!("; lacks {lacks}"),
+    };
+    let has = match kvm.has.join(", ") {
+        none if none.is_empty() => "nothing that counts here".to_owned(),
+        has => has,
+    };
+    [
+        row("KVM limits", &limits),
+        row("KVM has", &format!("{has}{lacks}")),
+    ]
 }
 
 fn iommu(iommu: &HostIommu) -> String {
@@ -214,7 +237,61 @@ fn mode(mode: &Mode) -> Vec<String> {
 mod tests {
     use ravelin::iommu::iommufd::viommu::{Answer, Tried, VIOMMU_ALLOC, Version};
 
+    use ravelin::vm::host_report::Probed;
+
     use super::*;
+
+    /// The lines about a host's hypervisor and limits, which no recorded tree can tell.
+    fn probed(
+        kvm: Result<(), String>,
+        capabilities: Option<Capabilities>,
+        memlock: Option<u64>,
+    ) -> Vec<String> {
+        let host = tempfile::tempdir().expect("a folder");
+        let probed = Probed {
+            kvm,
+            capabilities,
+            memlock,
+        };
+        let text = super::text(&HostReport::read(host.path(), &probed));
+        let lines = text.lines().map(str::to_owned);
+        lines
+            .filter(|line| line.starts_with("KVM") || line.starts_with("memlock"))
+            .collect()
+    }
+
+    #[test]
+    fn a_hypervisor_is_told_with_its_limits_and_what_it_lacks() {
+        let capabilities = Capabilities {
+            vcpus: 1024,
+            recommended_vcpus: 16,
+            apic_id: 4095,
+            memory_slots: 32764,
+            has: vec!["split irqchip", "irqfd"],
+            lacks: vec!["irqfd resample"],
+        };
+        assert_eq!(
+            probed(Ok(()), Some(capabilities), Some(8 << 20)),
+            [
+                "KVM          usable (no module)",
+                "KVM limits   1024 vCPUs (16 recommended), APIC IDs up to 4095, 32764 memory slots",
+                "KVM has      split irqchip, irqfd; lacks irqfd resample",
+                "memlock      8M",
+            ]
+        );
+    }
+
+    #[test]
+    fn without_a_hypervisor_its_line_says_why_and_there_are_no_limits() {
+        let why = "cannot open /dev/kvm: Permission denied".to_owned();
+        assert_eq!(
+            probed(Err(why), None, None),
+            [
+                "KVM          not usable (no module): cannot open /dev/kvm: Permission denied",
+                "memlock      unlimited",
+            ]
+        );
+    }
 
     fn version(name: &'static str, answers: bool, steps: &[(&'static str, Answer)]) -> Version {
         let steps = steps.iter().map(|(name, answer)| Step {

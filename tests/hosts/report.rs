@@ -31,6 +31,12 @@ fn the_report_as_json_says_the_same_of_each_function() {
         .and_then(|(_, rest)| rest.strip_suffix("[0]\n"))
         .expect("a report");
     let report: serde_json::Value = serde_json::from_str(json).expect("JSON");
+    // Of the machine that runs this, which may have none.
+    let kvm = &report["kvm"]["capabilities"];
+    assert!(
+        kvm.is_null() || kvm["vcpus"].is_u64() && kvm["lacks"].is_array(),
+        "{kvm}"
+    );
     let nic = &report["groups"][4]["functions"][0];
     assert_eq!(nic["address"], "0000:42:00.0");
     assert_eq!(nic["node"], "/dev/vfio/devices/vfio1");

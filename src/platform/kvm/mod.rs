@@ -5,6 +5,7 @@
 //! kick makes a running processor return. Nothing above this module looks at `kvm_run`.
 
 mod assigned;
+mod capabilities;
 mod cmpxchg16b;
 mod coalesced;
 mod device_memory;
@@ -29,6 +30,7 @@ use kvm_ioctls::{Cap, VmFd};
 use super::addr::PAGE_SIZE;
 use super::host::HostError;
 
+pub use capabilities::Capabilities;
 pub use irq::MsiDelivery;
 pub use vcpu::{Exit, Kick, PowerOnState, Unemulated, Vcpu, allow_kicks, kick_signal};
 pub use vm::{INTEL_RESERVED, KvmVm, ReadOnlyPage};
@@ -136,6 +138,14 @@ impl Kvm {
             .get_vcpu_mmap_size()
             .map_err(|error| HostError::new("ask KVM for the size of a processor's run area", os(error)))?;
         Ok(Self { fd, run_area })
+    }
+
+    /// What this host's KVM has, be it enough or not; `None` where it cannot be opened.
+    #[must_use]
+    pub fn capabilities() -> Option<Capabilities> {
+        let fd = kvm_ioctls::Kvm::new().ok()?;
+        let ask = |cap: u32| usize::try_from(fd.check_extension_raw(cap.into())).unwrap_or(0);
+        Some(Capabilities::of(ask))
     }
 
     /// A guest without anything: neither memory nor processors.

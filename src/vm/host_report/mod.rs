@@ -22,7 +22,7 @@ use serde::{Serialize, Serializer};
 use crate::iommu::amd::spec::registers::{Efr, Efr2};
 use crate::iommu::iommufd::Abi;
 use crate::platform::addr::Sbdf;
-use crate::platform::kvm::Kvm;
+use crate::platform::kvm::{Capabilities, Kvm};
 
 pub use modes::{Mode, verdict};
 pub use trial::UnitTrial;
@@ -78,6 +78,8 @@ pub struct KvmReport {
     pub avic: Option<bool>,
     /// Whether it has what Ravelin needs, or why not.
     pub usable: Result<(), String>,
+    /// What it has, and how much of it; nothing where it cannot be opened.
+    pub capabilities: Option<Capabilities>,
 }
 
 /// What asking KVM gave; apart from the rest, because no recorded tree can tell it.
@@ -85,6 +87,8 @@ pub struct KvmReport {
 pub struct Probed {
     /// Whether KVM has what Ravelin needs, or why not.
     pub kvm: Result<(), String>,
+    /// What it has, and how much of it.
+    pub capabilities: Option<Capabilities>,
     /// Bytes that may be locked in memory; `None` when there is no limit.
     pub memlock: Option<u64>,
 }
@@ -95,6 +99,7 @@ impl Probed {
     pub fn here() -> Self {
         Self {
             kvm: Kvm::open().map(|_| ()).map_err(|error| chain(&error)),
+            capabilities: Kvm::capabilities(),
             memlock: getrlimit(Resource::Memlock).current,
         }
     }
@@ -254,6 +259,7 @@ impl HostReport {
                 avic: module.as_ref().and_then(|module| host.option(module, "avic")),
                 module,
                 usable: probed.kvm.clone(),
+                capabilities: probed.capabilities.clone(),
             },
             iommufd: host.exists("dev/iommu"),
             vfio_groups: host.exists("dev/vfio/vfio"),

@@ -96,6 +96,7 @@ fn server() -> Recorded {
 
 fn usable() -> Probed {
     Probed {
+        capabilities: None,
         kvm: Ok(()),
         memlock: None,
     }
@@ -400,6 +401,7 @@ fn a_host_is_not_asked_without_a_node_or_a_function() {
 fn a_host_without_anything_is_told_everything_that_is_missing() {
     let probed = Probed {
         kvm: Err("cannot open /dev/kvm".to_owned()),
+        capabilities: None,
         memlock: Some(8 << 20),
     };
     let report = Recorded::new().read(&probed);
