@@ -65,6 +65,22 @@ fn what_the_host_cannot_pass_now_is_refused_with_what_to_do() {
 }
 
 #[test]
+fn functions_whose_bars_do_not_fit_are_refused_by_key_file_and_line() {
+    let host = server();
+    host.grow("0000:42:00.0", 1 << 31);
+    let folder = tempfile::tempdir().expect("a folder");
+    let file =
+        "[[vfio-device]]\nhost = \"0000:41:00.0\"\n[[vfio-device]]\nid = \"big\"\nhost = \"0000:42:00.0\"\n";
+    fs::write(folder.path().join("big.toml"), file).expect("written");
+    let text = session(&host, folder.path(), &["check", "big.toml"]);
+    let start = "error: big.toml:5: vfio-device.host = 0000:42:00.0: the 32-bit memory windows do not fit: ";
+    let refused = text.lines().nth(1).unwrap_or_default();
+    assert!(refused.starts_with(start), "{text}");
+    assert!(refused.ends_with("big needs the most, 0x80000000"), "{text}");
+    assert!(text.ends_with("[2]\n"), "{text}");
+}
+
+#[test]
 fn the_machine_of_the_talk_is_as_recorded() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/vfio.toml");

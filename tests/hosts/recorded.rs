@@ -61,6 +61,14 @@ impl Recorded {
         self
     }
 
+    /// The first BAR of the function at `at` is of 32 bits and has this many bytes, a power of two.
+    pub(crate) fn grow(&self, at: &str, bytes: u64) {
+        let last = bytes - 1;
+        let first = format!("0x0000000000000000 {last:#018x} 0x0000000000040200\n");
+        let (_, others) = RESOURCES.split_once('\n').expect("six lines");
+        self.file(&format!("sys/bus/pci/devices/{at}/resource"), first + others);
+    }
+
     fn link(&self, path: &str, target: &str) -> &Self {
         let path = self.root().join(path);
         fs::create_dir_all(path.parent().expect("below the root")).expect("made");

@@ -100,7 +100,9 @@ fn blame(error: &LayoutError, config: &Config, names: &Names<'_>) -> ConfigError
             let first = config.root_complexes.first().map_or(&unsaid, Section::source);
             return first.wrong("bus", problem);
         }
-        Assign::BadBar { .. } | Assign::WindowsDoNotFit { .. } | Assign::TooManySlots { .. } => &[],
+        // A function's BARs are the host's doing; else what fills a bus is what was put there.
+        Assign::WindowsDoNotFit { .. } | Assign::BadBar { .. } => &["host", "port", "on", "slot"],
+        Assign::TooManySlots { .. } => &[],
     };
     match keys
         .iter()
