@@ -10,9 +10,9 @@ use ravelin::vm::config::Config;
 use ravelin::vm::plan::Plan;
 
 /// Files with functions of a host, whose plans `tests/hosts` records for a host that is recorded too.
-const OF_A_HOST: [&str; 1] = ["vfio"];
-/// Images that the files name: present, of a size that a disk can have.
-const IMAGES: [&str; 2] = ["disk.img", "seed.img"];
+const OF_A_HOST: [&str; 2] = ["handed-over", "vfio"];
+/// What the files name: present, of a size that a disk can have.
+const IMAGES: [&str; 5] = ["disk.img", "seed.img", "kernel", "initrd", "xen"];
 
 fn configs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("configs")
@@ -82,6 +82,8 @@ golden! {
     test_device_is_as_recorded: "test-device",
     talk_is_as_recorded: "talk",
     hypervisor_is_as_recorded: "hypervisor",
+    pinned_is_as_recorded: "pinned",
+    multiboot_is_as_recorded: "multiboot",
 }
 
 #[test]

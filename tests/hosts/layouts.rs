@@ -1,6 +1,7 @@
 //! Plans of machines with functions of a recorded host.
 
 use std::fs;
+use std::path::Path;
 
 use crate::recorded::{Recorded, server, serving};
 use crate::{compare, session};
@@ -81,14 +82,16 @@ fn functions_whose_bars_do_not_fit_are_refused_by_key_file_and_line() {
 }
 
 #[test]
-fn the_machine_of_the_talk_is_as_recorded() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/vfio.toml");
-    fs::copy(file, folder.path().join("vfio.toml")).expect("a copy");
-    compare(
-        "vfio",
-        &session(&server(), folder.path(), &["check", "vfio.toml"]),
-    );
+fn machine_files_with_functions_of_a_host_are_as_recorded() {
+    for name in ["vfio", "handed-over"] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (configs, file) = (
+            concat!(env!("CARGO_MANIFEST_DIR"), "/configs"),
+            format!("{name}.toml"),
+        );
+        fs::copy(Path::new(configs).join(&file), folder.path().join(&file)).expect("a copy");
+        compare(name, &session(&server(), folder.path(), &["check", &file]));
+    }
 }
 
 #[test]
