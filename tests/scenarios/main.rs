@@ -8,7 +8,8 @@
 //! Some need another host than the rest: `scripts/test` says which modules, and starts a lab host for each.
 //!
 //! The environment says what to run: `RAVELIN_BIN` is the binary and `RAVELIN_GUESTS` a folder with
-//! `NAME/kernel` and `NAME/initramfs` for each guest, and `kernel-tests` with programs of the kernel's. What is missing fails, it is never skipped.
+//! `NAME/kernel` and `NAME/initramfs` for each guest, and `kernel-tests` with programs of the kernel's; `RAVELIN_BY_HAND`
+//! is the crate's own test program. What is missing fails, it is never skipped.
 
 mod complaints;
 mod console;
@@ -23,6 +24,7 @@ mod vmlinux;
 mod acpi;
 mod backends;
 mod boot;
+mod by_hand;
 mod debugfs;
 mod devices;
 mod hardware;

@@ -11,6 +11,14 @@ pub(crate) fn binary() -> PathBuf {
     existing(named("RAVELIN_BIN", "the ravelin binary"))
 }
 
+/// The crate's own test program.
+pub(crate) fn by_hand() -> PathBuf {
+    existing(named(
+        "RAVELIN_BY_HAND",
+        "the program of `cargo test --lib --no-run`",
+    ))
+}
+
 /// A guest's kernel and initramfs.
 pub(crate) struct GuestImage {
     pub(crate) kernel: PathBuf,

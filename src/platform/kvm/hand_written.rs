@@ -1,4 +1,8 @@
-//! Instructions written by hand, on this host's KVM if it has one: what stores to watched pages come to.
+//! Instructions written by hand, on this host's KVM: what stores to watched pages come to, and in which order routes and
+//! irqfds are made.
+//!
+//! They need `/dev/kvm`, which not every machine that builds this has, so plain `cargo test` counts them as ignored.
+//! `scripts/test unit` runs them where KVM can be opened and says so where not; `scripts/test lab` runs them always.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,16 +23,13 @@ const PLAIN: u64 = 0x2_1000;
 /// Where the guest says that it is done.
 const DONE: u16 = 0xf4;
 
-/// A machine of 2 MiB whose processor is in 64-bit mode with addresses as they are; `None` without KVM.
-#[expect(clippy::print_stderr, reason = "a test that tries nothing says so")]
-fn machine() -> Option<(KvmVm, GuestRam)> {
-    let kvm = match Kvm::open() {
-        Ok(kvm) => kvm,
-        Err(error) => {
-            eprintln!("SKIPPED: nothing was run, {error}");
-            return None;
-        }
-    };
+/// A machine of 2 MiB whose processor is in 64-bit mode with addresses as they are.
+fn machine() -> (KvmVm, GuestRam) {
+    let kvm = Kvm::open().unwrap_or_else(|error| {
+        panic!(
+            "{error}: these tests need KVM; `scripts/test lab by_hand` runs them where this machine has none"
+        )
+    });
     let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 2 << 20)]).expect("2 MiB");
     let ram = GuestRam::new(ram);
     // One page of 2 MiB, present, writable and the user's.
@@ -37,7 +38,7 @@ fn machine() -> Option<(KvmVm, GuestRam)> {
     }
     let vm = KvmVm::new(&kvm, &ram).expect("a machine");
     allow_kicks().expect("a handler");
-    Some((vm, ram))
+    (vm, ram)
 }
 
 /// A processor of `vm` in 64-bit mode at `code`.
@@ -108,6 +109,7 @@ impl Watcher for Ear {
 }
 
 #[test]
+#[ignore = "needs /dev/kvm"]
 fn stores_of_every_width_and_compare_exchanges_are_heard_in_order() {
     // movb $0x11,(%rdi); movw $0x2222,2(%rdi); movl $0x33333333,4(%rdi); mov %r8,8(%rdi);
     // lock cmpxchg16b (%rdi); setz (%rsi); cmpxchg16b (%rdi); setz 1(%rsi); mov (%rdi),%rax; mov %rax,8(%rsi);
@@ -117,7 +119,7 @@ fn stores_of_every_width_and_compare_exchanges_are_heard_in_order() {
         0x89, 0x47, 0x08, 0xf0, 0x48, 0x0f, 0xc7, 0x0f, 0x0f, 0x94, 0x06, 0x48, 0x0f, 0xc7, 0x0f, 0x0f, 0x94,
         0x46, 0x01, 0x48, 0x8b, 0x07, 0x48, 0x89, 0x46, 0x08, 0xe6, 0xf4,
     ];
-    let Some((vm, ram)) = machine() else { return };
+    let (vm, ram) = machine();
     let regs = kvm_regs {
         rdi: WATCHED,
         rsi: PLAIN,
@@ -169,11 +171,12 @@ fn stores_of_every_width_and_compare_exchanges_are_heard_in_order() {
 }
 
 #[test]
+#[ignore = "needs /dev/kvm"]
 fn a_processor_that_stores_without_end_is_stopped_for_every_change_and_no_store_is_lost() {
     // inc %rax; mov %rax,(%rdi); jmp back
     const CODE_BYTES: &[u8] = &[0x48, 0xff, 0xc0, 0x48, 0x89, 0x07, 0xeb, 0xf8];
     const CHANGES: u64 = 40;
-    let Some((vm, ram)) = machine() else { return };
+    let (vm, ram) = machine();
     let regs = kvm_regs {
         rdi: WATCHED,
         ..Default::default()
@@ -227,10 +230,11 @@ fn a_processor_that_stores_without_end_is_stopped_for_every_change_and_no_store_
 }
 
 #[test]
+#[ignore = "needs /dev/kvm"]
 fn a_compare_exchange_finds_its_page_whatever_slots_change_meanwhile() {
     // lock cmpxchg16b (%rdi); jmp back
     const CODE_BYTES: &[u8] = &[0xf0, 0x48, 0x0f, 0xc7, 0x0f, 0xeb, 0xf9];
-    let Some((vm, ram)) = machine() else { return };
+    let (vm, ram) = machine();
     let regs = kvm_regs {
         rdi: WATCHED,
         ..Default::default()
@@ -299,13 +303,14 @@ fn outside_ram(vm: &KvmVm, ram: &GuestRam, level: u8) -> (bool, Vcpu) {
 }
 
 #[test]
+#[ignore = "needs /dev/kvm"]
 fn where_there_is_no_ram_a_process_gets_ud_and_a_kernel_cannot_go_on() {
-    let Some((vm, ram)) = machine() else { return };
+    let (vm, ram) = machine();
     vm.write_protection()
         .expect("a kernel that hands instructions over");
     assert!(!outside_ram(&vm, &ram, 0).0);
     drop(vm);
-    let Some((vm, ram)) = machine() else { return };
+    let (vm, ram) = machine();
     vm.write_protection()
         .expect("a kernel that hands instructions over");
     let (taken, mut vcpu) = outside_ram(&vm, &ram, 3);
