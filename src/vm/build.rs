@@ -34,6 +34,8 @@ pub struct Machine<'a> {
     pub(super) events: EventLoop,
     pub(super) signals: Signals,
     pub(super) reports: Signals,
+    pub(super) pauses: Signals,
+    pub(super) resumes: Signals,
     pub(super) requests: Arc<RequestQueue>,
     pub(super) notices: Arc<Notices>,
     pub(super) surroundings: Arc<Surroundings>,
@@ -72,11 +74,15 @@ impl<'a> Machine<'a> {
         // The operator's way in, before devices that may make their terminal raw.
         let signals = Signals::stop()?;
         let reports = Signals::report()?;
+        let pauses = Signals::pause()?;
+        let resumes = Signals::resume()?;
         let mut events = EventLoop::new()?;
         let requests = RequestQueue::new()?;
         let notices = Notices::new()?;
         events.wake_for(&signals);
         events.wake_for(&reports);
+        events.wake_for(&pauses);
+        events.wake_for(&resumes);
         events.wake_for(&*requests);
         events.wake_for(&*notices);
 
@@ -122,6 +128,8 @@ impl<'a> Machine<'a> {
             events,
             signals,
             reports,
+            pauses,
+            resumes,
             requests,
             notices,
             surroundings,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSubscriber, Events, SubscriberOps};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::platform::host::HostError;
@@ -85,6 +85,17 @@ impl Signals {
     /// SIGUSR1: the machine is to tell its state.
     pub fn report() -> Result<Self, HostError> {
         Self::take(&[SIGUSR1], "handle SIGUSR1")
+    }
+
+    /// SIGUSR2: the guest is to pause.
+    pub fn pause() -> Result<Self, HostError> {
+        Self::take(&[SIGUSR2], "handle SIGUSR2")
+    }
+
+    /// SIGCONT: a paused guest is to go on. Two signals rather than one that toggles, so that who sends one knows what
+    /// comes of it.
+    pub fn resume() -> Result<Self, HostError> {
+        Self::take(&[SIGCONT], "handle SIGCONT")
     }
 
     /// Take `signals` from now on; they end the process no more by themselves.
@@ -202,6 +213,18 @@ mod tests {
         );
         signal_hook::low_level::raise(SIGUSR1).expect("a valid signal");
         assert_eq!((stop.count(), report.count()), (0, 1));
+    }
+
+    #[test]
+    fn signals_to_pause_and_to_go_on_are_told_apart() {
+        let (mut pause, mut resume) = (
+            Signals::pause().expect("a handler"),
+            Signals::resume().expect("a handler"),
+        );
+        signal_hook::low_level::raise(SIGUSR2).expect("a valid signal");
+        assert_eq!((pause.count(), resume.count()), (1, 0));
+        signal_hook::low_level::raise(SIGCONT).expect("a valid signal");
+        assert_eq!((pause.count(), resume.count()), (0, 1));
     }
 
     #[test]

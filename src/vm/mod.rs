@@ -158,6 +158,16 @@ impl Operator {
     }
 }
 
+/// What to do when `pauses` more signals to pause and `resumes` to go on came, in whatever order: who wants it to go on
+/// is not left with a guest that stands still.
+fn wished(state: State, pauses: usize, resumes: usize) -> Option<Step> {
+    match (state, pauses, resumes) {
+        (State::Running, 1.., 0) => Some(Step::Pause),
+        (State::Paused, _, 1..) => Some(Step::Resume),
+        _ => None,
+    }
+}
+
 impl Machine<'_> {
     /// Let the guest run for the first time.
     fn start(&mut self) -> Result<(), RunError> {
@@ -184,10 +194,25 @@ impl Machine<'_> {
                     .iter()
                     .for_each(|unit| tracing::info!(unit = unit.name(), "{}", unit.state()));
             }
+            match wished(self.life.state(), self.pauses.count(), self.resumes.count()) {
+                Some(Step::Pause) => {
+                    self.pause()?;
+                    tracing::info!("the guest is paused; SIGCONT lets it go on");
+                }
+                Some(_) => {
+                    self.resume()?;
+                    tracing::info!("the guest goes on");
+                }
+                None => {}
+            }
             let signals = self.signals.count();
             match operator.stop(signals, Instant::now()) {
                 Stop::Wait => {}
                 Stop::Ask => {
+                    if self.life.state() == State::Paused {
+                        tracing::info!("the guest goes on, so that it can shut down");
+                        self.resume()?;
+                    }
                     let heard = self.board.press_power_button();
                     let seconds = operator.shutdown_timeout.as_secs();
                     tracing::info!(
@@ -245,8 +270,9 @@ impl Machine<'_> {
     }
 
     /// Stop the processors, then the devices, so that nothing of the guest runs: no thread of a device touches its memory
-    /// until it goes on. Functions of the host have no thread here, and work on.
-    pub fn pause(&mut self) -> Result<(), RunError> {
+    /// until it goes on. Functions of the host have no thread here, and work on. Clocks go on as well; the guest's
+    /// watchdogs are told of the pause.
+    fn pause(&mut self) -> Result<(), RunError> {
         self.crew.hold()?;
         self.pause_devices();
         self.viommus.catch_up();
@@ -255,7 +281,7 @@ impl Machine<'_> {
     }
 
     /// Let a paused guest go on.
-    pub fn resume(&mut self) -> Result<(), RunError> {
+    fn resume(&mut self) -> Result<(), RunError> {
         self.life.step(Step::Resume)?;
         self.go_on()
     }
@@ -266,10 +292,14 @@ impl Machine<'_> {
         Ok(self.crew.run()?)
     }
 
-    /// Start the machine again: processors, devices and what is loaded as they were at power-on.
+    /// Start the machine again: processors, devices and what is loaded as they were at power-on. A paused one stays
+    /// paused: the guest may have asked for this just before.
     fn reset(&mut self) -> Result<(), RunError> {
         guest_info!("reset");
-        self.pause()?;
+        let paused = self.life.state() == State::Paused;
+        if !paused {
+            self.pause()?;
+        }
         self.life.step(Step::Reset)?;
         self.reset_devices();
         // What asked for a reset before this one was heard asked for this one.
@@ -278,6 +308,10 @@ impl Machine<'_> {
         let entry = self.load()?;
         self.crew.reset(entry)?;
         self.life.step(Step::Restart)?;
+        if paused {
+            self.life.step(Step::Pause)?;
+            return Ok(());
+        }
         self.go_on()
     }
 
@@ -324,6 +358,23 @@ mod tests {
     fn two_stop_signals_at_once_kill() {
         let mut operator = Operator::new(TIMEOUT);
         assert_eq!(operator.stop(2, Instant::now()), Stop::Kill);
+    }
+
+    #[test]
+    fn a_running_guest_pauses_and_a_paused_one_goes_on() {
+        assert_eq!(wished(State::Running, 1, 0), Some(Step::Pause));
+        assert_eq!(wished(State::Running, 3, 0), Some(Step::Pause));
+        assert_eq!(wished(State::Paused, 0, 1), Some(Step::Resume));
+        // As after each SIGSTOP.
+        assert_eq!(wished(State::Running, 0, 1), None);
+        assert_eq!(wished(State::Paused, 1, 0), None);
+        assert_eq!(wished(State::Running, 0, 0), None);
+    }
+
+    #[test]
+    fn of_both_wishes_at_once_the_guest_goes_on() {
+        assert_eq!(wished(State::Running, 1, 1), None);
+        assert_eq!(wished(State::Paused, 1, 1), Some(Step::Resume));
     }
 
     #[test]

@@ -335,6 +335,17 @@ impl Running {
         );
     }
 
+    /// How often `text` has come on the console so far.
+    pub(crate) fn count(&self, text: &str) -> usize {
+        self.console.text().count(text)
+    }
+
+    /// Wait until Ravelin has logged `text` `times` times.
+    pub(crate) fn wait_for_log(&mut self, text: &str, times: usize) {
+        let came = self.log.wait(self.until, |log| log.count(text) >= times);
+        assert!(came, "`{text}` was not logged {times} times\n{}", self.story());
+    }
+
     /// Type on the console.
     pub(crate) fn write(&mut self, text: &str) {
         let input = self.child.stdin.as_mut().expect("piped");

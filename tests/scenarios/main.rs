@@ -39,6 +39,7 @@ mod legacy_host;
 mod life;
 mod multiboot;
 mod nested_vfio;
+mod pause;
 mod peers;
 mod refused;
 mod sim;
