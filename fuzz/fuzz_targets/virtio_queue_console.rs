@@ -8,7 +8,7 @@ mod fed;
 
 use fed::FedMemory;
 use libfuzzer_sys::fuzz_target;
-use ravelin::devices::character::{Backend, GuestEnd};
+use ravelin::devices::character::Backend;
 use ravelin::devices::request::RequestQueue;
 use ravelin::devices::virtio::console::Console;
 
