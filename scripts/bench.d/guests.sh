@@ -182,18 +182,37 @@ rung() {
     sed -n 's/.* \([0-9]*\) doorbells, \([0-9]*\) of them polled.*/\1 \2/p' "$log" | awk 'END { print $1 - $2 }'
 }
 
+# beside: processor time so far of the VMM's threads that are no processors of the guest, in hundredths of a second.
+beside() {
+    local task name fields sum=0
+    for task in "/proc/$pid/task/"*; do
+        name=$(<"$task/comm")
+        [[ $name != vcpu* ]] || continue
+        fields=$(<"$task/stat")
+        # From the state on, which follows the name: utime and stime are the twelfth and the thirteenth.
+        read -ra fields <<<"${fields##*) }"
+        sum=$((sum + fields[11] + fields[12]))
+    done
+    echo "$sum"
+}
+
 # mapping_begins: the guest is about to map and unmap.
 mapping_begins() {
     rung_before=$(rung)
+    beside_before=$(beside)
+    mapping_since=${EPOCHREALTIME/./}
     ((!counting)) || requests_before=$(requests)
     exits_before=$(exits)
 }
 
 # mapping_ended PREFIX THREADS GRANULE MAP UNMAP: it has, for $seconds, and says how long each took, in units of
 # 100 ns. Samples of that, and of exits, of those that were no doorbells, and of requests to the host if they are counted, in
-# hundredths per map and unmap.
+# hundredths per map and unmap; and of the processor time that went to other threads of Ravelin's than the guest's
+# processors, in thousandths of the time that passed.
 mapping_ended() {
-    local exits requests doorbells=0
+    local exits requests doorbells=0 spent passed
+    spent=$(($(beside) - beside_before))
+    passed=$((${EPOCHREALTIME/./} - mapping_since))
     exits=$(($(exits) - exits_before))
     ((!counting)) || requests=$(($(requests) - requests_before))
     [[ $vmm != ravelin ]] || doorbells=$(($(rung) - rung_before))
@@ -202,6 +221,7 @@ mapping_ended() {
     sample "$vmm" "$1pair-$2-$3" $(($4 + $5))
     sample "$vmm" "$1exits-$2-$3" "$(per "$exits" "$4" "$5" "$2")"
     ((!counting)) || sample "$vmm" "$1requests-$2-$3" "$(per "$requests" "$4" "$5" "$2")"
+    [[ $vmm != ravelin ]] || sample "$vmm" "$1beside-$2-$3" $((spent * 10000 * 1000 / passed))
     [[ $vmm != ravelin ]] || sample "$vmm" "$1others-$2-$3" "$(per $((exits - doorbells)) "$4" "$5" "$2")"
 }
 

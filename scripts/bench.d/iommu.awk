@@ -15,6 +15,9 @@ function lab(threads,    text) {
     row("exits-" threads "-1", "exits, map and unmap" text, "exits", 100, "value", 2.1)
     row("poll-exits-" threads "-1", "the same, doorbell polled" text, "exits", 100, "value", 0.3)
     row("poll-unmap-" threads "-1", "unmap 4 KiB, polled" text, "us", 10, "", 0)
+    # Of one processor.
+    row("beside-" threads "-1", "time beside the guest's" text, "%", 10, "", 0)
+    row("poll-beside-" threads "-1", "the same, doorbell polled" text, "%", 10, "", 0)
     row("lazy-unmap-" threads "-1", "unmap 4 KiB, lazy" text, "us", 10, "ratio", 0.6)
     row("v2-unmap-" threads "-1", "unmap 4 KiB, v2 tables" text, "us", 10, "", 0)
     served(threads, text)
@@ -74,6 +77,7 @@ END {
         # 1.3 times QEMU's reads in a second, and 0.9 times ours without a unit.
         row("lazy-read", "random read 4 KiB, lazy", "us", 10, "ratio", 0.77)
         row("lazy-read-beside", "the same, beside no unit", "us", 10, "ratio", 1.11)
+        row("pt-read-beside", "the same, iommu.passthrough=1", "us", 10, "", 0)
         lab(1)
         lab(2)
         if (hardware) {
