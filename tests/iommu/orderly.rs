@@ -98,7 +98,7 @@ const HOSTS: usize = 2;
 const GUESTS: usize = 2;
 const ROOTS: usize = 3;
 /// Windows of 2 MiB in each table.
-const WINDOWS: u64 = 4;
+const WINDOWS: usize = 4;
 /// Where host tables have theirs; below, RAM is where it is, so that guests' tables are found through them.
 const HOST_WINDOWS: u64 = 0x4000_0000;
 /// Steps of one run: tables that were replaced are not used again.
@@ -129,9 +129,9 @@ impl Input<'_> {
 struct World {
     driver: Driver,
     /// Roots of host tables, and whether each window maps anything.
-    hosts: [(u64, [bool; WINDOWS as usize]); HOSTS],
+    hosts: [(u64, [bool; WINDOWS]); HOSTS],
     /// Roots of processes' tables, likewise.
-    roots: [(u64, [bool; WINDOWS as usize]); ROOTS],
+    roots: [(u64, [bool; WINDOWS]); ROOTS],
     gcr3s: [u64; GUESTS],
     /// Which of the roots each space has.
     spaces: [[Option<usize>; SPACES.len()]; GUESTS],
@@ -158,8 +158,8 @@ impl World {
     fn new(lazy: bool) -> Self {
         let mut driver = Driver::running();
         let mut table = || driver.table();
-        let hosts = std::array::from_fn(|_| (table(), [false; WINDOWS as usize]));
-        let roots = std::array::from_fn(|_| (table(), [false; WINDOWS as usize]));
+        let hosts = std::array::from_fn(|_| (table(), [false; WINDOWS]));
+        let roots = std::array::from_fn(|_| (table(), [false; WINDOWS]));
         let gcr3s = std::array::from_fn(|_| table());
         for (host, _) in hosts {
             for at in (0..RAM).step_by(2 << 20) {
@@ -228,14 +228,14 @@ impl World {
     }
 
     /// Put something else into a window of a host table. A page that was not there needs no command.
-    fn change_host(&mut self, host: usize, window: u64, input: &mut Input<'_>) {
+    fn change_host(&mut self, host: usize, window: usize, input: &mut Input<'_>) {
         let (what, how) = (input.byte(), input.byte());
         self.salt += 1;
         let (root, there) = &mut self.hosts[host];
-        let start = HOST_WINDOWS + (window << 21);
+        let start = HOST_WINDOWS + ((window as u64) << 21);
         let target = 0x100_0000_0000 + (self.salt << 30) + start;
-        let rights = pte(0) & !(3 << 61) | u64::from(what >> 4 & 3 | u8::from(what & 0xc0 != 0) * 3) << 61;
-        let before = std::mem::replace(&mut there[usize::try_from(window).expect("small")], what % 8 != 0);
+        let rights = pte(0) & !(3 << 61) | rights_in(what) << 61;
+        let before = std::mem::replace(&mut there[window], what % 8 != 0);
         self.driver.map(*root, 4, start, 2, 0);
         match what % 8 {
             0 => {}
@@ -274,14 +274,14 @@ impl World {
     }
 
     /// The same in a process's table.
-    fn change_guest(&mut self, root: usize, window: u64, input: &mut Input<'_>) {
+    fn change_guest(&mut self, root: usize, window: usize, input: &mut Input<'_>) {
         let (what, how) = (input.byte(), input.byte());
         self.salt += 1;
         let (table, there) = &mut self.roots[root];
-        let start = window << 21;
-        let target = HOST_WINDOWS + (((window + self.salt) % WINDOWS) << 21);
-        let flags = 1 | u64::from(what >> 4 & 3 | u8::from(what & 0xc0 != 0) * 3) << 1;
-        let before = std::mem::replace(&mut there[usize::try_from(window).expect("small")], what % 4 != 0);
+        let start = (window as u64) << 21;
+        let target = HOST_WINDOWS + (((window as u64 + self.salt) % WINDOWS as u64) << 21);
+        let flags = 1 | rights_in(what) << 1;
+        let before = std::mem::replace(&mut there[window], what % 4 != 0);
         self.driver.map_guest(*table, 4, start, 2, 0);
         match what % 4 {
             0 => {}
@@ -367,8 +367,8 @@ impl World {
         let (kind, which) = (input.byte(), input.below(DEVICES.len()));
         match kind % 16 {
             0 => self.change_entry(which, input),
-            1 | 2 => self.change_host(which % HOSTS, u64::from(kind >> 4) % WINDOWS, input),
-            3 | 4 => self.change_guest(which % ROOTS, u64::from(kind >> 4) % WINDOWS, input),
+            1 | 2 => self.change_host(which % HOSTS, usize::from(kind >> 4) % WINDOWS, input),
+            3 | 4 => self.change_guest(which % ROOTS, usize::from(kind >> 4) % WINDOWS, input),
             5 => self.change_space(which % GUESTS, usize::from(kind >> 4) % SPACES.len(), input),
             6 => self.change_interrupt(which, input),
             7 => {
@@ -425,6 +425,15 @@ impl World {
     }
 }
 
+/// Two bits of permissions, all of them mostly.
+fn rights_in(what: u8) -> u64 {
+    if what & 0xc0 == 0 {
+        (what >> 4 & 3).into()
+    } else {
+        3
+    }
+}
+
 /// A new table with an entry for each of its pages.
 fn filled(driver: &mut Driver, entry: impl Fn(u64) -> u64) -> u64 {
     let table = driver.table();
@@ -445,7 +454,7 @@ const fn domains_of_guest(guest: usize) -> [u16; 1 + HOSTS] {
 fn place(input: &mut Input<'_>) -> u64 {
     let (window, page, offset) = (input.byte(), input.byte(), input.byte());
     let base = if window & 0x40 == 0 { 0 } else { HOST_WINDOWS };
-    let start = base + ((u64::from(window) % WINDOWS) << 21);
+    let start = base + ((u64::from(window) % WINDOWS as u64) << 21);
     start + (u64::from(page) << 13) + (u64::from(offset) << 4)
 }
 

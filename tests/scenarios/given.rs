@@ -16,7 +16,7 @@ const BIND: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/bi
 /// How long a host's driver may take to be there again.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Who answers on the networks of the lab's NICs.
-const GATEWAY: &str = "10.0.2.2";
+pub(crate) const GATEWAY: &str = "10.0.2.2";
 /// O_EXCL: of a block device that is mounted, or that something is made of, an open with it fails.
 const EXCLUSIVE: i32 = 0o200;
 

@@ -25,6 +25,7 @@ mod acpi;
 mod backends;
 mod boot;
 mod by_hand;
+mod card;
 mod debugfs;
 mod devices;
 mod hardware;

@@ -179,6 +179,15 @@ say wrote "$(sha256sum </tmp/data | cut -c 1-64)"
     assert_eq!(hash_of(&disk.block()), ended.console.said("wrote"));
 }
 
+/// Counts the boots of a machine, on its first disk: `$count`.
+pub(crate) const COUNT_BOOTS: &str = r#"
+count=$(dd if=/dev/vda bs=512 count=1 2>/dev/null | tr -d '\0')
+count=$((${count:-0} + 1))
+printf %s "$count" >/tmp/count
+truncate -s 512 /tmp/count
+dd if=/tmp/count of=/dev/vda bs=512 conv=fsync 2>/dev/null
+"#;
+
 #[test]
 fn the_hosts_nic_behind_an_iommu_works_after_each_of_five_reboots() {
     let nic = Given::nic();
@@ -187,12 +196,7 @@ fn the_hosts_nic_behind_an_iommu_works_after_each_of_five_reboots() {
     let ended = machine
         .arguments(["--disk".to_owned(), format!("path={}", count.display())])
         .script(&format!(
-            r#"{NETWORK}
-count=$(dd if=/dev/vda bs=512 count=1 2>/dev/null | tr -d '\0')
-count=$((${{count:-0}} + 1))
-printf %s "$count" >/tmp/count
-truncate -s 512 /tmp/count
-dd if=/tmp/count of=/dev/vda bs=512 conv=fsync 2>/dev/null
+            r#"{NETWORK}{COUNT_BOOTS}
 # As it is: the interface up, its rings in memory.
 [ "$count" -gt 5 ] || exit {REBOOT}
 {BEHIND}"#

@@ -300,6 +300,17 @@ impl VfioFunction {
             .reset_with
             .as_ref()
             .map_or(Ok(false), |member| member.silenced(&*self.host));
+        match &together {
+            Ok(true) => guest_info!(
+                name = self.name,
+                "the host has reset the functions that it can only reset together"
+            ),
+            Ok(false) if self.reset_with.is_some() => guest_info!(
+                name = self.name,
+                "the function is silent until those that the host can only reset with it are reset, too"
+            ),
+            Ok(false) | Err(_) => (),
+        }
         // The host puts registers back as they were; whether it does that with every reset, nobody has to know.
         let decoding = self.write_command(false);
         self.share();
