@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::sync::atomic::Ordering;
 
-use super::device_table::{Decision, decide};
+use super::device_table::{Decision, decide, locate};
 use super::events::{Event, Kind, PageFault, Source, Tag};
 use super::grace::Inside;
 use super::iotlb::{Key, Seen, Space, Ticket};
@@ -449,6 +449,17 @@ impl<M: SystemMemory> Unit<M> {
         };
         let request = Request::plain(device, address, access);
         self.page_fault(&request, &dte, &stopped).effects
+    }
+
+    /// Report that requests of `device` reach nothing, whatever its entry lets them: whoever serves them could not do what that
+    /// says. The record is that of an entry that could not be read.
+    pub fn entry_not_obeyed(&self, device: Bdf) -> Effects {
+        let Some(at) = locate(&self.configuration(), device) else {
+            return Effects::default();
+        };
+        let request = Request::plain(device, Iova(0), Access::NONE);
+        let source = Source::of(&request, Kind::Memory, 0);
+        self.report_request(&Event::DeviceTableHardwareError { source, at })
     }
 
     /// Abort for a page fault of a memory request, which the device's entry may keep from the log.

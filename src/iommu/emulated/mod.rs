@@ -347,6 +347,11 @@ impl Views for EmulatedUnit {
         self.perform(effects);
     }
 
+    fn blocked(&self, device: Bdf) {
+        let effects = self.unit.entry_not_obeyed(device);
+        self.perform(effects);
+    }
+
     fn settle_soon(&self) {
         // The event loop does that with commands, of which there may be none.
         self.perform(Effects {

@@ -653,6 +653,22 @@ fn a_page_that_the_host_does_not_map_for_a_function_is_an_event_before_the_wait_
 }
 
 #[test]
+fn a_function_that_the_host_does_not_attach_is_an_event_that_names_its_entry() {
+    let rig = Rig::running();
+    let (kernel, function, _) = of_the_host(&rig);
+    kernel.refuse_once(Call::Attach, 0, libc::EINVAL);
+    rig.cover();
+    assert_eq!(function.reaches(0x3008), None);
+    // DEV_TAB_HARDWARE_ERROR.
+    let id = u64::from(device().requester_id());
+    assert_eq!(rig.events(), [3]);
+    assert_eq!(
+        (rig.load(0x2_0000) & 0xffff, rig.load(0x2_0008)),
+        (id, 0x20_0000 + 32 * id)
+    );
+}
+
+#[test]
 fn a_wait_behind_much_work_is_answered_when_the_work_is_done_and_holds_up_no_processor() {
     let rig = Rig::running();
     let (kernel, function, _) = of_the_host(&rig);

@@ -61,6 +61,9 @@ pub trait Views: Send + Sync {
     /// Tell the guest that there is nothing at `address` for requests of `device`, though its tables map that.
     fn absent(&self, device: Bdf, address: Iova, access: Access);
 
+    /// Tell the guest that `device` reaches nothing, though its entry lets it.
+    fn blocked(&self, device: Bdf);
+
     /// Have followers settle soon, though nobody waits for them.
     fn settle_soon(&self);
 }
@@ -127,6 +130,16 @@ struct State {
     /// Go after the functions.
     spaces: Vec<Space>,
     blocked: Space,
+    /// Those that the host does not let reach what their entries say, which the guest has yet to be told.
+    refused: Vec<Bdf>,
+}
+
+/// What a guest is told of a function.
+enum News {
+    /// A page is not there.
+    Absent(Absent),
+    /// Nothing is.
+    Blocked,
 }
 
 /// The shadow of one unit.
@@ -167,6 +180,7 @@ impl Shadow {
             functions: parts.functions.into_iter().map(confined).collect(),
             spaces: Vec::new(),
             blocked: Space::new(&host, View::Nothing)?,
+            refused: Vec::new(),
         };
         Ok(Self {
             unit: parts.unit,
@@ -188,13 +202,17 @@ impl Shadow {
         }
     }
 
-    /// Tell the guest what turned out to be absent.
+    /// Tell the guest what its functions do not reach.
     fn tell(&self, mut state: MutexGuard<'_, State>) {
-        let absent = state.take_absent();
+        let news = state.take_news();
         drop(state);
-        if let Some(unit) = self.unit.upgrade() {
-            for (device, Absent { iova, access }) in absent {
-                unit.absent(device, Iova(iova), access);
+        let Some(unit) = self.unit.upgrade() else {
+            return;
+        };
+        for (device, news) in news {
+            match news {
+                News::Absent(Absent { iova, access }) => unit.absent(device, Iova(iova), access),
+                News::Blocked => unit.blocked(device),
             }
         }
     }
@@ -361,7 +379,7 @@ impl State {
                     Ok(space) => self.spaces.push(space),
                     Err(error) => {
                         guest_warn!(iommu = host.name, function = %function.at(), %error, reason = %error.source, "a function of the host is blocked");
-                        function.view = View::Nothing;
+                        function.refuse(&mut self.refused);
                     }
                 }
             }
@@ -401,13 +419,15 @@ impl State {
     }
 
     /// What the guest is to be told, for every function that was to have it.
-    fn take_absent(&mut self) -> Vec<(Bdf, Absent)> {
-        let mut all = Vec::new();
+    fn take_news(&mut self) -> Vec<(Bdf, News)> {
+        let refused = std::mem::take(&mut self.refused).into_iter();
+        let mut all: Vec<_> = refused.map(|device| (device, News::Blocked)).collect();
         for space in &mut self.spaces {
             let (view, absent) = (space.view(), space.take_absent());
             let concerned = self.functions.iter().filter(|function| function.view == view);
             for function in concerned {
-                all.extend(absent.iter().map(|absent| (function.at(), *absent)));
+                let absent = absent.iter().copied().map(News::Absent);
+                all.extend(absent.map(|news| (function.at(), news)));
             }
         }
         all
@@ -449,7 +469,7 @@ impl State {
                 guest_warn!(iommu = host.name, %error, reason = %error.source, "functions of the host stay blocked");
                 for function in &mut self.functions {
                     if function.view == view {
-                        function.view = View::Nothing;
+                        function.refuse(&mut self.refused);
                     }
                 }
             }
@@ -472,8 +492,7 @@ impl State {
             Ok(()) => function.came_to(Some(place)),
             Err(error) => {
                 guest_warn!(iommu = host.name, function = %function.at(), %error, "the host does not attach a function to what the guest has it reach; it is blocked");
-                // Until its entry is read again.
-                function.view = View::Nothing;
+                function.refuse(&mut self.refused);
                 function.block(self.blocked.id(), host);
             }
         }
@@ -489,6 +508,16 @@ impl Confined {
     /// Whether its requests reach the address space `place`.
     fn is_at(&self, place: u32) -> bool {
         self.place == Some(place) && self.hold == Hold::Place
+    }
+
+    /// It is to reach nothing until its entry is read again: the host does not do what that says. The guest is told, unless
+    /// it is blocked by its own will.
+    fn refuse(&mut self, refused: &mut Vec<Bdf>) {
+        let device = self.at();
+        if self.view != View::Nothing && !refused.contains(&device) {
+            refused.push(device);
+        }
+        self.view = View::Nothing;
     }
 
     fn came_to(&mut self, place: Option<u32>) {

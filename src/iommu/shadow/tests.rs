@@ -36,6 +36,8 @@ struct Unit {
     views: Mutex<Vec<View>>,
     /// What it was to tell the guest: the device's number, the address, and whether it was to be written.
     told: Mutex<Vec<(u16, u64, bool)>>,
+    /// Of which devices it was to say that they reach nothing.
+    blocked: Mutex<Vec<u16>>,
     /// To have its followers settle.
     asked: AtomicBool,
 }
@@ -50,6 +52,11 @@ impl Views for Unit {
     fn absent(&self, device: Bdf, address: Iova, access: Access) {
         let mut told = self.told.lock().expect("a test's own");
         told.push((device.requester_id(), address.0, access.write));
+    }
+
+    fn blocked(&self, device: Bdf) {
+        let mut blocked = self.blocked.lock().expect("a test's own");
+        blocked.push(device.requester_id());
     }
 
     fn settle_soon(&self) {
@@ -210,6 +217,11 @@ impl Rig {
     /// What the guest was told since the last call.
     fn told(&self) -> Vec<(u16, u64, bool)> {
         std::mem::take(&mut self.unit.told.lock().expect("a test's own"))
+    }
+
+    /// Which devices reach nothing, as the guest was told since the last call.
+    fn blocked(&self) -> Vec<u16> {
+        std::mem::take(&mut self.unit.blocked.lock().expect("a test's own"))
     }
 
     fn reaches(&self, iova: u64) -> Option<u64> {

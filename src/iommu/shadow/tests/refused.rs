@@ -221,3 +221,41 @@ fn a_shadow_of_a_host_that_tells_no_windows_or_makes_no_space_is_none_and_leaves
     );
     assert_eq!(kernel.spaces(), [space.id()]);
 }
+
+#[test]
+fn a_guest_is_told_of_a_function_that_the_host_blocks_each_time_its_entry_is_read() {
+    let rig = Rig::new();
+    rig.kernel.refuse_once(Call::Attach, 0, libc::EINVAL);
+    rig.view(0, tables());
+    assert_eq!(rig.blocked(), [0]);
+    rig.commands(&[pages(PageRange::Everything)]);
+    assert!(rig.blocked().is_empty());
+    rig.kernel.refuse(Call::Alloc, libc::ENOMEM);
+    rig.unit.views.lock().expect("a test's own")[1] = View::Identity(Access::READ);
+    // Read several times before anybody is told.
+    let entry = Command::InvalidateDevice { device: device(1) };
+    (0..3).for_each(|_| rig.shadow().follow(&[entry]).expect("it answers"));
+    rig.commands(&[]);
+    // One entry's invalidation has all of them read.
+    assert_eq!(rig.blocked(), [0, 1]);
+    rig.kernel.relent();
+    rig.commands(&[Command::InvalidateAll]);
+    assert!(rig.blocked().is_empty());
+    // One that is blocked by the guest's own will is no news, whatever the host says.
+    rig.kernel.refuse(Call::Attach, libc::EIO);
+    rig.view(0, View::Nothing);
+    assert!(rig.blocked().is_empty());
+}
+
+#[test]
+fn functions_of_a_space_that_is_given_up_and_not_made_anew_are_told_of() {
+    let rig = Rig::attached();
+    rig.view(1, tables());
+    rig.map(0, 0x5000);
+    rig.invalidate_page(0);
+    rig.unmap(0);
+    rig.kernel.refuse_once(Call::Unmap, 0, libc::EBUSY);
+    rig.kernel.refuse(Call::Alloc, libc::ENOMEM);
+    rig.invalidate_page(0);
+    assert_eq!((rig.blocked(), rig.reaches(BASE)), (vec![0, 1], None));
+}
