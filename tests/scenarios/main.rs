@@ -32,6 +32,7 @@ mod hardware;
 mod host;
 mod hostile;
 mod hw;
+mod hypervisor;
 mod intel_host;
 mod iommufd;
 mod kernel_tests;
