@@ -243,3 +243,97 @@ fn a_doorbell_that_is_polled_costs_no_exit_before_a_model() {
 fn a_guest_reboots_with_a_polled_doorbell_before_a_model() {
     viommu::reboots("sim,doorbell=poll", WORDS);
 }
+
+/// A guest's word for the numbers behind two of its ports, and then for what the device behind one of them may reach: by
+/// the entry of the number that it has now.
+const RENUMBERS: &str = r#"
+# renumber FUNCTION BUS: the port above FUNCTION leads to BUS from here on, and Linux finds again what is there.
+renumber() {
+    port=$(basename "$(dirname "$(readlink -f "/sys/bus/pci/devices/$1")")")
+    echo 1 >"/sys/bus/pci/devices/$1/remove"
+    setpci -s "$port" "PRIMARY_BUS.L=00$2${2}00"
+    echo 1 >"/sys/bus/pci/devices/$port/remove"
+    echo 1 >/sys/bus/pci/rescan
+}
+renumber 0000:01:00.0 05
+renumber 0000:02:00.0 06
+for gone in 0000:01:00.0 0000:02:00.0; do
+    check "nothing_at_$gone" test ! -e /sys/bus/pci/devices/$gone
+done
+check is_behind_the_unit test -e /sys/bus/pci/devices/0000:06:00.0/iommu_group
+say domain "$(cat /sys/bus/pci/devices/0000:06:00.0/iommu_group/type)"
+check entropy_comes test "$(dd if=/dev/hwrng bs=512 count=4 2>/dev/null | wc -c)" = 2048
+
+device=0000:05:00.0
+echo $device >/sys/bus/pci/drivers/pci-endpoint-test/unbind
+setpci -s $device COMMAND=6:6
+bar=$(($(head -n 1 /sys/bus/pci/devices/$device/resource | cut -d ' ' -f 1)))
+register() { devmem $((bar + $1)) 32 $2; }
+unit=$(($(printf 0x%s "$(setpci -s 00:00.2 CAP0f+4.L)") & ~1))
+table=$(($(devmem $unit 64) & ~0xfff))
+# entry NUMBER WORD: the first word of the entry of that function number.
+entry() { devmem $((table + 32 * $1)) 64 $2; }
+# reads NAME: whether the device read memory untranslated, which changes nothing there.
+reads() {
+    register 0x0c 0x1000000
+    register 0x10 0
+    register 0x1c 256
+    register 0x24 9
+    register 0x04 0x8
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        [ $(($(devmem $((bar + 4)) 32))) = 0 ] && break
+        sleep 1
+    done
+    say "source_refused_$1" $(($(devmem $((bar + 8)) 32) >> 7 & 1))
+}
+everything=0x6000000000000003 nothing=3
+entry 0x100 $nothing
+entry 0x500 $everything
+reads by_its_own
+entry 0x100 $everything
+entry 0x500 $nothing
+reads by_the_old_one
+entry 0x500 $everything
+reads again
+"#;
+
+/// What the old number's entry says concerns nobody, whatever it is; what is behind the unit goes on behind it.
+#[test]
+fn what_a_guest_renumbers_before_a_model_has_the_entry_of_its_new_number() {
+    let port = |at: u32, device: &str| {
+        format!("[[root-port]]\nid = \"rp{at}\"\non = \"rc0\"\n[[{device}]]\nport = \"rp{at}\"\n")
+    };
+    let machine = Machine::new("lab")
+        .deadline(Duration::from_secs(300))
+        .file(&format!(
+            "[[root-complex]]\nid = \"rc0\"\nbus = \"0x00-0x07\"\n[[viommu]]\nmode = \"sim\"\non = \"rc0\"\n{}{}",
+            port(0, "test-device"),
+            port(1, "rng")
+        ))
+        .arguments(["--cpus", "2", "--memory", "384M"])
+        .cmdline(WORDS)
+        .guest_program("/usr/bin/setpci");
+    let stats = machine.path("stats.json");
+    let ended = machine
+        .arguments([OsStr::new("--stats"), stats.as_os_str()])
+        .script(RENUMBERS)
+        .run();
+    let told = Told::read(&stats);
+    let foreseen = |line: &str| {
+        let blocked = line.contains("Event logged") && line.contains("05:00.0");
+        // Of windows that a port has and nothing behind it needs.
+        let unused = line.contains("disabling bridge window") && line.contains("(unused)");
+        blocked || unused || NOT_NAMED.iter().any(|said| line.contains(said))
+    };
+    let console = ended.well_but(foreseen).console;
+    let domain = console.said("domain");
+    assert!(domain.starts_with("DMA"), "{domain}");
+    for (entry, refused) in [("by_its_own", "0"), ("by_the_old_one", "1"), ("again", "0")] {
+        assert_eq!(
+            console.said(&format!("source_refused_{entry}")),
+            refused,
+            "{entry}"
+        );
+    }
+    assert_eq!(told.asked("refusals"), 0, "{}", told.0);
+}
