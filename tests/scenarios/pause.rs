@@ -14,13 +14,14 @@ fn a_paused_guest_stands_still_and_goes_on_as_if_nothing_had_been() {
     let disk = format!("path={}", machine.disk("disk.img", 16).display());
     let mut running = machine
         .arguments(["--cpus", "2", "--disk", &disk, "--shutdown-timeout", "3600"])
+        .arguments(["--log", "info"])
         .script(
             r#"
 presses() { awk '{ print $1 }' /sys/firmware/acpi/interrupts/ff_pwr_btn; }
 # Twice that is how long a processor may be stuck.
 echo 3 >/proc/sys/kernel/watchdog_thresh
 # A device that is busy when the pause comes.
-while :; do dd if=/dev/zero of=/dev/vda bs=64k count=64 oflag=direct 2>/dev/null || echo write >>/tmp/failed; done &
+while :; do dd if=/dev/zero of=/dev/vda bs=64k count=64 conv=fsync 2>/dev/null || echo write >>/tmp/failed; done &
 ticks=0
 until [ "$(presses)" -gt 0 ] || [ $ticks -gt 200 ]; do
     ticks=$((ticks + 1))
