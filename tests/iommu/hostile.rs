@@ -17,8 +17,8 @@ use ravelin::platform::msi::MsiMessage;
 
 use crate::crowd;
 use crate::driver::{
-    DEVICE_TABLE, Driver, HOLE, INTERRUPT_TABLE, LOG, RAM, RING, device, host_dte, invalidate_pages, pte,
-    own, read, reg, ring_base, wait, write,
+    DEVICE_TABLE, Driver, HOLE, INTERRUPT_TABLE, LOG, RAM, RING, device, host_dte, invalidate_pages, own,
+    pte, read, reg, ring_base, wait, write,
 };
 use crate::scribble::{fed, run};
 

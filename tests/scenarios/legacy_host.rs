@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use crate::given::Given;
 use crate::card::{Card, is_not_reset_with_one_of_the_hosts, works_through_resets};
+use crate::given::Given;
 use crate::machine::Machine;
 use crate::vfio::{BEHIND_AN_IOMMU, NETWORK, machine};
 

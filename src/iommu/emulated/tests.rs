@@ -1,7 +1,7 @@
 //! The unit as devices and processors of a machine meet it.
 
-mod blocked;
 mod beyond_ram;
+mod blocked;
 mod kinds;
 
 use std::os::fd::AsFd;
