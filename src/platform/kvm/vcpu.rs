@@ -117,6 +117,18 @@ pub fn allow_kicks() -> Result<(), HostError> {
         .map_err(|source| HostError::new(format!("handle signal {}", kick_signal()), source))
 }
 
+/// Have the TSC of a new processor, whose file is `fd`, run as fast as the host's.
+///
+/// KVM makes processors with the frequency that it met when it was loaded. Where the host has measured its TSC better since, by more
+/// than 250 in a million, and the processor scales none, KVM refuses its own number and is left with a scale of zero: it takes
+/// the guest's TSC to stand still at zero, and each TSC deadline comes as much later as the host has been up. 0 stands for
+/// what the host goes by now.
+fn run_at_the_hosts_tsc_frequency(fd: &VcpuFd, apic_id: u32) {
+    if let Err(error) = fd.set_tsc_khz(0) {
+        tracing::warn!(apic_id, %error, "the host does not set a processor's TSC to its own frequency; the guest's timers may come late");
+    }
+}
+
 impl Vcpu {
     pub(super) fn new(machine: &Arc<Machine>, apic_id: u32, run_area: usize) -> Result<Self, HostError> {
         let refused = |source| HostError::new(format!("create the processor with APIC ID {apic_id}"), source);
@@ -124,6 +136,7 @@ impl Vcpu {
             .fd
             .create_vcpu(u64::from(apic_id))
             .map_err(|error| refused(os(error)))?;
+        run_at_the_hosts_tsc_frequency(&fd, apic_id);
         let area = Arc::new(RunArea::map(&fd, run_area).map_err(refused)?);
         let thread = Arc::new(OnceLock::new());
         let passage = machine.watched.gate().passage(Box::new(Interruption {
