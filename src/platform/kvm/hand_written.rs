@@ -45,6 +45,10 @@ fn machine() -> (KvmVm, GuestRam) {
 fn processor(vm: &KvmVm, ram: &GuestRam, code: &[u8], regs: kvm_regs) -> Vcpu {
     ram.write(Gpa(CODE), code).expect("RAM");
     let vcpu = vm.vcpu(0).expect("a processor");
+    // KVM takes 64-bit mode only of a processor that has it.
+    let kvm = Kvm::open().expect("it was opened for the machine");
+    let leaves = kvm.supported_cpuid().expect("a list");
+    vcpu.set_cpuid(&leaves).expect("taken");
     let mut sregs = vcpu.sregs().expect("registers");
     let flat = |type_, selector| kvm_segment {
         base: 0,
