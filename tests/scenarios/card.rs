@@ -2,14 +2,15 @@
 //!
 //! What they need of the host: an igb and an e1000e of two functions each, on networks whose gateway answers, those of the igb
 //! in IOMMU groups of their own and those of the e1000e in one; the lab has that. QEMU's functions are left with a reset by
-//! power management, which the operator switches off here: the kernel then knows as little as of a card that has none.
+//! power management, which the operator switches off here: the kernel then knows as little as of a card that has none. It
+//! then resets their bus no more, either, so that what comes of a reset of all of them is not to be seen so.
 
 use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::given::{GATEWAY, Interface, all_driven_by, bind_vfio, in_the_lab};
-use crate::machine::{Ended, Machine, REBOOT};
-use crate::vfio::{COUNT_BOOTS, DEADLINE};
+use crate::machine::Machine;
+use crate::vfio::DEADLINE;
 
 /// Each card is one scenario's at a time.
 static IGB: Mutex<()> = Mutex::new(());
@@ -131,10 +132,6 @@ asks() {
     shift
     ping "$@" -i 0.2 -s 1400 -I "$(nic "$asked")" 10.0.2.2
 }
-# all_came FILE: what a ping wrote has no gap, and is not short.
-all_came() {
-    awk '/seq=/ { sub(/.*seq=/, ""); if ($1 != answers++) gap = 1 } END { exit gap || answers < 20 }' "$1"
-}
 let_go() {
     ip link set "$(nic "$1")" down
     echo "$1" >/sys/bus/pci/drivers/DRIVER/unbind
@@ -152,71 +149,8 @@ reset() {
 const TOGETHER: &str = "the host has reset the functions that it can only reset together";
 const WAITS: &str = "the function is silent until those that the host can only reset with it are reset, too";
 
-/// One is reset while the other works, then both are, then the machine: both work after each, and come back to the host.
-pub(crate) fn works_through_resets(card: Card) -> Ended {
-    let card = card.give(&[0, 1]);
-    let machine = card.machine();
-    let count = machine.disk("count.img", 4);
-    let talking = card.script();
-    let ended = machine
-        .arguments(["--disk".to_owned(), format!("path={}", count.display())])
-        .script(&format!(
-            r#"{COUNT_BOOTS}{talking}
-connect "$one" 10.0.2.30
-connect "$two" 10.0.2.31
-check the_first_works asks "$one" -c 5
-check the_second_works asks "$two" -c 5
-say methods "$(cat "/sys/bus/pci/devices/$one/reset_method")"
-if [ "$count" = 1 ]; then
-    asks "$two" >/tmp/meanwhile &
-    meanwhile=$!
-    let_go "$one"
-    check resets_one reset "$one"
-    take "$one" 10.0.2.30
-    check the_first_works_after_its_reset asks "$one" -c 5
-    killall -INT ping
-    wait "$meanwhile"
-    check the_second_worked_meanwhile all_came /tmp/meanwhile
-    let_go "$one"
-    let_go "$two"
-    check resets_the_first reset "$one"
-    check resets_the_second reset "$two"
-    take "$one" 10.0.2.30
-    take "$two" 10.0.2.31
-    check the_first_works_after_the_reset_of_both asks "$one" -c 5
-    check the_second_works_after_the_reset_of_both asks "$two" -c 5
-    # As they are: interfaces up, rings in memory.
-    exit {REBOOT}
-fi
-"#
-        ))
-        .run()
-        .well();
-    // The functions have neither FLR nor a reset by power management to the guest; their ports reset what is behind them.
-    assert_eq!(ended.console.said_each("methods"), ["bus"; 2]);
-    assert!(ended.log.contains(WAITS), "{}", ended.log);
-    // Both of them by the guest, and by the reboot.
-    assert_eq!(ended.log.matches(TOGETHER).count(), 2, "{}", ended.log);
-    // A host without iommufd has no way for them to reach one another's memory.
-    let foreseen = "other functions of the host do not reach the memory of this one";
-    let mut warned = ended.log.lines().filter(|line| line.contains("WARN"));
-    assert!(warned.all(|line| line.contains(foreseen)), "{}", ended.log);
-    card.works_on_the_host();
-    ended
-}
-
-#[test]
-fn functions_in_groups_of_their_own_are_reset_together_and_work_through_resets() {
-    works_through_resets(Card::apart());
-}
-
-#[test]
-fn functions_of_one_group_are_reset_together_and_work_through_resets() {
-    works_through_resets(Card::in_one_group());
-}
-
 /// The host has the second function: the first is silenced by the guest's resets, and nothing is pulled from under the host.
-pub(crate) fn is_not_reset_with_one_of_the_hosts(card: Card) {
+fn is_not_reset_with_one_of_the_hosts(card: Card) {
     let card = card.give(&[0]);
     let hosts = Interface::of(&card.at[1]);
     hosts.up();

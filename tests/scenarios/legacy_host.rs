@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use crate::card::{Card, is_not_reset_with_one_of_the_hosts, works_through_resets};
 use crate::given::Given;
 use crate::machine::Machine;
 use crate::vfio::{BEHIND_AN_IOMMU, NETWORK, machine};
@@ -10,17 +9,13 @@ use crate::vfio::{BEHIND_AN_IOMMU, NETWORK, machine};
 /// The exit status for what the host refused.
 const REFUSED: i32 = 1;
 
-/// The host is as the module says.
-fn without_iommufd() {
+/// The host's NIC, where the host is as the module says.
+fn nic() -> Given {
     let iommufd = Path::new("/dev/iommu").exists();
     assert!(
         !iommufd,
         "this host has iommufd; run `scripts/test lab legacy_host`"
     );
-}
-
-fn nic() -> Given {
-    without_iommufd();
     Given::nic()
 }
 
@@ -62,19 +57,4 @@ fn behind_an_emulated_iommu_the_nic_is_refused_for_want_of_iommufd() {
     let expected = "it would be behind iommu0, and only /dev/iommu gives out the address spaces";
     assert!(ended.log.contains(expected), "{}", ended.log);
     nic.works_on_the_host();
-}
-
-/// The kernel is shown two groups, each with a function of the card.
-#[test]
-fn functions_of_two_groups_are_reset_together_and_work_through_resets() {
-    without_iommufd();
-    let ended = works_through_resets(Card::apart());
-    let by_groups = "functions of the host are opened by their IOMMU groups";
-    assert!(ended.log.contains(by_groups), "{}", ended.log);
-}
-
-#[test]
-fn a_function_whose_card_is_in_another_group_of_the_hosts_is_silenced_and_the_log_names_that() {
-    without_iommufd();
-    is_not_reset_with_one_of_the_hosts(Card::apart());
 }

@@ -180,7 +180,7 @@ say wrote "$(sha256sum </tmp/data | cut -c 1-64)"
 }
 
 /// Counts the boots of a machine, on its first disk: `$count`.
-pub(crate) const COUNT_BOOTS: &str = r#"
+const COUNT_BOOTS: &str = r#"
 count=$(dd if=/dev/vda bs=512 count=1 2>/dev/null | tr -d '\0')
 count=$((${count:-0} + 1))
 printf %s "$count" >/tmp/count
